@@ -1,0 +1,155 @@
+"""Architectures as frozen dataclasses: what a Wan2.1 checkpoint is, apart from its numbers.
+
+Sources: the official configs (Wan-Video/Wan2.1 wan/configs) and diffusers' config.json files.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Task = Literal["t2v", "i2v", "flf2v"]
+
+# Per-channel statistics of the VAE's latents (Wan-Video/Wan2.1 wan/modules/vae.py; the same in diffusers' vae/config.json).
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# Wan's default negative prompts (wan/configs/shared_config.py, wan_i2v_14B.py and configs/__init__.py).
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+NEGATIVE_PROMPTS: dict[str, str] = {
+    "t2v": _NEGATIVE,
+    "i2v": "镜头晃动，" + _NEGATIVE,
+    "flf2v": "镜头切换，镜头晃动，" + _NEGATIVE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """The diffusion transformer. Defaults are what no Wan2.1 checkpoint changes."""
+
+    task: Task
+    dim: int
+    mlp_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16  # 36 for i2v and flf2v: noise 16, mask 4, condition 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int | None = None  # width of the image tower's tokens; None for t2v
+    image_positions: int | None = None  # learned positions over the image tokens: 514 for flf2v, else None
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim={self.dim} with num_heads={self.num_heads} doesn't give an even head dim")
+        if (self.task == "t2v") != (self.image_dim is None):
+            raise ValueError(f"task={self.task!r} with image_dim={self.image_dim}: only t2v has no image_dim")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The causal 3D autoencoder: 4x in time, 8x in space."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = LATENTS_MEAN
+    latents_std: tuple[float, ...] = LATENTS_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The UMT5 encoder; defaults are UMT5-xxl."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    mlp_dim: int = 10240
+    num_heads: int = 64
+    head_dim: int = 64
+    num_layers: int = 24
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderConfig:
+    """The image tower of CLIP; defaults are ViT-H/14."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    mlp_dim: int = 5120
+    num_heads: int = 16
+    num_layers: int = 32
+    projection_dim: int | None = None  # official files carry the (unused) projection; diffusers files don't
+    eps: float = 1e-5
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """A whole checkpoint."""
+
+    dit: DiTConfig
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    image_encoder: ImageEncoderConfig | None = None
+    flow_shift: float = 5.0
+
+    @property
+    def task(self) -> Task:
+        return self.dit.task
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "WanConfig":
+        """Inverse of `to_dict`, after a trip through JSON. Raises TypeError on unknown or missing fields."""
+
+        def build(kind, fields):
+            return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+        parts = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "image_encoder": ImageEncoderConfig}
+        return cls(**{k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()})
+
+
+def _dit_14b(task: Task, **changes) -> DiTConfig:
+    return DiTConfig(task=task, dim=5120, mlp_dim=13824, num_heads=40, num_layers=40, **changes)
+
+
+WAN_T2V_1_3B = WanConfig(dit=DiTConfig(task="t2v", dim=1536, mlp_dim=8960, num_heads=12, num_layers=30))
+WAN_T2V_14B = WanConfig(dit=_dit_14b("t2v"))
+# The 480P model wants flow shift 3.0, the 720P one 5.0 (wan/image2video.py); they don't differ otherwise.
+WAN_I2V_14B_480P = WanConfig(
+    dit=_dit_14b("i2v", in_channels=36, image_dim=1280), image_encoder=ImageEncoderConfig(), flow_shift=3.0
+)
+WAN_I2V_14B_720P = dataclasses.replace(WAN_I2V_14B_480P, flow_shift=5.0)
+WAN_FLF2V_14B = WanConfig(
+    dit=_dit_14b("flf2v", in_channels=36, image_dim=1280, image_positions=514),
+    image_encoder=ImageEncoderConfig(),
+    flow_shift=16.0,
+)

@@ -1,0 +1,20 @@
+"""Golden files and the one measure of error that every parity test uses."""
+
+import pathlib
+
+import numpy as np
+from safetensors.numpy import load_file
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """Tensors of tests/data/<name>.safetensors."""
+    return load_file(DATA / f"{name}.safetensors")
+
+
+def rel_l2(got, want) -> float:
+    """Relative L2 error, in float64."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
