@@ -1,1 +1,19 @@
+"""Wan2.1 video diffusion in JAX/Flax, with FPSAttention."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["WanPipeline", "save_video"]
+
+if TYPE_CHECKING:
+    from fps_jax.pipeline import WanPipeline
+    from fps_jax.video import save_video
+
+_LAZY = {"WanPipeline": "fps_jax.pipeline", "save_video": "fps_jax.video"}
+
+
+def __getattr__(name: str) -> Any:  # lazy: `import fps_jax.config` shouldn't pay for jax
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fps_jax' has no attribute {name!r}")

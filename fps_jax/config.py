@@ -118,6 +118,7 @@ class WanConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     image_encoder: ImageEncoderConfig | None = None
     flow_shift: float = 5.0
+    flow_shift_480p: float | None = None  # official I2V code: 3.0 up to 480 x 832 pixels, `flow_shift` above
 
     @property
     def task(self) -> Task:
@@ -133,7 +134,12 @@ class WanConfig:
         def build(kind, fields):
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
-        parts = {"dit": DiTConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig, "image_encoder": ImageEncoderConfig}
+        parts = {
+            "dit": DiTConfig,
+            "vae": VAEConfig,
+            "text_encoder": TextEncoderConfig,
+            "image_encoder": ImageEncoderConfig,
+        }
         return cls(**{k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()})
 
 
@@ -143,11 +149,10 @@ def _dit_14b(task: Task, **changes) -> DiTConfig:
 
 WAN_T2V_1_3B = WanConfig(dit=DiTConfig(task="t2v", dim=1536, mlp_dim=8960, num_heads=12, num_layers=30))
 WAN_T2V_14B = WanConfig(dit=_dit_14b("t2v"))
-# The 480P model wants flow shift 3.0, the 720P one 5.0 (wan/image2video.py); they don't differ otherwise.
-WAN_I2V_14B_480P = WanConfig(
-    dit=_dit_14b("i2v", in_channels=36, image_dim=1280), image_encoder=ImageEncoderConfig(), flow_shift=3.0
+# One architecture for the 480P and the 720P model; the shift goes by the frame size (wan/image2video.py).
+WAN_I2V_14B = WanConfig(
+    dit=_dit_14b("i2v", in_channels=36, image_dim=1280), image_encoder=ImageEncoderConfig(), flow_shift_480p=3.0
 )
-WAN_I2V_14B_720P = dataclasses.replace(WAN_I2V_14B_480P, flow_shift=5.0)
 WAN_FLF2V_14B = WanConfig(
     dit=_dit_14b("flf2v", in_channels=36, image_dim=1280, image_positions=514),
     image_encoder=ImageEncoderConfig(),

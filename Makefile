@@ -1,0 +1,45 @@
+# Every target does its own set-up: a Python of 3.12 or newer is found, .venv is made and filled once.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test lint types unit memory newest clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@sh .ci/make_venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo "installing fps-jax and its test tools into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' 'jax==0.11.2'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python -m fps_jax.demo
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The newest jax that pyproject.toml allows, in an environment of its own: imports, lowering and a parity smoke.
+newest:
+	@sh .ci/make_venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' --upgrade --upgrade-strategy eager
+	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py
+
+# Bytes per device at real size, compiled for an H200 on this machine (no GPU needed).
+memory:
+	@sh .ci/make_venv .venv-offline-gpu
+	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
+	.venv-offline-gpu/bin/python -m benchmarks.memory
+
+clean:
+	rm -rf $(VENV) .venv-newest .venv-offline-gpu outputs build *.egg-info

@@ -1,0 +1,196 @@
+"""The Wan2.1 diffusion transformer: T2V, I2V and FLF2V, 1.3B and 14B, from one class.
+
+Source: Wan-Video/Wan2.1 wan/modules/model.py (WanModel); numerics checked against it activation by activation.
+"""
+
+import functools
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from fps_jax.attention import Attend, dense_attention
+from fps_jax.config import DiTConfig
+from fps_jax.layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
+from fps_jax.params import Build, Params, bind, flatten, stacked, unflatten, unstack
+from fps_jax.rope import rope_table
+
+Remat = Literal["none", "full", "dots"]
+
+# Kept in float32 when the rest is bf16: what upstream computes outside autocast, and vectors too small to matter.
+_FLOAT32_PARAMS = re.compile(r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$")
+
+
+class DiTOutput(NamedTuple):
+    """velocity: `[B, 16, F, H, W]` float32. first_bad: int32, the first stage with a NaN or inf (`stage_name`), -1 for none."""
+
+    velocity: Array
+    first_bad: Array
+
+
+def stage_name(config: DiTConfig, stage: int) -> str:
+    """Name of a stage as counted in `DiTOutput.first_bad`."""
+    if stage == 0:
+        return "the embeddings"
+    return f"block {stage - 1}" if stage <= config.num_layers else "the head"
+
+
+def cast_params(params: Params, dtype: Any) -> Params:
+    """Parameters as a model with compute dtype `dtype` holds them: matrices in `dtype`, float32 islands in float32.
+
+    Takes jax or NumPy arrays and casts leaf by leaf on the device where each leaf is.
+    """
+    return unflatten(
+        {p: a.astype(jnp.float32 if _FLOAT32_PARAMS.search(p) else dtype) for p, a in flatten(params)}  # fmt: skip
+    )
+
+
+class DiT(nnx.Module):
+    """Velocity of the flow from noisy latents, time, text and image tokens."""
+
+    def __init__(self, config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none", rngs: nnx.Rngs):
+        d = config.dim
+        patch_dim = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        gelu = functools.partial(jax.nn.gelu, approximate=True)
+        self.patch_embedding = nnx.Linear(config.in_channels * patch_dim, d, dtype=dtype, rngs=rngs)
+        self.text_embedding = MLP(config.text_dim, d, d, gelu, dtype=dtype, rngs=rngs)
+        self.time_embedding = MLP(config.freq_dim, d, d, jax.nn.silu, dtype=jnp.float32, rngs=rngs)
+        self.time_projection = nnx.Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
+        if config.image_dim is not None:
+            self.image_embedding = ImageEmbedding(config, dtype=dtype, rngs=rngs)
+        self.blocks = stacked(functools.partial(_block, config, dtype), config.num_layers, rngs)
+        self.head = Head(config, patch_dim, rngs=rngs)
+        self.config, self.dtype, self.remat = config, dtype, remat
+
+    def __call__(
+        self,
+        latents: Float[Array, "B C F H W"],
+        t: Float[Array, "B"],
+        text_states: Float[Array, "B T E"],
+        image_states: Float[Array, "B I G"] | None = None,
+        *,
+        attend: Attend = dense_attention,
+        taps: Taps | None = None,
+    ) -> DiTOutput:
+        """One evaluation on whole latents.
+
+        Args:
+          latents: noisy latents, then (i2v, flf2v) 4 mask and 16 condition channels: `config.in_channels` in all.
+          t: timesteps in [0, 1000], whole or not.
+          text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it.
+          image_states: image-tower tokens, 257 (i2v) or 514 (flf2v); None for t2v.
+          attend: self-attention over tokens in raster order.
+          taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
+        """
+        pf, py, px = self.config.patch_size
+        grid = (latents.shape[2] // pf, latents.shape[3] // py, latents.shape[4] // px)
+        patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
+        rope = jnp.asarray(rope_table(grid, self.config.head_dim))
+        tokens, first_bad = self.tokens(
+            patches, t, text_states, rope, image_states=image_states, attend=attend, taps=taps
+        )
+        f, y, x = grid
+        velocity = rearrange(
+            tokens, "b (f y x) (pf py px c) -> b c (f pf) (y py) (x px)", f=f, y=y, x=x, pf=pf, py=py, px=px
+        )
+        return DiTOutput(velocity, first_bad)
+
+    def tokens(
+        self,
+        patches: Float[Array, "B S P"],
+        t: Float[Array, "B"],
+        text_states: Float[Array, "B T E"],
+        rope: Float[Array, "2 *B S H/2"],
+        *,
+        image_states: Float[Array, "B I G"] | None = None,
+        token_mask: Bool[Array, "B S"] | None = None,
+        attend: Attend = dense_attention,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "B S Q"], Int[Array, ""]]:
+        """The same on patches in any token order, `rope` in that order.
+
+        `token_mask` (true: a real token) is for batches of different grids: masked tokens enter as zeros and are hidden as keys
+        from `dense_attention`; another `attend` has to hide them itself.
+        """
+        config = self.config
+        if token_mask is not None and attend is dense_attention:
+            attend = functools.partial(dense_attention, key_mask=token_mask)
+        x = self.patch_embedding(patches).astype(jnp.float32)
+        if token_mask is not None:
+            x = jnp.where(token_mask[..., None], x, 0)
+        tap(taps, "blocks_input", x)
+
+        time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t, config.freq_dim)))
+        modulation = tap(taps, "time_projection", self.time_projection(jax.nn.silu(time)))
+        modulation = modulation.reshape(-1, 6, config.dim)
+        # Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
+        missing = config.text_len - text_states.shape[1]
+        text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
+        text = tap(taps, "text_embedding", self.text_embedding(text))
+        image = None
+        if config.image_dim is not None:
+            image = tap(taps, "image_embedding", self.image_embedding(image_states)).astype(self.dtype)
+
+        block_of, layers = unstack(self.blocks)
+
+        def layer(x, params):
+            block_taps = None if taps is None else {}
+            x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
+            return x, (jnp.isfinite(x).all(), block_taps)
+
+        embedded = [a for a in (x, modulation, text, image) if a is not None]
+        finite = [jnp.stack([jnp.isfinite(a).all() for a in embedded]).all()[None]]
+        x, (finite_layers, layer_taps) = jax.lax.scan(_rematerialised(layer, self.remat), x, layers)
+        for name, value in (layer_taps or {}).items():
+            tap(taps, f"blocks.{name}", value)
+        out = tap(taps, "head", self.head(x, time))
+        finite += [finite_layers, jnp.isfinite(out).all()[None]]
+        bad = ~jnp.concatenate(finite)
+        return out, jnp.where(bad.any(), jnp.argmax(bad).astype(jnp.int32), jnp.int32(-1))
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches, in float32. Its modulation takes the time embedding itself, without SiLU."""
+
+    def __init__(self, config: DiTConfig, patch_dim: int, *, rngs: nnx.Rngs):
+        d = config.dim
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, d)) / d**0.5)
+        self.proj = nnx.Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
+        self.eps = config.eps
+
+    def __call__(self, x: Float[Array, "B S D"], time: Float[Array, "B D"]) -> Float[Array, "B S Q"]:
+        shift, scale = jnp.moveaxis(self.modulation.astype(jnp.float32)[None] + time[:, None], 1, 0)
+        return self.proj(layer_norm(x, self.eps) * (1 + scale[:, None]) + shift[:, None])
+
+
+def _block(config: DiTConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
+    return Block(config, dtype=dtype, rngs=rngs)
+
+
+def _rematerialised(layer, remat: Remat):
+    if remat == "none":
+        return layer
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(layer, policy=policy)
+
+
+def build_dit(config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Build:
+    """The model as a `Build` for fps_jax.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
+    if remat not in ("none", "full", "dots"):
+        raise ValueError(f"remat={remat!r} is not one of 'none', 'full', 'dots'")
+    return _build(config, jnp.dtype(dtype), remat)
+
+
+@functools.cache  # the same object for the same model: `bind` and jit cache by it
+def _build(config: DiTConfig, dtype: Any, remat: Remat) -> Build:
+    return lambda rngs: DiT(config, dtype=dtype, remat=remat, rngs=rngs)
+
+
+def dit(config: DiTConfig, params: Params, *args, dtype: Any = jnp.float32, remat: Remat = "none", **kwargs) -> DiTOutput:
+    """`DiT.__call__` as a pure function of params. float32 matmuls are true float32 (no TF32)."""
+    with jax.default_matmul_precision("highest"):
+        return bind(build_dit(config, dtype=dtype, remat=remat), params)(*args, **kwargs)

@@ -1,0 +1,178 @@
+"""The layers of the DiT: norms, time embedding, attention blocks. Residual stream, norms and modulation are float32."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fps_jax.attention import Attend, dense_attention
+from fps_jax.config import DiTConfig
+from fps_jax.rope import apply_rope
+
+Taps = dict[str, Array]  # named intermediates; a block writes into the one it is given, None asks for none
+
+
+def tap(taps: Taps | None, name: str, x: Array) -> Array:
+    """Record x under `name` where intermediates are asked for; x either way."""
+    if taps is not None:
+        taps[name] = x
+    return x
+
+
+def layer_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
+    """LayerNorm without scale and bias, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+@functools.cache
+def _sinusoid_table(dim: int) -> np.ndarray:
+    angles = np.arange(1001)[:, None] * 10000.0 ** (-np.arange(dim // 2) / (dim // 2))
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)  # [1001, 2, dim/2]
+
+
+def time_sinusoid(t: Float[Array, "B"], dim: int) -> Float[Array, "B dim"]:
+    """Sinusoidal embedding [cos, sin] of timesteps in [0, 1000], right to float32's last bits.
+
+    t * frequency in float32 would be off by 6e-5 rad at t = 1000 (3e-6 of the model's output). So whole timesteps come
+    from a float64 table and the fraction is added by the angle sum.
+    """
+    t = jnp.clip(t.astype(jnp.float32), 0, 1000)
+    whole = jnp.floor(t)
+    cos_w, sin_w = jnp.moveaxis(jnp.asarray(_sinusoid_table(dim))[whole.astype(jnp.int32)], 1, 0)
+    frequency = (10000.0 ** (-np.arange(dim // 2) / (dim // 2))).astype(np.float32)
+    angle = (t - whole)[:, None] * frequency[None, :]
+    cos_f, sin_f = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos_w * cos_f - sin_w * sin_f, sin_w * cos_f + cos_w * sin_f], axis=-1)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the whole model dim, in float32, output float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(dim))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        return x * self.scale.astype(jnp.float32)[None, None]
+
+
+class MLP(nnx.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, d_in: int, d_mid: int, d_out: int, activation, *, dtype: Any, rngs: nnx.Rngs):
+        self.up = nnx.Linear(d_in, d_mid, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(d_mid, d_out, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(self.activation(self.up(x)))
+
+
+class SelfAttention(nnx.Module):
+    """Self-attention with RMS-normed, rotated q and k. The norm is over all heads together, before the split."""
+
+    def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d = config.dim
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, nnx.Linear(d, d, dtype=dtype, rngs=rngs))
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+        self.heads, self.dtype = config.num_heads, dtype
+
+    def __call__(self, x: Array, rope: Array, attend: Attend, taps: Taps | None) -> Array:
+        q = tap(taps, "self_attn.norm_q", self.norm_q(self.q(x)))
+        k = tap(taps, "self_attn.norm_k", self.norm_k(self.k(x)))
+        v = tap(taps, "self_attn.v", self.v(x))
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        q = tap(taps, "self_attn.rope_q", apply_rope(q, rope))
+        k = tap(taps, "self_attn.rope_k", apply_rope(k, rope))
+        out = attend(q.astype(self.dtype), k.astype(self.dtype), v)
+        return self.o(out.reshape(x.shape))
+
+
+class CrossAttention(nnx.Module):
+    """Attention to the text and, apart from it and added, to the image tokens. Padded text tokens *are* attended (as trained)."""
+
+    def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d = config.dim
+        self.with_image = config.image_dim is not None
+        for name in ("q", "k", "v", "o", *(("k_img", "v_img") if self.with_image else ())):
+            setattr(self, name, nnx.Linear(d, d, dtype=dtype, rngs=rngs))
+        for name in ("norm_q", "norm_k", *(("norm_k_img",) if self.with_image else ())):
+            setattr(self, name, RMSNorm(d, config.eps))
+        self.heads, self.dtype = config.num_heads, dtype
+
+    def __call__(self, x: Array, text: Array, image: Array | None, taps: Taps | None) -> Array:
+        def split(a):
+            return a.reshape(*a.shape[:2], self.heads, -1).astype(self.dtype)
+
+        q = split(tap(taps, "cross_attn.norm_q", self.norm_q(self.q(x))))
+        out = dense_attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+        if self.with_image:
+            out = out + dense_attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+        return self.o(out.reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """A transformer block. Modulation is [shift, scale, gate] for self-attention, then for the MLP; cross-attention has none."""
+
+    def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d = config.dim
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, d)) / d**0.5)
+        self.self_attn = SelfAttention(config, dtype=dtype, rngs=rngs)
+        if config.cross_attn_norm:
+            self.norm_cross = nnx.LayerNorm(d, epsilon=config.eps, dtype=jnp.float32, rngs=rngs)
+        self.cross_attn = CrossAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(d, config.mlp_dim, d, functools.partial(jax.nn.gelu, approximate=True), dtype=dtype, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        time: Float[Array, "B 6 D"],
+        rope: Float[Array, "2 *B S H/2"],
+        text: Float[Array, "B T D"],
+        image: Float[Array, "B I D"] | None,
+        attend: Attend,
+        taps: Taps | None,
+    ) -> Float[Array, "B S D"]:
+        eps, norm_cross = self.config.eps, self.config.cross_attn_norm
+        modulation = self.modulation.astype(jnp.float32)[None] + time
+        shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in jnp.moveaxis(modulation, 1, 0))
+        h = tap(taps, "norm1", layer_norm(x, eps)) * (1 + scale1) + shift1
+        h = tap(taps, "self_attn", self.self_attn(h, rope, attend, taps))
+        x = x + h.astype(jnp.float32) * gate1
+        h = tap(taps, "norm_cross", self.norm_cross(x) if norm_cross else x)
+        h = tap(taps, "cross_attn", self.cross_attn(h, text, image, taps))
+        x = x + h.astype(jnp.float32)
+        h = tap(taps, "norm2", layer_norm(x, eps)) * (1 + scale2) + shift2
+        h = tap(taps, "mlp", self.mlp(h))
+        return tap(taps, "out", x + h.astype(jnp.float32) * gate2)
+
+
+class ImageEmbedding(nnx.Module):
+    """Image-tower tokens to model dim (official MLPProj): exact GELU, LayerNorm eps 1e-5; learned positions for flf2v."""
+
+    def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d = config.image_dim
+        self.norm_in = nnx.LayerNorm(d, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+        self.up = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(d, config.dim, dtype=dtype, rngs=rngs)
+        self.norm_out = nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
+        self.with_positions = config.image_positions is not None
+        if config.image_positions is not None:
+            self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.image_positions, d)))
+
+    def __call__(self, x: Float[Array, "B I E"]) -> Float[Array, "B I D"]:
+        x = x.astype(jnp.float32)
+        if self.with_positions:
+            x = x + self.positions.astype(jnp.float32)[None]
+        x = self.down(jax.nn.gelu(self.up(self.norm_in(x)), approximate=False))
+        return self.norm_out(x)

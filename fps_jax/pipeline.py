@@ -1,0 +1,274 @@
+"""WanPipeline: prompt in, video out."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fps_jax import requests
+from fps_jax.checkpoint import is_checkpoint, load_component, read_config, save_checkpoint
+from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
+from fps_jax.dit import cast_params
+from fps_jax.flow import SigmaGrid, Solver
+from fps_jax.image_encoder import encode_image
+from fps_jax.images import clip_pixels
+from fps_jax.params import Params
+from fps_jax.sampling import Progress, denoise
+from fps_jax.solvers import solver_table
+from fps_jax.text_encoder import encode_text
+from fps_jax.tokenizer import Tokenizer
+from fps_jax.vae import decode, decode_bytes, encode
+
+OutputType = Literal["np", "latent", "pil"]
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass
+class WanPipeline:
+    """A Wan2.1 checkpoint that samples videos.
+
+    Attributes:
+      config: the architecture.
+      params: 'dit', 'vae', 'text_encoder' and, where there is one, 'image_encoder'. The two encoders live in host memory and
+        visit the device for the time of a call, so the DiT has it to itself.
+      dtype: compute dtype of the DiT and the text encoder.
+      show_progress: a progress bar on stderr; None shows one where stderr is a terminal.
+    """
+
+    config: WanConfig
+    params: dict[str, Params]
+    tokenizer: Tokenizer
+    dtype: Any
+    show_progress: bool | None = None
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, *, dtype: str = "bfloat16") -> "WanPipeline":
+        """Load a checkpoint of ours, an official or diffusers directory (converted on the fly), or a Hugging Face repo id.
+
+        Args:
+          path: a directory, or 'owner/name' of a repository to download into the Hugging Face cache.
+          dtype: 'bfloat16' or 'float32', for the DiT and the text encoder. The VAE and the image tower are float32 always.
+        Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
+        enable_compilation_cache()
+        directory = resolve_checkpoint(path)
+        if is_checkpoint(directory):
+            config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
+            names = [n for n in requests.COMPONENTS if (directory / n).is_dir()]
+            pick = {n: lambda n=n: load_component(directory / n) for n in names}
+        else:
+            from convert.wan import open_checkpoint
+
+            source = open_checkpoint(directory)
+            config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)
+            pick = {n: lambda n=n: source.load(n) for n in source.components}
+        params = {name: _place(name, load(), DTYPES[dtype]) for name, load in pick.items()}
+        return cls(config=config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
+
+    def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
+        save_checkpoint(pathlib.Path(path), self.config, self.params, self.tokenizer.directory, overwrite=overwrite)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        last_image: Any = None,
+        image_embeds: Any = None,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        flow_shift: float | None = None,
+        solver: Solver = "unipc",
+        sigma_grid: SigmaGrid = "wan",
+        seed: int | Sequence[int] = 0,
+        latents: Any = None,
+        output_type: OutputType = "np",
+        callback: Progress | None = None,
+        vae_tiling: bool = False,
+        batch_guidance: bool = False,
+    ) -> Any:
+        """Sample one video per prompt.
+
+        Args:
+          prompt: a text, or B texts.
+          negative_prompt: None for Wan's own default of this model, a text ('' is empty), or B texts.
+          image: first frame, for i2v and flf2v: a path, PIL image, uint8 [H, W, 3], or float in [0, 1] [H, W, 3] or [B, H, W, 3];
+            of another size it is resized to cover the frame and centre-cropped.
+          last_image: last frame, for flf2v.
+          image_embeds: [B, 257, E] (flf2v [B, 514, E]) image-tower tokens in place of those computed from the images.
+          height, width: pixels, multiples of 16.
+          num_frames: 4k + 1.
+          guidance_scale: classifier-free guidance weight; at 1 or below the negative prompt isn't evaluated.
+          flow_shift: shift of the noise levels; None for the checkpoint's own.
+          solver, sigma_grid: see `fps_jax.flow.VALID_PAIRS`.
+          seed: sample i of a batch uses seed + i; or one seed per sample.
+          latents: initial noise [B, 16, (num_frames - 1)/4 + 1, height/8, width/8] in place of the seed's.
+          output_type: 'np' float32 [B, F, H, W, 3] in [0, 1]; 'latent' float32 normalised, as `latents`; 'pil' B lists of images.
+          callback: callback(steps_done, steps), called from another thread.
+          vae_tiling: decode and encode in overlapping spatial tiles. Also used, and logged, when the frame wouldn't fit.
+          batch_guidance: evaluate prompt and negative prompt as one batch of two.
+        Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
+        """
+        prompts, negatives = requests.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
+        batch = len(prompts)
+        shape = requests.latent_shape(batch, height, width, num_frames, self.config)
+        requests.output_type(output_type)
+        if flow_shift is None:
+            flow_shift = requests.default_flow_shift(self.config, height, width)
+        table = solver_table(solver, sigma_grid, num_inference_steps, flow_shift)
+        noise = requests.noise(latents, seed, shape)
+        frames = requests.conditioning_frames(self.config, image, last_image, image_embeds, height, width, num_frames)
+        embeds = requests.image_embeds(self.config, image_embeds, batch)
+        if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
+            raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
+        tiling = vae_tiling or self._needs_tiling(height, width)
+
+        text = self._encode_prompts(prompts)
+        negative = self._encode_prompts(negatives) if guidance_scale > 1 else None
+        condition = None
+        if frames:
+            if embeds is None:
+                embeds = self._encode_images(frames, batch)
+            condition = self._condition(frames, shape, tiling)
+        with requests.progress_bar("denoise", self.show_progress) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar(done, total)
+                if callback is not None:
+                    callback(done, total)
+
+            out = denoise(
+                self.config.dit,
+                self.params["dit"],
+                noise,
+                table,
+                text,
+                negative,
+                guidance_scale=guidance_scale,
+                condition=condition,
+                image_states=embeds,
+                dtype=self.dtype,
+                batch_guidance=batch_guidance,
+                progress=progress,
+            )
+        if output_type == "latent":
+            return np.asarray(out)
+        with requests.progress_bar("decode", self.show_progress) as bar:
+            video = decode(self.config.vae, self.params["vae"], out, tiling=tiling, progress=bar)
+        video = requests.to_unit_range(video)
+        return requests.to_pil(video) if output_type == "pil" else video
+
+    def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
+        """Text states of each distinct prompt, zero beyond its own tokens."""
+        distinct = list(dict.fromkeys(prompts))
+        ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
+        with _visiting(self.params["text_encoder"]) as params:
+            states = encode_text(self.config.text_encoder, params, ids, mask, dtype=self.dtype)
+            states = jnp.where(jnp.asarray(mask, bool)[..., None], states, 0)
+            return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
+
+    def _encode_images(self, frames: list[np.ndarray], batch: int) -> Float[Array, "B I E"]:
+        """Image-tower tokens of the first (and last) frames, one after the other."""
+        assert self.config.image_encoder is not None
+        with _visiting(self.params["image_encoder"]) as params:
+            size = self.config.image_encoder.image_size
+            tokens = [encode_image(self.config.image_encoder, params, clip_pixels(f, size)) for f in frames]
+            joined = jnp.concatenate([jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in tokens], axis=1)
+            return joined.block_until_ready()
+
+    def _condition(self, frames: list[np.ndarray], shape: tuple[int, ...], tiling: bool) -> Float[Array, "B 20 F H W"]:
+        """Mask (1 where a frame is given) and latents of the video [first, grey, ..., grey(, last)]."""
+        batch, _, latent_frames, h, w = shape
+        num_frames = 4 * (latent_frames - 1) + 1
+        rows = max(f.shape[0] for f in frames)
+        video = np.zeros((rows, num_frames, 8 * h, 8 * w, 3), np.float32)
+        mask = np.zeros((rows, 4, latent_frames, h, w), np.float32)
+        video[:, 0] = 2 * frames[0] - 1
+        mask[:, :, 0] = 1  # the first latent frame holds one video frame, counted four times
+        if len(frames) == 2:
+            video[:, -1] = 2 * frames[1] - 1
+            mask[:, 3, -1] = 1
+        with requests.progress_bar("encode image", self.show_progress) as bar:
+            latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
+        condition = np.concatenate([mask, np.asarray(latents)], axis=1)
+        return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
+
+    def _needs_tiling(self, height: int, width: int) -> bool:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return False
+        free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+        return requests.log_tiling(decode_bytes(self.config.vae, height, width), free)
+
+
+class _visiting:  # noqa: N801  (reads as a phrase: `with _visiting(params) as on_device`)
+    """Parameters on the default device for the time of a block. Where that is the host's CPU they already are."""
+
+    def __init__(self, params: Params):
+        self.host = params
+
+    def __enter__(self) -> Params:
+        device = jax.local_devices()[0]
+        self.on_device = self.host if device.platform == "cpu" else jax.device_put(self.host, device)
+        return self.on_device
+
+    def __exit__(self, *_) -> None:
+        if self.on_device is not self.host:
+            jax.tree.map(lambda a: a.delete(), self.on_device)
+
+
+def _place(name: str, params: Params, dtype: Any) -> Params:
+    """Cast a component and put it where it lives: encoders in host memory, DiT and VAE on the device."""
+    if name == "dit":
+        return cast_params(jax.tree.map(jnp.asarray, params), dtype)
+    if name == "vae":
+        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+    host = jnp.dtype(dtype if name == "text_encoder" else jnp.float32)
+    if jax.local_devices()[0].platform == "cpu":
+        return jax.tree.map(lambda a: jnp.asarray(a).astype(host), params)
+    return jax.tree.map(lambda a: np.asarray(a).astype(host), params)
+
+
+def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
+    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub (files of a Wan checkpoint only)."""
+    directory = pathlib.Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    parts = str(path).split("/")
+    if directory.exists():
+        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise FileNotFoundError(
+            f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return pathlib.Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"checkpoint {str(path)!r} is no local directory, and downloading it from the Hugging Face hub failed: {first}"
+        ) from error
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in ~/.cache/fps_jax/xla, unless JAX was already told where (or not) to keep them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "fps_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
