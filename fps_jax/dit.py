@@ -190,7 +190,9 @@ def _build(config: DiTConfig, dtype: Any, remat: Remat) -> Build:
     return lambda rngs: DiT(config, dtype=dtype, remat=remat, rngs=rngs)
 
 
-def dit(config: DiTConfig, params: Params, *args, dtype: Any = jnp.float32, remat: Remat = "none", **kwargs) -> DiTOutput:
+def dit(
+    config: DiTConfig, params: Params, *args, dtype: Any = jnp.float32, remat: Remat = "none", **kwargs
+) -> DiTOutput:
     """`DiT.__call__` as a pure function of params. float32 matmuls are true float32 (no TF32)."""
     with jax.default_matmul_precision("highest"):
         return bind(build_dit(config, dtype=dtype, remat=remat), params)(*args, **kwargs)

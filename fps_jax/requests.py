@@ -33,7 +33,9 @@ def prompts(
         return positive, [negative_prompt] * len(positive)
     negative = list(negative_prompt)
     if len(negative) != len(positive) or not all(isinstance(p, str) for p in negative):
-        raise ValueError(f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many")
+        raise ValueError(
+            f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many"
+        )
     return positive, negative
 
 
@@ -92,11 +94,15 @@ def conditioning_frames(
         given["image_embeds"] = embeds
     for name, value in given.items():
         if value is not None and name not in wanted and name != "image_embeds":
-            raise ValueError(f"{name} was given, but this is a {config.task} model; leave {name} out or use another model")
+            raise ValueError(
+                f"{name} was given, but this is a {config.task} model; leave {name} out or use another model"
+            )
         if value is not None and name == "image_embeds":
             raise ValueError("image_embeds was given, but this is a t2v model; leave it out or use an i2v model")
         if value is None and name in wanted:
-            raise ValueError(f"{name} is missing, and a {config.task} model needs it; pass a path, a PIL image or an array")
+            raise ValueError(
+                f"{name} is missing, and a {config.task} model needs it; pass a path, a PIL image or an array"
+            )
     return [load_image(given[name], height, width, name=name) for name in wanted]
 
 
