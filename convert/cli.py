@@ -1,0 +1,82 @@
+"""`fps-convert`: torch checkpoints to this project's format and back."""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from fps_jax.errors import parse, run_cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToFlax:
+    """Convert an official or diffusers Wan2.1 directory to this project's format."""
+
+    src: tyro.conf.Positional[str]
+    """The official or diffusers directory; which one it is goes by its content."""
+
+    dst: tyro.conf.Positional[str]
+    """The directory to write; it appears when it is whole."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Cast the DiT, the text encoder and the image tower. Left out: each tensor keeps its dtype. The VAE always does."""
+
+    overwrite: bool = False
+    """Replace DST if it exists and is not empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToTorch:
+    """Convert a checkpoint of this project to a directory that the official code or diffusers reads."""
+
+    src: tyro.conf.Positional[str]
+    """A directory that `fps-convert to-flax` or `save_pretrained` wrote."""
+
+    dst: tyro.conf.Positional[str]
+    """The directory to write; it appears when it is whole."""
+
+    layout: Literal["official", "diffusers"]
+    """Whose file names and keys to write."""
+
+    overwrite: bool = False
+    """Replace DST if it exists and is not empty."""
+
+
+Command = Annotated[ToFlax, tyro.conf.subcommand("to-flax")] | Annotated[ToTorch, tyro.conf.subcommand("to-torch")]
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(argv: list[str]) -> None:
+    command = parse(
+        Command,
+        argv,
+        prog="fps-convert",
+        description="Wan2.1 checkpoints from PyTorch and back. --debug shows tracebacks.",
+    )
+    # Late: until here, JAX isn't imported, and a wrong argument is told at once. The accelerator has no part in this.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from convert.save import summary, to_flax, to_torch
+
+    if isinstance(command, ToFlax):
+        report = to_flax(command.src, command.dst, command.dtype, command.overwrite)
+        print(summary(report, f"report: {os.path.join(command.dst, 'audit.json')}"))
+    else:
+        report = to_torch(command.src, command.dst, command.layout, command.overwrite)
+        print(summary(report, f"report: {report['report']}"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `fps-convert`."""
+    if argv is None:  # a process of its own
+        signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half-written stays
+    sys.exit(run_cli(_run, argv))
+
+
+if __name__ == "__main__":
+    main()

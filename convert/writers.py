@@ -1,0 +1,213 @@
+"""Streaming writers of safetensors (sharded where large) and of `.pth` files, one tensor in memory at a time."""
+
+import concurrent.futures
+import json
+import math
+import pathlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.readers import FLOATS
+
+SHARD_BYTES = 10_000_000_000
+_ALIGN = 64
+# zip's 32-bit fields end here, and the real value goes into an extra field. A name so that tests can lower it.
+ZIP64_FROM = 0xFFFFFFFF
+_STORAGE = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage"}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write: `make()` gives its values, C-contiguous, in `dtype` (F32, F16 or BF16) and `shape`."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
+
+    def bytes(self) -> np.ndarray:
+        """The values as uint8."""
+        array = self.make()
+        if array.size != math.prod(self.shape) or array.dtype != FLOATS[self.dtype]:
+            raise ValueError(f"{self.key}: made {array.dtype}{list(array.shape)}, not {self.dtype}{list(self.shape)}")
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def ahead[T](work: Callable[[Output], T], outputs: list[Output]) -> Iterator[tuple[Output, T]]:
+    """`work` of each output, the next one prepared on a thread while this one is written."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = None
+        for i, output in enumerate(outputs):
+            current = following or pool.submit(work, output)
+            following = pool.submit(work, outputs[i + 1]) if i + 1 < len(outputs) else None
+            yield output, current.result()
+
+
+def write_safetensors(
+    directory: pathlib.Path,
+    stem: str,
+    outputs: list[Output],
+    metadata: dict[str, str],
+    progress: Callable[[int], object],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[pathlib.Path]:
+    """Writes `stem.safetensors`, or numbered shards with their index where one file would exceed `shard_bytes`.
+
+    Returns the weight files. Raises OSError where the disk is full.
+    """
+    shards: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if shards[-1] and size + output.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(output)
+        size += output.nbytes
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        _write_safetensors_file(directory / name, shard, metadata, progress)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
+            "weight_map": {output.key: name for name, shard in zip(names, shards, strict=True) for output in shard},
+        }
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [directory / name for name in names]
+
+
+def _write_safetensors_file(
+    path: pathlib.Path, outputs: list[Output], metadata: dict[str, str], progress: Callable[[int], object]
+) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    position = 0
+    # Wide types first, as the format's own writer does, keeps every tensor aligned to its element.
+    outputs = sorted(outputs, key=lambda output: -FLOATS[output.dtype].itemsize)
+    for output in outputs:
+        offsets = [position, position + output.nbytes]
+        header[output.key] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": offsets}
+        position = offsets[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb", buffering=0) as file:
+        write_all(file, len(text).to_bytes(8, "little") + text)
+        for output, data in ahead(Output.bytes, outputs):
+            write_all(file, data)
+            progress(output.nbytes)
+
+
+def write_all(file, data) -> None:
+    """`file.write` until all is written: an unbuffered write stops at 2 GiB."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _pickled(outputs: list[Output]) -> bytes:
+    """The pickle of `{key: tensor}`, in the opcodes that `torch.load(weights_only=True)` admits."""
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return b"X" + struct.pack("<I", len(data)) + data
+
+    def integer(value: int) -> bytes:
+        if value < 1 << 31:
+            return b"J" + struct.pack("<i", value)
+        data = value.to_bytes(8, "little", signed=True)
+        return b"\x8a" + bytes([len(data)]) + data
+
+    def integers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(integer, values)) + b"t"
+
+    ordered_dict = b"ccollections\nOrderedDict\n)R"
+    parts = [b"\x80\x02", ordered_dict, b"("]
+    for number, output in enumerate(outputs):
+        strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
+        storage = f"ctorch\n{_STORAGE[output.dtype]}\n".encode()
+        numel = integer(math.prod(output.shape))
+        parts += [text(output.key), b"ctorch._utils\n_rebuild_tensor_v2\n("]
+        parts += [b"(", text("storage"), storage, text(str(number)), text("cpu"), numel, b"tQ"]
+        parts += [integer(0), integers(output.shape), integers(strides), b"\x89", ordered_dict, b"tR"]
+    return b"".join([*parts, b"u."])
+
+
+@dataclass(frozen=True)
+class _Record:
+    name: bytes
+    crc: int
+    size: int
+    position: int
+
+
+def write_pth(path: pathlib.Path, outputs: list[Output], progress: Callable[[int], object]) -> None:
+    """Writes a zip-format `.pth` that `torch.load(weights_only=True)` reads (and maps: records are 64-byte aligned).
+
+    Raises: OSError where the disk is full.
+    """
+    root = path.stem.encode() + b"/"
+    records: list[_Record] = []
+
+    def checked(output: Output) -> tuple[np.ndarray, int]:
+        data = output.bytes()
+        return data, zlib.crc32(data)
+
+    with open(path, "wb", buffering=0) as file:
+
+        def add(name: bytes, data, crc: int) -> None:
+            size, position = memoryview(data).nbytes, file.tell()
+            extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64_FROM else b""
+            short = 0xFFFFFFFF if extra else size
+            # Padding as PyTorch does it: an extra field with the id "FB", so that the data begins at a multiple of 64.
+            pad = -(position + 30 + len(name) + len(extra) + 4) % _ALIGN
+            extra += struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+            head = struct.pack(
+                "<IHHHHHIIIHH", 0x04034B50, 45, 0x800, 0, 0, 0x21, crc, short, short, len(name), len(extra)
+            )
+            write_all(file, head + name + extra)
+            write_all(file, data)
+            records.append(_Record(name, crc, size, position))
+
+        def add_small(name: bytes, data: bytes) -> None:
+            add(root + name, data, zlib.crc32(data))
+
+        add_small(b"data.pkl", _pickled(outputs))
+        add_small(b"byteorder", b"little")
+        for number, (output, (data, crc)) in enumerate(ahead(checked, outputs)):
+            add(root + b"data/" + str(number).encode(), data, crc)
+            progress(output.nbytes)
+        add_small(b"version", b"3\n")
+        write_all(file, _central_directory(records, file.tell()))
+
+
+def _central_directory(records: list[_Record], start: int) -> bytes:
+    entries = []
+    for record in records:
+        large, far = record.size >= ZIP64_FROM, record.position >= ZIP64_FROM
+        fields = ([record.size, record.size] if large else []) + ([record.position] if far else [])
+        extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
+        size, position = (0xFFFFFFFF if large else record.size), (0xFFFFFFFF if far else record.position)
+        entries.append(
+            struct.pack(
+                "<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45, 0x800, 0, 0, 0x21, record.crc, size, size,
+                len(record.name), len(extra), 0, 0, 0, 0, position,
+            )
+            + record.name
+            + extra
+        )  # fmt: skip
+    directory = b"".join(entries)
+    count, end = len(records), start + len(directory)
+    tail = b""
+    if count >= 0xFFFF or start >= ZIP64_FROM:
+        tail = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(directory), start)
+        tail += struct.pack("<IIQI", 0x07064B50, 0, end, 1)
+    short = (min(count, 0xFFFF), min(count, 0xFFFF), len(directory), 0xFFFFFFFF if start >= ZIP64_FROM else start)
+    return directory + tail + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, *short, 0)

@@ -1,0 +1,288 @@
+"""Checkpoints on disk: `config.json`, one orbax directory per component, `tokenizer/`, `audit.json`.
+
+A checkpoint is written beside its final name and renamed when it is whole: a path either holds all of it or is untouched.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from fps_jax.config import WanConfig
+from fps_jax.params import Params, flatten, unflatten
+
+FORMAT = "fps_jax"
+VERSION = 1
+COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
+# About one layer of a 14B model's largest parameter: what a host reads at least, and holds twice while reading.
+_CHUNK_BYTES = 128 << 20
+_IN_FLIGHT_GB = 1  # orbax's default, 96 GB, would let a read double the component in memory
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that XLA's CPU client can take over without a copy (64-byte aligned)."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def is_checkpoint(path: str | os.PathLike) -> bool:
+    """Whether `path` is a directory in this format."""
+    try:
+        return _read(pathlib.Path(path)).get("format") == FORMAT
+    except (OSError, ValueError):
+        return False
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    file = path / "config.json"
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); convert the checkpoint again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """All of config.json: `format`, `version`, `config`, `components`, and what the converter noted for the way back.
+
+    Raises: FileNotFoundError or ValueError, naming the path, where this is no checkpoint of this format and version.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} doesn't exist; give a directory that fps-convert to-flax wrote")
+    if not is_checkpoint(path):
+        with contextlib.suppress(OSError):
+            _read(path)  # a corrupt config.json is the better message
+        raise ValueError(f"{path} is not a checkpoint of this project; make one with fps-convert to-flax SRC DST")
+    manifest = _read(path)
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has format version {manifest.get('version')!r}, this release reads {VERSION}; convert it again"
+        )
+    return manifest
+
+
+def read_config(path: str | os.PathLike) -> WanConfig:
+    """The model's config. Raises as `read_manifest`, and ValueError for unknown or missing fields."""
+    manifest = read_manifest(path)
+    try:
+        return WanConfig.from_dict(manifest["config"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path}/config.json doesn't describe a Wan model ({error}); convert the checkpoint again"
+        ) from None
+
+
+def write_config(path: pathlib.Path, config: WanConfig, **notes: Any) -> None:
+    """Writes config.json; `notes` are kept beside the config."""
+    manifest = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), **notes}
+    (path / "config.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _handler():
+    # Imported late: orbax takes two seconds, and most commands only read config.json.
+    import logging
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+    import orbax.checkpoint as ocp
+
+    # Compression off: zstd gains 0.1% on weights and halves the speed.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=_OCDBT, use_compression=False, restore_concurrent_gb=_IN_FLIGHT_GB)
+    return ocp, ocp.Checkpointer(handler)
+
+
+_OCDBT = True
+
+
+def save_component(path: str | os.PathLike, params: Params) -> None:
+    """Writes one component's parameters (nested dict of NumPy or jax arrays) as an orbax directory.
+
+    NumPy arrays go to orbax as jax arrays on the CPU that alias them (see `empty_aligned`): orbax copies plain NumPy
+    arrays first, and writes them ten times slower.
+    Raises: OSError where the disk is full or the path can't be written.
+    """
+    ocp, checkpointer = _handler()
+    cpu = jax.local_devices(backend="cpu")[0]
+    leaves = {
+        name: jax.device_put(leaf, cpu, may_alias=True) if isinstance(leaf, np.ndarray) else leaf
+        for name, leaf in flatten(params)
+    }
+    for name, leaf in flatten(params):
+        if leaves[name].dtype != leaf.dtype:
+            raise NotImplementedError(
+                f"{name} is {leaf.dtype}, which JAX would store as {leaves[name].dtype}; cast it first"
+            )
+    tree = unflatten(leaves)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    try:
+        with checkpointer:
+            checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except Exception as error:
+        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+            raise OSError(28, "No space left on device", str(path)) from error
+        raise
+
+
+def abstract_component(path: str | os.PathLike) -> Params:
+    """Shapes and dtypes of a saved component, nothing read."""
+    _, checkpointer = _handler()
+    path = pathlib.Path(path).absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint lacks its {path.name}; convert it again")
+    try:
+        with checkpointer:
+            tree: Any = checkpointer.metadata(path)
+        tree = tree.item_metadata.tree
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole orbax directory ({_first_line(error)}); convert the checkpoint again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def _check_leaves(path: pathlib.Path, got: dict[str, Any], expected: Params) -> None:
+    wanted = dict(flatten(expected))
+    for what, names in (("lacks", wanted.keys() - got.keys()), ("has an unknown", got.keys() - wanted.keys())):
+        if names:
+            raise ValueError(f"{path} {what} parameter {min(names)!r} for this config; convert the checkpoint again")
+    for name, leaf in wanted.items():
+        if got[name].shape != leaf.shape:
+            raise ValueError(
+                f"{path}: parameter {name!r} has shape {list(got[name].shape)}, its config says {list(leaf.shape)}; "
+                "convert the checkpoint again"
+            )
+
+
+def load_component(
+    path: str | os.PathLike,
+    *,
+    expected: Params | None = None,
+    dtype: Any | Callable[[str], Any] | None = None,
+    shardings: Any | Callable[[str], Any] | None = None,
+) -> Params:
+    """Reads one component.
+
+    Args:
+      path: its orbax directory, such as `checkpoint / "dit"`.
+      expected: `abstract_params(build)` of the model that will take it; names and shapes must agree, dtypes needn't.
+      dtype: cast to this type while reading, or a function of the parameter's path ('blocks/self_attn/q/kernel');
+        None, also from the function, keeps what was stored.
+      shardings: a jax Sharding, or a function from path to Sharding: jax arrays, on any mesh. None: NumPy arrays.
+    Raises: FileNotFoundError or ValueError, naming directory or parameter: missing, damaged or of another model.
+    """
+    path = pathlib.Path(path).absolute()
+    abstract = dict(flatten(abstract_component(path)))
+    if expected is not None:
+        _check_leaves(path, abstract, expected)
+    ocp, checkpointer = _handler()
+    restore_args = {}
+    for name, leaf in abstract.items():
+        wanted: Any = dtype(name) if callable(dtype) and not isinstance(dtype, type | np.dtype) else dtype
+        kind = leaf.dtype if wanted is None else np.dtype(wanted)
+        if shardings is None:
+            restore_args[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=kind)
+        else:
+            sharding = shardings if isinstance(shardings, jax.sharding.Sharding) else shardings(name)
+            restore_args[name] = ocp.ArrayRestoreArgs(sharding=sharding, dtype=kind, global_shape=leaf.shape)
+    try:
+        with checkpointer:
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=unflatten(restore_args)))
+    except Exception as error:
+        raise ValueError(f"{path} can't be read ({_first_line(error)}); convert the checkpoint again") from error
+
+
+@contextlib.contextmanager
+def new_directory(
+    path: str | os.PathLike, *, overwrite: bool = False, sources: tuple[str | os.PathLike, ...] = ()
+) -> Iterator[pathlib.Path]:
+    """A directory to write into, which takes the name `path` when the block ends well and vanishes when it doesn't.
+
+    What was at `path` before is only removed when the new directory stands in its place.
+
+    Args:
+      path: final name; parents that don't exist are made, and removed again on failure.
+      overwrite: replace a non-empty directory.
+      sources: directories that are read from; `path` may be neither one of them, nor inside one, nor around one.
+    Raises: FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError or ValueError about `path`.
+    """
+    final = pathlib.Path(path).expanduser().resolve()
+    for source in sources:
+        place = pathlib.Path(source).expanduser().resolve()
+        if final == place or place in final.parents or final in place.parents:
+            raise ValueError(f"destination {path} and source {source} overlap; give a destination outside the source")
+    if final.exists() and not final.is_dir():
+        raise FileExistsError(f"destination {path} is a file; give a directory")
+    if final.is_dir() and any(final.iterdir()):
+        if not overwrite:
+            raise FileExistsError(
+                f"destination {path} exists and is not empty; give another or --overwrite (overwrite=True)"
+            )
+        if final == pathlib.Path.home() or final == pathlib.Path.cwd() or final in pathlib.Path.cwd().parents:
+            raise ValueError(
+                f"destination {path} is the home or the working directory, or around it; it is not overwritten"
+            )
+    made = [parent for parent in final.parents if not parent.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    except OSError as error:
+        raise type(error)(f"destination {path}: {final.parent} can't be written ({error.strerror})") from None
+    try:
+        yield fresh
+        umask = os.umask(0)
+        os.umask(umask)
+        fresh.chmod(0o777 & ~umask)  # mkdtemp's 0700 is for secrets
+        _swap(fresh, final)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: the checkpoint stands there
+            for parent in made:
+                parent.rmdir()
+
+
+def _swap(fresh: pathlib.Path, final: pathlib.Path) -> None:
+    if not final.exists():
+        fresh.rename(final)
+        return
+    aside = fresh.with_suffix(".old")
+    final.rename(aside)
+    try:
+        fresh.rename(final)
+    except BaseException:
+        aside.rename(final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def save_checkpoint(
+    path: str | os.PathLike,
+    config: WanConfig,
+    components: dict[str, Params],
+    tokenizer_dir: str | os.PathLike | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a whole checkpoint from parameters in memory. Errors as `new_directory` and `save_component`."""
+    unknown = set(components) - set(COMPONENTS)
+    if unknown:
+        raise ValueError(f"components={sorted(components)}: {min(unknown)!r} is none of {', '.join(COMPONENTS)}")
+    with new_directory(path, overwrite=overwrite, sources=() if tokenizer_dir is None else (tokenizer_dir,)) as fresh:
+        for name, params in components.items():
+            save_component(fresh / name, params)
+        if tokenizer_dir is not None:
+            shutil.copytree(tokenizer_dir, fresh / "tokenizer")
+        write_config(fresh, config, components=list(components))

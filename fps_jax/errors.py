@@ -1,0 +1,59 @@
+"""Command lines fail in one line: `error: ...` on stderr, exit status 2, a traceback only with `--debug`."""
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# What a user can cause and cure. Anything else is a defect of ours and says so.
+_EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError)
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks; an OSError's reason comes with its file name."""
+    if isinstance(error, OSError) and error.strerror:
+        files = [str(name) for name in (error.filename, error.filename2) if name]
+        return " ".join([*(f"{name}:" for name in files), error.strerror])
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
+    """Runs `main(arguments)` and returns the exit status: 0, 2 for any error, 130 for Ctrl-C.
+
+    `--debug` anywhere among the arguments is taken out, and lets the traceback through before the one line.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        main(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if isinstance(error, _EXPECTED) else f" ({type(error).__name__}: a defect; --debug shows where)"
+        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = None) -> Any:
+    """`tyro.cli(kind, args=argv)`, with tyro's boxed report of wrong arguments folded into one ValueError."""
+    import tyro
+
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(report):
+            return tyro.cli(kind, args=argv, prog=prog, description=description)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        words = " ".join(report.getvalue().translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")).split())
+        raise ValueError(f"{words.split(' For full helptext')[0]} (see {prog} --help)") from None
