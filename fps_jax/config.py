@@ -140,7 +140,8 @@ class WanConfig:
             "text_encoder": TextEncoderConfig,
             "image_encoder": ImageEncoderConfig,
         }
-        return cls(**{k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()})
+        fields: dict[str, Any] = {k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()}
+        return cls(**fields)
 
 
 def _dit_14b(task: Task, **changes) -> DiTConfig:

@@ -39,14 +39,17 @@ def stage_name(config: DiTConfig, stage: int) -> str:
     return f"block {stage - 1}" if stage <= config.num_layers else "the head"
 
 
+def param_dtype(path: str, dtype: Any) -> Any:
+    """dtype of the parameter at `path` in a model with compute dtype `dtype`."""
+    return jnp.dtype(jnp.float32 if _FLOAT32_PARAMS.search(path) else dtype)
+
+
 def cast_params(params: Params, dtype: Any) -> Params:
     """Parameters as a model with compute dtype `dtype` holds them: matrices in `dtype`, float32 islands in float32.
 
     Takes jax or NumPy arrays and casts leaf by leaf on the device where each leaf is.
     """
-    return unflatten(
-        {p: a.astype(jnp.float32 if _FLOAT32_PARAMS.search(p) else dtype) for p, a in flatten(params)}  # fmt: skip
-    )
+    return unflatten({path: leaf.astype(param_dtype(path, dtype)) for path, leaf in flatten(params)})
 
 
 class DiT(nnx.Module):
@@ -64,7 +67,8 @@ class DiT(nnx.Module):
             self.image_embedding = ImageEmbedding(config, dtype=dtype, rngs=rngs)
         self.blocks = stacked(functools.partial(_block, config, dtype), config.num_layers, rngs)
         self.head = Head(config, patch_dim, rngs=rngs)
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype = config, dtype
+        self.remat: Remat = remat
 
     def __call__(
         self,
@@ -131,8 +135,13 @@ class DiT(nnx.Module):
         missing = config.text_len - text_states.shape[1]
         text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
         text = tap(taps, "text_embedding", self.text_embedding(text))
+        if (image_states is None) != (config.image_dim is None):
+            needs = "takes no" if config.image_dim is None else "needs"
+            raise ValueError(
+                f"image_states={'None' if image_states is None else '...'}: a {config.task} model {needs} image_states"
+            )
         image = None
-        if config.image_dim is not None:
+        if image_states is not None:
             image = tap(taps, "image_embedding", self.image_embedding(image_states)).astype(self.dtype)
 
         block_of, layers = unstack(self.blocks)

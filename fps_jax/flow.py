@@ -70,8 +70,8 @@ def sigma_grid(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) ->
 
 def _flow_match_euler(num_steps: int, shift: float) -> Grid:
     # diffusers shifts its smallest sigma when it is built and the whole grid again later: the last level is shifted twice.
-    one = np.float32(shift)
-    sigma_min = float(shift_sigma(np.float32(1) / np.float32(1000), one))
+    smallest = np.float32(1) / np.float32(1000)
+    sigma_min = float(shift_sigma(smallest, shift))
     levels = np.linspace(1000.0, sigma_min * 1000, num_steps) / 1000
     sigmas = shift_sigma(levels, shift).astype(np.float32)
     return Grid(np.append(sigmas, np.float32(0)), sigmas * np.float32(1000))

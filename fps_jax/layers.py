@@ -81,8 +81,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
         d = config.dim
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, nnx.Linear(d, d, dtype=dtype, rngs=rngs))
+        self.q, self.k, self.v, self.o = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
@@ -102,11 +101,11 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
         d = config.dim
-        self.with_image = config.image_dim is not None
-        for name in ("q", "k", "v", "o", *(("k_img", "v_img") if self.with_image else ())):
-            setattr(self, name, nnx.Linear(d, d, dtype=dtype, rngs=rngs))
-        for name in ("norm_q", "norm_k", *(("norm_k_img",) if self.with_image else ())):
-            setattr(self, name, RMSNorm(d, config.eps))
+        self.q, self.k, self.v, self.o = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+        if config.image_dim is not None:
+            self.k_img, self.v_img = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(2))
+            self.norm_k_img = RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
     def __call__(self, x: Array, text: Array, image: Array | None, taps: Taps | None) -> Array:
@@ -115,7 +114,7 @@ class CrossAttention(nnx.Module):
 
         q = split(tap(taps, "cross_attn.norm_q", self.norm_q(self.q(x))))
         out = dense_attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
-        if self.with_image:
+        if image is not None:
             out = out + dense_attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
         return self.o(out.reshape(x.shape))
 
@@ -161,7 +160,7 @@ class ImageEmbedding(nnx.Module):
     """Image-tower tokens to model dim (official MLPProj): exact GELU, LayerNorm eps 1e-5; learned positions for flf2v."""
 
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
-        d = config.image_dim
+        d = config.image_dim or 0
         self.norm_in = nnx.LayerNorm(d, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.up = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(d, config.dim, dtype=dtype, rngs=rngs)

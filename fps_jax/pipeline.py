@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,18 +13,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax import requests
-from fps_jax.checkpoint import is_checkpoint, load_component, read_config, save_checkpoint
+from fps_jax.checkpoint import is_checkpoint, load_component, new_directory, read_config, save_component, write_config
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
-from fps_jax.dit import cast_params
+from fps_jax.dit import build_dit, param_dtype
 from fps_jax.flow import SigmaGrid, Solver
-from fps_jax.image_encoder import encode_image
+from fps_jax.image_encoder import build_image_encoder, encode_image
 from fps_jax.images import clip_pixels
-from fps_jax.params import Params
+from fps_jax.params import Build, Params, abstract_params, flatten, unflatten
 from fps_jax.sampling import Progress, denoise
 from fps_jax.solvers import solver_table
-from fps_jax.text_encoder import encode_text
+from fps_jax.text_encoder import build_text_encoder, encode_text
 from fps_jax.tokenizer import Tokenizer
-from fps_jax.vae import decode, decode_bytes, encode
+from fps_jax.vae import build_vae, decode, decode_bytes, encode
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -62,20 +63,26 @@ class WanPipeline:
         directory = resolve_checkpoint(path)
         if is_checkpoint(directory):
             config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
-            names = [n for n in requests.COMPONENTS if (directory / n).is_dir()]
-            pick = {n: lambda n=n: load_component(directory / n) for n in names}
+            params = {
+                name: _restore(directory / name, build, DTYPES[dtype])
+                for name, build in builds(config).items()
+                if name != "image_encoder" or (directory / name).is_dir()
+            }
         else:
             from convert.wan import open_checkpoint
 
             source = open_checkpoint(directory)
             config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)
-            pick = {n: lambda n=n: source.load(n) for n in source.components}
-        params = {name: _place(name, load(), DTYPES[dtype]) for name, load in pick.items()}
+            params = {name: _place(name, source.load(name), DTYPES[dtype]) for name in source.components}
         return cls(config=config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
-        save_checkpoint(pathlib.Path(path), self.config, self.params, self.tokenizer.directory, overwrite=overwrite)
+        with new_directory(path, overwrite=overwrite) as fresh:
+            for name, params in self.params.items():
+                save_component(fresh / name, params)
+            shutil.copytree(self.tokenizer.source.parent, fresh / "tokenizer")
+            write_config(fresh, self.config, components=list(self.params))
 
     def __call__(
         self,
@@ -185,7 +192,9 @@ class WanPipeline:
         assert self.config.image_encoder is not None
         with _visiting(self.params["image_encoder"]) as params:
             size = self.config.image_encoder.image_size
-            tokens = [encode_image(self.config.image_encoder, params, clip_pixels(f, size)) for f in frames]
+            tokens = [
+                encode_image(self.config.image_encoder, params, jnp.asarray(clip_pixels(f, size))) for f in frames
+            ]
             joined = jnp.concatenate([jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in tokens], axis=1)
             return joined.block_until_ready()
 
@@ -230,16 +239,55 @@ class _visiting:  # noqa: N801  (reads as a phrase: `with _visiting(params) as o
             jax.tree.map(lambda a: a.delete(), self.on_device)
 
 
-def _place(name: str, params: Params, dtype: Any) -> Params:
-    """Cast a component and put it where it lives: encoders in host memory, DiT and VAE on the device."""
+# The encoders live in host memory, the DiT and the VAE on the device.
+_ON_DEVICE = ("dit", "vae")
+
+
+def _stored_dtype(name: str, path: str, dtype: Any) -> Any:
+    """How the pipeline holds a parameter: `dtype` rules the DiT and the text encoder, the rest is float32."""
     if name == "dit":
-        return cast_params(jax.tree.map(jnp.asarray, params), dtype)
-    if name == "vae":
-        return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-    host = jnp.dtype(dtype if name == "text_encoder" else jnp.float32)
-    if jax.local_devices()[0].platform == "cpu":
-        return jax.tree.map(lambda a: jnp.asarray(a).astype(host), params)
-    return jax.tree.map(lambda a: np.asarray(a).astype(host), params)
+        return param_dtype(path, dtype)
+    return jnp.dtype(dtype if name == "text_encoder" else jnp.float32)
+
+
+def _restore(directory: pathlib.Path, build: Build, dtype: Any) -> Params:
+    """A component of our format, cast while it is read, straight to where it lives."""
+    device = jax.local_devices()[0]
+    on_device = directory.name in _ON_DEVICE or device.platform == "cpu"
+    return load_component(
+        directory,
+        expected=abstract_params(build),
+        dtype=lambda path: _stored_dtype(directory.name, path, dtype),
+        shardings=jax.sharding.SingleDeviceSharding(device) if on_device else None,
+    )
+
+
+def _place(name: str, params: Params, dtype: Any) -> Params:
+    """The same for NumPy arrays, leaf by leaf: no second copy of the component is ever held."""
+    device = jax.local_devices()[0]
+    on_device = name in _ON_DEVICE or device.platform == "cpu"
+
+    def place(path: str, leaf: np.ndarray) -> Any:
+        leaf = leaf.astype(_stored_dtype(name, path, dtype), copy=False)
+        return jax.device_put(leaf, device) if on_device else leaf
+
+    leaves = dict(flatten(params))
+    params.clear()
+    return unflatten({path: place(path, leaves.pop(path)) for path in list(leaves)})
+
+
+def builds(config: WanConfig) -> dict[str, Build]:
+    """The model of each component, by the component's name."""
+    models = {
+        "text_encoder": build_text_encoder(config.text_encoder),
+        "vae": build_vae(config.vae),
+        "dit": build_dit(config.dit),
+    }
+    return (
+        models
+        if config.image_encoder is None
+        else {"image_encoder": build_image_encoder(config.image_encoder), **models}
+    )
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:

@@ -14,7 +14,6 @@ from fps_jax.config import WanConfig
 from fps_jax.images import load_image
 from fps_jax.sampling import Progress
 
-COMPONENTS = ("text_encoder", "image_encoder", "vae", "dit")
 OUTPUT_TYPES = ("np", "latent", "pil")
 
 log = logging.getLogger("fps_jax")

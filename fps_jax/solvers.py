@@ -9,21 +9,20 @@ The coefficients depend on the noise levels alone. They are computed once in flo
 all solvers. `previous` is the corrected state of the step before; x0_last and x0_before are the two last data predictions.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from fps_jax.flow import Grid, SigmaGrid, Solver, sigma_grid
 
 
 class SolverTable(NamedTuple):
-    """What the denoising loop needs of step i, float32, leading axis n steps."""
+    """What the denoising loop needs of step i, float32, leading axis n steps. NumPy outside jit, jax arrays inside."""
 
-    sigma: Float[np.ndarray, "n"]
-    timestep: Float[np.ndarray, "n"]
-    corrector: Float[np.ndarray, "n 5"]
-    predictor: Float[np.ndarray, "n 3"]
+    sigma: Any  # [n]
+    timestep: Any  # [n]
+    corrector: Any  # [n, 5]
+    predictor: Any  # [n, 3]
 
 
 def solver_table(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) -> SolverTable:

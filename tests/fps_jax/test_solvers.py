@@ -94,7 +94,14 @@ def test_other_pairs_are_refused_with_the_valid_ones(solver, grid):
         solver_table(solver, grid, 5, 3.0)
 
 
-@pytest.mark.parametrize(("steps", "shift", "message"), [(0, 5.0, "num_inference_steps=0"), (5, 0.0, "flow_shift=0"), (5, float("nan"), "flow_shift=nan")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("steps", "shift", "message"),
+    [
+        (0, 5.0, "num_inference_steps=0"),
+        (5, 0.0, "flow_shift=0"),
+        (5, float("nan"), "flow_shift=nan"),
+    ],
+)
 def test_bad_steps_and_shift_are_named(steps, shift, message):
     with pytest.raises(ValueError, match=message):
         solver_table("unipc", "wan", steps, shift)

@@ -1,0 +1,105 @@
+"""What a checkpoint is and what memory it takes, without loading its weights."""
+
+import os
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fps_jax import requests
+from fps_jax.checkpoint import abstract_component, is_checkpoint, read_config
+from fps_jax.config import DiTConfig, WanConfig
+from fps_jax.dit import param_dtype
+from fps_jax.params import abstract_params, flatten
+from fps_jax.pipeline import builds, resolve_checkpoint
+from fps_jax.vae import decode_bytes
+
+
+def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:
+    """A page of text for people: task, layout, sizes, dtypes, parameters, and estimated bytes on one device in bf16.
+
+    Raises: as `WanPipeline.from_pretrained`, and ValueError for a frame size that Wan can't make.
+    """
+    directory = resolve_checkpoint(model)
+    if is_checkpoint(directory):
+        layout, config = "ours", read_config(directory)
+        components = [name for name in builds(config) if name != "image_encoder" or (directory / name).is_dir()]
+        dtypes = {
+            name: Counter({str(leaf.dtype): 0 for _, leaf in flatten(abstract_component(directory / name))})
+            for name in components
+        }
+    else:
+        from convert.wan import open_checkpoint
+
+        source = open_checkpoint(directory)
+        layout, config, components = source.layout, source.config, list(source.components)
+        dtypes = {name: Counter(map(str, source.stored_dtypes(name).values())) for name in source.components}
+    shape = requests.latent_shape(1, height, width, num_frames, config)
+    lines = [f"{directory}", f"Wan2.1 {config.task.upper()}, {layout} layout, flow shift {_shift(config)}", ""]
+    for name, build in builds(config).items():
+        if name in components:
+            lines.append(
+                f"  {name:14} {_count(build):>9} parameters  {', '.join(sorted(dtypes[name])):18} {_sizes(config, name)}"
+            )
+        else:
+            lines.append(f"  {name:14} not in this checkpoint: pass image_embeds to sample")
+    tokens = shape[2] * (shape[3] // 2) * (shape[4] // 2)
+    lines += [
+        "",
+        f"memory at {width} x {height}, {num_frames} frames ({tokens:,} tokens), bfloat16, one device (estimates)",
+        "",
+    ]
+    lines += [f"  {stage:14} {needed / 1e9:7.1f} GB" for stage, needed in memory(config, shape).items()]
+    return "\n".join(lines)
+
+
+def memory(config: WanConfig, latent_shape: tuple[int, ...]) -> dict[str, int]:
+    """Estimated bytes on the device by stage of a bf16 sample; the stages come one after the other.
+
+    The DiT's and the VAE's weights are there throughout, the text encoder's only for its own stage. `benchmarks/memory.py`
+    compiles the real programs and records what XLA says.
+    """
+    _, _, frames, h, w = latent_shape
+    bf16 = jnp.dtype(jnp.bfloat16)
+    weights = {
+        name: sum(
+            leaf.size
+            * (
+                param_dtype(path, bf16) if name == "dit" else np.dtype("f4") if name != "text_encoder" else bf16
+            ).itemsize
+            for path, leaf in flatten(abstract_params(build))
+        )
+        for name, build in builds(config).items()
+    }
+    resident = weights["dit"] + weights["vae"]
+    return {
+        "text encoding": resident + weights["text_encoder"] + 2**30,
+        "denoising": resident + _activations(config.dit, frames * (h // 2) * (w // 2)),
+        "VAE decode": resident + decode_bytes(config.vae, 8 * h, 8 * w),
+    }
+
+
+def _activations(config: DiTConfig, tokens: int) -> int:
+    """Residual stream and its normed copy in float32, then the larger of q, k, v with rotations and the MLP's middle."""
+    attention, mlp = 4 * 2 * config.dim + 2 * 3 * config.dim, 2 * 2 * config.mlp_dim
+    return tokens * (4 * 3 * config.dim + max(attention, mlp))
+
+
+def _count(build: Any) -> str:
+    total = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(build)))
+    return f"{total / 1e9:.2f} B" if total >= 1e9 else f"{total / 1e6:.1f} M" if total >= 1e6 else f"{total:,}"
+
+
+def _shift(config: WanConfig) -> str:
+    small = config.flow_shift_480p
+    return f"{config.flow_shift:g}" + ("" if small is None else f" ({small:g} up to 480 x 832)")
+
+
+def _sizes(config: WanConfig, name: str) -> str:
+    if name == "vae":
+        return f"base width {config.vae.base_dim}, {config.vae.z_dim} latent channels"
+    c: Any = getattr(config, name)
+    head_dim = c.dim // c.num_heads if name != "text_encoder" else c.head_dim
+    return f"{c.num_layers} layers, dim {c.dim}, {c.num_heads} heads x {head_dim}, mlp {c.mlp_dim}"
