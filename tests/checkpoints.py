@@ -1,6 +1,10 @@
 """The tiny checkpoints of tests/data, as parameters of ours."""
 
+import dataclasses
 import functools
+import json
+import pathlib
+import shutil
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -35,12 +39,29 @@ def params_from(component: mapping.Component, config: WanConfig, tensors: dict[s
     return unflatten({p: np.stack(parts) if p in stacked else parts[0] for p, parts in leaves.items()})
 
 
+TINY_FLF2V = dataclasses.replace(TINY_I2V, task="flf2v", num_layers=2, image_positions=514)
+TRANSFORMERS = {
+    "t2v": (T2V / "transformer", TINY),
+    "i2v": (DATA / "Wan2.1-I2V-tiny-transformer", TINY_I2V),
+    "flf2v": (DATA / "Wan2.1-FLF2V-tiny-transformer", TINY_FLF2V),
+}
+
+
 @functools.cache
 def tiny_dit(task: str = "t2v") -> Params:
-    """The DiT's parameters of the oracle's tiny T2V or I2V model (file-order layers are checked by the converter's tests)."""
-    if task == "t2v":
-        file, config = T2V / "transformer", TINY
-    else:
-        file, config = DATA / "Wan2.1-I2V-tiny-transformer", TINY_I2V
+    """The DiT's parameters of a tiny model."""
+    file, config = TRANSFORMERS[task]
     tensors = load_file(file / "diffusion_pytorch_model.safetensors")
     return params_from("dit", WanConfig(dit=config), tensors, "diffusers")
+
+
+def assemble(directory: pathlib.Path, task: str) -> pathlib.Path:
+    """A diffusers checkpoint of `task`: the tiny T2V one with another transformer, and no image tower."""
+    shutil.copytree(T2V, directory)
+    if task != "t2v":
+        shutil.rmtree(directory / "transformer")
+        shutil.copytree(TRANSFORMERS[task][0], directory / "transformer")
+        index = json.loads((directory / "model_index.json").read_text())
+        index["_class_name"] = "WanImageToVideoPipeline"
+        (directory / "model_index.json").write_text(json.dumps(index))
+    return directory

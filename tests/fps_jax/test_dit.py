@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from fps_jax.attention import dense_attention
-from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
+from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
 from fps_jax.dit import build_dit, cast_params, dit, stage_name
 from fps_jax.params import abstract_params, flatten, init_params
 from fps_jax.rope import rope_table
-from tests.checkpoints import TINY, TINY_I2V, tiny_dit
+from tests.checkpoints import TINY, TINY_FLF2V, TINY_I2V, tiny_dit
 from tests.reference import golden, rel_l2
 
 # Names of upstream's activations in ours.
@@ -78,19 +78,9 @@ def test_i2v_output_matches_upstream():
 
 
 def test_flf2v_output_matches_diffusers():
-    g = golden("flf2v_dit")
-    config = DiTConfig(
-        task="flf2v", dim=64, mlp_dim=128, num_heads=2, num_layers=2, text_dim=32, in_channels=36, image_dim=80,
-        image_positions=514,
-    )  # fmt: skip
-    weights = {k.removeprefix("w."): v for k, v in g.items() if k.startswith("w.")}
-    from fps_jax.config import WanConfig
-    from tests.checkpoints import params_from
-
-    params = params_from("dit", WanConfig(dit=config), weights, "diffusers")
-    image = jnp.asarray(g["in.image_embeds"]).reshape(-1, 514, 80)
-    text = jnp.asarray(g["in.text"])
-    out = dit(config, params, jnp.asarray(g["in.latents"]), jnp.asarray(g["in.t"]).astype(jnp.float32), text, image)
+    g = {k: jnp.asarray(v.astype(np.float32)) for k, v in golden("flf2v_forward").items()}
+    image = g["in.image_embeds"].reshape(-1, 514, 80)  # first and last frame of a sample, one after the other
+    out = dit(TINY_FLF2V, tiny_dit("flf2v"), g["in.latents"], g["in.timestep"], g["in.text_first24"], image)
     assert rel_l2(out.velocity, g["out"]) <= 1e-5
 
 

@@ -1,0 +1,213 @@
+"""The whole pipeline against Wan's and diffusers' own, and what it says about bad requests. Goldens: tests/data/README.md."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fps_jax import WanPipeline
+from fps_jax.config import NEGATIVE_PROMPTS
+from fps_jax.params import flatten
+from tests.checkpoints import T2V, assemble
+from tests.reference import golden, rel_l2
+
+CAT, NEGATIVE = "A cat walks in the snow.", "worst quality, low quality, static"
+SIZE = {"height": 32, "width": 48, "num_frames": 9}
+
+
+@pytest.fixture(scope="module")
+def t2v() -> WanPipeline:
+    return WanPipeline.from_pretrained(T2V, dtype="float32")
+
+
+def make(task: str):
+    @pytest.fixture(scope="module")
+    def pipe(tmp_path_factory) -> WanPipeline:
+        return WanPipeline.from_pretrained(assemble(tmp_path_factory.mktemp(task) / "model", task), dtype="float32")
+
+    return pipe
+
+
+i2v, flf2v = make("i2v"), make("flf2v")
+
+# case, solver, grid, steps, guidance, flow shift, prompt, negative prompt
+T2V_CASES = [
+    ("unipc6_cfg5", "unipc", "diffusers", 6, 5.0, None, CAT, NEGATIVE),
+    ("unipc6_cfg5_legacy_sigmas", "unipc", "wan", 6, 5.0, None, CAT, NEGATIVE),
+    ("euler4_cfg5", "euler", "diffusers", 4, 5.0, None, CAT, NEGATIVE),
+    ("unipc4_nocfg", "unipc", "diffusers", 4, 1.0, None, CAT, NEGATIVE),
+    ("dpmpp6_cfg5", "dpm++", "wan", 6, 5.0, 3.0, CAT, NEGATIVE),
+    ("unipc4_default_neg", "unipc", "wan", 4, 6.0, 5.0, CAT, None),
+    ("unipc4_batch2", "unipc", "diffusers", 4, 5.0, None, ["A red panda walks slowly", CAT], ["", NEGATIVE]),
+]
+
+
+@pytest.mark.parametrize("case", T2V_CASES, ids=lambda c: c[0])
+def test_t2v_latents_match_upstream(t2v, case):
+    name, solver, grid, steps, guidance, shift, prompt, negative = case
+    g = golden(f"e2e_{name}")
+    noise = g["in.latents"] if "in.latents" in g else g["in.noise"][None]
+    out = t2v(
+        prompt, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance, flow_shift=shift, solver=solver,
+        sigma_grid=grid, latents=noise, output_type="latent", **SIZE,
+    )  # fmt: skip
+    want = g["out.latents"]
+    assert rel_l2(out, want if want.ndim == 5 else want[None]) <= 1e-4
+
+
+def test_t2v_frames_match_diffusers(t2v):
+    g = golden("e2e_unipc6_cfg5")
+    video = t2v(
+        CAT, negative_prompt=NEGATIVE, num_inference_steps=6, sigma_grid="diffusers", latents=g["in.latents"], **SIZE
+    )
+    assert video.dtype == np.float32
+    assert rel_l2(video, g["out.video_np"]) <= 1e-4
+
+
+def test_i2v_latents_and_frames_match_diffusers(i2v):
+    g = golden("e2e_i2v_unipc5")
+    arguments = {
+        "negative_prompt": NEGATIVE, "num_inference_steps": 5, "sigma_grid": "diffusers", "latents": g["in.latents"],
+        "image": g["in.image_01"].transpose(0, 2, 3, 1), "image_embeds": g["in.image_embeds"], **SIZE,
+    }  # fmt: skip
+    assert rel_l2(i2v(CAT, output_type="latent", **arguments), g["out.latents"]) <= 1e-4
+    assert rel_l2(i2v(CAT, **arguments), g["out.video_np"]) <= 1e-4
+
+
+def test_i2v_condition_is_mask_and_encoded_first_frame(i2v):
+    g = golden("e2e_i2v_unipc5")
+    frames = [g["in.image_01"].transpose(0, 2, 3, 1)]
+    assert rel_l2(i2v._condition(frames, g["in.latents"].shape, False), g["condition_20ch"]) <= 1e-5
+
+
+def test_flf2v_latents_and_frames_match_diffusers(flf2v):
+    g = golden("flf2v_pipeline")
+    arguments = {
+        "negative_prompt": NEGATIVE, "num_inference_steps": 3, "sigma_grid": "diffusers", "latents": g["in.latents"],
+        "image": g["in.image"], "last_image": g["in.last_image"],
+        "image_embeds": g["in.image_embeds"].astype(np.float32), **SIZE,
+    }  # fmt: skip
+    frames = [g["in.image"][None], g["in.last_image"][None]]
+    assert rel_l2(flf2v._condition(frames, g["in.latents"].shape, False), g["condition"]) <= 1e-5
+    assert rel_l2(flf2v(CAT, output_type="latent", **arguments), g["out.latents"]) <= 1e-4
+    assert rel_l2(flf2v(CAT, **arguments), g["out.video"]) <= 1e-4
+
+
+def test_default_negative_prompts_are_wans_own():
+    assert NEGATIVE_PROMPTS["t2v"].startswith("色调艳丽，过曝")
+    assert NEGATIVE_PROMPTS["i2v"] == "镜头晃动，" + NEGATIVE_PROMPTS["t2v"]
+    assert NEGATIVE_PROMPTS["flf2v"] == "镜头切换，" + NEGATIVE_PROMPTS["i2v"]
+
+
+def quick(pipe: WanPipeline, prompt=CAT, **changes):
+    return pipe(prompt, **{"num_inference_steps": 2, "output_type": "latent", **SIZE, **changes})
+
+
+def test_a_sample_depends_on_its_own_seed_alone(t2v):
+    two = quick(t2v, [CAT, CAT], seed=7)
+    np.testing.assert_allclose(quick(t2v, seed=8)[0], two[1], atol=2e-5)
+    listed = quick(t2v, [CAT, CAT], seed=[8, 7])
+    np.testing.assert_allclose(listed[::-1], two, atol=2e-5)
+    assert rel_l2(two[0], two[1]) > 0.1
+    np.testing.assert_array_equal(quick(t2v, [CAT, CAT], seed=7), two)
+
+
+def test_output_types(t2v):
+    g = golden("e2e_unipc4_nocfg")
+    video = quick(t2v, output_type="np", latents=g["in.latents"])
+    assert video.shape == (1, 9, 32, 48, 3)
+    assert video.min() >= 0
+    assert video.max() <= 1
+    images = quick(t2v, output_type="pil", latents=g["in.latents"])
+    assert (len(images), len(images[0]), images[0][0].size) == (1, 9, (48, 32))
+    np.testing.assert_allclose(np.asarray(images[0][3]), video[0, 3] * 255, atol=0.501)
+
+
+def test_callback_and_callers_latents(t2v):
+    seen = []
+    noise = jax.random.normal(jax.random.key(0), (1, 16, 3, 4, 6))
+    quick(t2v, latents=noise, callback=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert not noise.is_deleted()
+
+
+def test_bf16_pipeline_stays_close_to_float32(t2v):
+    half = WanPipeline.from_pretrained(T2V, dtype="bfloat16")
+    dtypes = {path: leaf.dtype for path, leaf in flatten(half.params["dit"])}
+    assert dtypes["blocks/mlp/up/kernel"] == jnp.bfloat16
+    assert all(leaf.dtype == jnp.bfloat16 for _, leaf in flatten(half.params["text_encoder"]))
+    assert all(leaf.dtype == jnp.float32 for _, leaf in flatten(half.params["vae"]))
+    # one T5 and three DiT evaluations, at upstream's own bf16 errors of 1.9e-2 and 3.4e-3 (tests/data/README.md)
+    arguments = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    assert 0 < rel_l2(quick(half, **arguments), quick(t2v, **arguments)) <= 2 * (1.9e-2 + 3.4e-3)
+
+
+def test_save_and_load_again_is_the_same_pipeline(t2v, tmp_path):
+    t2v.save_pretrained(tmp_path / "saved")
+    again = WanPipeline.from_pretrained(tmp_path / "saved", dtype="float32")
+    assert again.config == t2v.config
+    np.testing.assert_array_equal(quick(again), quick(t2v))
+    with pytest.raises(FileExistsError, match="saved"):
+        t2v.save_pretrained(tmp_path / "saved")
+
+
+BAD = [
+    ({"num_frames": 10}, r"num_frames=10 is not 4k\+1 .*; use 9"),
+    ({"num_frames": 0}, r"num_frames=0 is not 4k\+1 .*; use 1"),
+    ({"height": 40}, r"height=40 is not a positive multiple of 16 .*; use 32"),
+    ({"width": 50}, r"width=50 is not a positive multiple of 16 .*; use 48"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
+    ({"solver": "dpm++", "sigma_grid": "diffusers"}, "use one of unipc/wan, unipc/diffusers"),
+    ({"output_type": "gif"}, "output_type='gif' is not one of 'np', 'latent', 'pil'"),
+    (
+        {"latents": np.zeros((1, 16, 3, 4, 7), np.float32)},
+        r"latents has shape \(1, 16, 3, 4, 7\); .* need \(1, 16, 3, 4, 6\)",
+    ),
+    ({"latents": np.zeros((1, 16, 3, 4, 6), np.int32)}, "latents has dtype int32"),
+    ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+    ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+    ({"prompt": []}, "prompt=.* is not a text or a non-empty list"),
+    ({"flow_shift": -1.0}, "flow_shift=-1.0 is not a positive number"),
+    ({"image": np.zeros((32, 48, 3), np.uint8)}, "image was given, but this is a t2v model"),
+    ({"image_embeds": np.zeros((1, 257, 80), np.float32)}, "image_embeds was given, but this is a t2v model"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=lambda p: next(iter(p)) if isinstance(p, dict) else "")
+def test_bad_requests_are_named_with_rule_and_fix(t2v, changes, message):
+    with pytest.raises(ValueError, match=message):
+        quick(t2v, **changes)
+
+
+def test_i2v_requests_need_their_image(i2v, flf2v):
+    frame, embeds = np.zeros((32, 48, 3), np.uint8), np.zeros((1, 257, 80), np.float32)
+    with pytest.raises(ValueError, match="image is missing, and a i2v model needs it"):
+        quick(i2v, image_embeds=embeds)
+    with pytest.raises(ValueError, match=r"this checkpoint has no image tower; pass image_embeds"):
+        quick(i2v, image=frame)
+    with pytest.raises(ValueError, match=r"image_embeds has shape \(1, 257, 8\); .* need \(1, 257, 80\)"):
+        quick(i2v, image=frame, image_embeds=embeds[..., :8])
+    with pytest.raises(ValueError, match="last_image was given, but this is a i2v model"):
+        quick(i2v, image=frame, last_image=frame, image_embeds=embeds)
+    with pytest.raises(ValueError, match="last_image is missing, and a flf2v model needs it"):
+        quick(flf2v, image=frame, image_embeds=np.zeros((1, 514, 80), np.float32))
+    with pytest.raises(ValueError, match="num_frames=1 leaves nothing between"):
+        quick(flf2v, image=frame, last_image=frame, num_frames=1)
+
+
+def test_nan_in_the_noise_is_named(t2v):
+    noise = np.zeros((1, 16, 3, 4, 6), np.float32)
+    noise[0, 0, 0, 0, 0] = np.nan
+    with pytest.raises(FloatingPointError, match=r"step 1 of 2 .* first in the embeddings"):
+        quick(t2v, latents=noise)
+
+
+def test_loading_errors_name_the_path_and_the_fix(tmp_path):
+    with pytest.raises(FileNotFoundError, match="doesn't exist; pass a directory, or 'owner/name'"):
+        WanPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="dtype='float16' is not one of 'bfloat16', 'float32'"):
+        WanPipeline.from_pretrained(T2V, dtype="float16")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(NotADirectoryError, match="is a file; pass the directory that holds it"):
+        WanPipeline.from_pretrained(file)
