@@ -1,0 +1,1 @@
+"""One script a claim; each writes JSON into benchmarks/results/."""
