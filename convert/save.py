@@ -11,13 +11,14 @@ from typing import Any, cast
 import numpy as np
 
 from convert import layouts, mapping
+from convert.array_files import ArrayFiles
+from convert.arrays import contiguous
 from convert.mapping import COMPONENTS, Component, Layout, SourceTensor
 from convert.readers import FLOATS
-from convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, copy, open_checkpoint
+from convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, open_checkpoint
 from convert.writers import SHARD_BYTES, Output, write_pth, write_safetensors
-from fps_jax.checkpoint import load_component, new_directory, read_config, read_manifest, save_component, write_config
+from fps_jax.checkpoint import new_directory, read_config, read_manifest, write_config
 from fps_jax.config import WanConfig
-from fps_jax.params import flatten
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -67,7 +68,7 @@ def to_flax(
         mixed = {}
         with _progress("converting", sum(part.nbytes for part in source.parts.values())) as progress:
             for name in source.components:
-                save_component(fresh / name, source.load(name, kind, progress))
+                source.save(name, fresh / name, kind, progress)
                 audit["components"][name]["dtype_changes"] = _dtype_changes(source, name, kind)
                 if kind is None or name == "vae":
                     mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
@@ -108,10 +109,9 @@ def _copy_files(source: pathlib.Path, target: pathlib.Path) -> int:
 
 
 def _outputs(
-    component: Component, config: WanConfig, layout: Layout, params: Any, mixed: dict[str, list[str]]
+    component: Component, config: WanConfig, layout: Layout, arrays: ArrayFiles, mixed: dict[str, list[str]]
 ) -> tuple[list[Output], list[str]]:
     """The tensors of one component in a layout, and notes on what has no exact counterpart there."""
-    leaves = dict(flatten(params))
     table = mapping.rows(component, config)
     notes = [
         f"{row.path} has no tensor in the {layout} layout and is left out" for row in table if layout not in row.keys
@@ -119,7 +119,7 @@ def _outputs(
 
     def output(tensor: SourceTensor) -> Output:
         names = {
-            mixed[row.path][row.layer or 0] if row.path in mixed else _NAMES[leaves[row.path].dtype]
+            mixed[row.path][row.layer or 0] if row.path in mixed else _NAMES[arrays.dtypes[row.path]]
             for row in tensor.rows
         }
         name = names.pop() if len(names) == 1 else "F32"
@@ -127,18 +127,8 @@ def _outputs(
             notes.append(f"{tensor.key} joins parameters of several dtypes and is written as F32")
 
         def make() -> np.ndarray:
-            pieces = [
-                mapping.from_ours(leaves[row.path] if row.layer is None else leaves[row.path][row.layer], row, layout)
-                for row in tensor.rows
-            ]
-            if len(pieces) == 1 and pieces[0].flags.c_contiguous and pieces[0].dtype == FLOATS[name]:
-                return pieces[0]
-            array = np.empty((sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:]), FLOATS[name])
-            start = 0
-            for piece in pieces:
-                copy(array[start : start + piece.shape[0]], piece)
-                start += piece.shape[0]
-            return array
+            pieces = [mapping.from_ours(arrays.read(row.path, row.layer), row, layout) for row in tensor.rows]
+            return contiguous(pieces, FLOATS[name])
 
         return Output(tensor.key, tensor.shape, name, make)
 
@@ -208,13 +198,26 @@ def _saved_components(root: pathlib.Path, manifest: dict[str, Any]) -> list[Comp
     return cast(list[Component], named)
 
 
-def _expected(name: Component, config: WanConfig) -> Any:
-    import jax
-
-    from fps_jax.params import unflatten
-
-    leaves = mapping.leaves(mapping.rows(name, config))
-    return unflatten({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in leaves.items()})
+def _arrays(directory: pathlib.Path, name: Component, config: WanConfig) -> ArrayFiles:
+    """The component's arrays, checked against the config."""
+    arrays = ArrayFiles(directory)
+    wanted = mapping.leaves(mapping.rows(name, config))
+    for what, paths in (("lacks", wanted.keys() - arrays.shapes.keys()), ("has", arrays.shapes.keys() - wanted.keys())):
+        if paths:
+            raise ValueError(
+                f"{directory} {what} parameter {min(paths)!r}, unlike its config; convert the checkpoint again"
+            )
+    for path, shape in wanted.items():
+        if arrays.shapes[path] != shape:
+            raise ValueError(
+                f"{directory}: parameter {path!r} has shape {list(arrays.shapes[path])}, its config says {list(shape)}; "
+                "convert the checkpoint again"
+            )
+        if arrays.dtypes[path] not in _NAMES:
+            raise NotImplementedError(
+                f"{directory}: parameter {path!r} is {arrays.dtypes[path]}, which Wan files don't hold"
+            )
+    return arrays
 
 
 def _write_component(
@@ -227,15 +230,15 @@ def _write_component(
     progress: Callable[[int], object],
     notes: list[str],
 ) -> dict[str, Any]:
-    params = load_component(root / name, expected=_expected(name, config))
-    outputs, left_out = _outputs(name, config, layout, params, manifest.get("mixed_dtypes", {}).get(name, {}))
+    arrays = _arrays(root / name, name, config)
+    outputs, left_out = _outputs(name, config, layout, arrays, manifest.get("mixed_dtypes", {}).get(name, {}))
     notes.extend(left_out)
     if layout == "diffusers":
         outputs = _spelled(name, outputs, manifest.get("spelling", {}))
     write_weights(fresh, name, config, layout, outputs, progress)
     return {
         "tensors": len(outputs),
-        "parameters": len(dict(flatten(params))),
+        "parameters": len(arrays.shapes),
         "bytes": sum(output.nbytes for output in outputs),
         "dtypes": {output.key: output.dtype for output in outputs},
     }

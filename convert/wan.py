@@ -1,6 +1,5 @@
 """Opens a Wan2.1 directory, official or diffusers: detected by content, checked in full, loaded a tensor at a time."""
 
-import concurrent.futures
 import difflib
 import os
 import pathlib
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import infer, mapping
+from convert import array_files, infer, mapping
+from convert.arrays import contiguous, copy, in_threads
 from convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
 from convert.pth import PthFile
 from convert.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
@@ -120,49 +120,45 @@ class Source:
           dtype: cast (round to nearest even) to this type; None keeps each tensor's. The VAE is never cast.
           progress: called with a number of source bytes whenever so many more are done.
         """
-        part = self.parts[component]
         dtypes = self.stored_dtypes(component, dtype)
-        shapes = mapping.leaves(part.table)
+        shapes = mapping.leaves(self.parts[component].table)
         buffers = {path: empty_aligned(shape, dtypes[path]) for path, shape in shapes.items()}
+
+        def place(row: Row, values: np.ndarray) -> None:
+            copy(buffers[row.path] if row.layer is None else buffers[row.path][row.layer], values)
+
+        self.each(component, place, progress)
+        return unflatten(buffers)
+
+    def each(self, component: Component, take: Callable[[Row, np.ndarray], None], progress: Progress | None) -> None:
+        """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape."""
+        part = self.parts[component]
 
         def fill(tensor: SourceTensor) -> int:
             whole = part.reader.read(tensor.key)
             pieces = np.split(whole, len(tensor.rows)) if len(tensor.rows) > 1 else [whole]
             for row, piece in zip(tensor.rows, pieces, strict=True):
-                target = buffers[row.path] if row.layer is None else buffers[row.path][row.layer]
-                copy(target, mapping.to_ours(piece, row))
+                take(row, mapping.to_ours(piece, row))
             return whole.nbytes
 
         for nbytes in in_threads(fill, part.tensors):
             if progress is not None:
                 progress(nbytes)
-        return unflatten(buffers)
 
+    def save(self, component: Component, directory: pathlib.Path, dtype: Any, progress: Progress | None = None) -> None:
+        """What `save_component(directory, load(component, dtype))` writes, with one tensor a thread in memory."""
+        files = array_files.create(
+            directory, mapping.leaves(self.parts[component].table), self.stored_dtypes(component, dtype)
+        )
 
-def in_threads(work: Callable[[Any], Any], items: list[Any]):
-    """`map`, in order, on as many threads as there are cores up to 4; NumPy's copies release the GIL."""
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        try:
-            yield from pool.map(work, items)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        def write(row: Row, values: np.ndarray) -> None:
+            values = contiguous([values], files.dtypes[row.path])
+            if row.layer is None:
+                files.write(row.path, 0, values)
+            else:
+                files.write(row.path, row.layer, values[None])
 
-
-def copy(target: np.ndarray, source: np.ndarray) -> None:
-    """`target[...] = source`, cast where dtypes differ, in strips along the innermost axis.
-
-    A transposed NumPy copy walks the source column by column and misses the cache at each element
-    (0.8 GB/s); strips of 16 keep the lines that it touches in cache (2.6 GB/s).
-    """
-    if target.dtype == source.dtype:  # bits: ml_dtypes' own copy loops are slower
-        unsigned = np.dtype(f"u{target.itemsize}")
-        target, source = target.view(unsigned), source.view(unsigned)
-    if target.ndim < 2 or source.flags.c_contiguous:
-        np.copyto(target, source, casting="unsafe")
-        return
-    for start in range(0, target.shape[-1], 16):
-        np.copyto(target[..., start : start + 16], source[..., start : start + 16], casting="unsafe")
+        self.each(component, write, progress)
 
 
 def _check(component: Component, layout: Layout, reader: Reader, config: WanConfig, where: pathlib.Path) -> Part:

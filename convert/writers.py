@@ -1,16 +1,17 @@
 """Streaming writers of safetensors (sharded where large) and of `.pth` files, one tensor in memory at a time."""
 
-import concurrent.futures
+import itertools
 import json
 import math
 import pathlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from convert.arrays import in_threads, write_at
 from convert.readers import FLOATS
 
 SHARD_BYTES = 10_000_000_000
@@ -22,7 +23,10 @@ _STORAGE = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storag
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write: `make()` gives its values, C-contiguous, in `dtype` (F32, F16 or BF16) and `shape`."""
+    """A tensor to write: `make()` gives its values, in `dtype` (F32, F16 or BF16) and, but for axes of 1, `shape`.
+
+    It runs on the thread that writes them, so that they may lie in that thread's buffer.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -39,16 +43,6 @@ class Output:
         if array.size != math.prod(self.shape) or array.dtype != FLOATS[self.dtype]:
             raise ValueError(f"{self.key}: made {array.dtype}{list(array.shape)}, not {self.dtype}{list(self.shape)}")
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def ahead[T](work: Callable[[Output], T], outputs: list[Output]) -> Iterator[tuple[Output, T]]:
-    """`work` of each output, the next one prepared on a thread while this one is written."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        following = None
-        for i, output in enumerate(outputs):
-            current = following or pool.submit(work, output)
-            following = pool.submit(work, outputs[i + 1]) if i + 1 < len(outputs) else None
-            yield output, current.result()
 
 
 def write_safetensors(
@@ -89,27 +83,28 @@ def _write_safetensors_file(
     path: pathlib.Path, outputs: list[Output], metadata: dict[str, str], progress: Callable[[int], object]
 ) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    position = 0
-    # Wide types first, as the format's own writer does, keeps every tensor aligned to its element.
-    outputs = sorted(outputs, key=lambda output: -FLOATS[output.dtype].itemsize)
-    for output in outputs:
-        offsets = [position, position + output.nbytes]
-        header[output.key] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": offsets}
-        position = offsets[1]
+    # The order of the format's own writer; wide types first keeps every tensor aligned to its element.
+    outputs = sorted(outputs, key=lambda output: (-FLOATS[output.dtype].itemsize, output.key))
+    for output, offset in zip(outputs, _offsets(outputs), strict=True):
+        end = offset + output.nbytes
+        header[output.key] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [offset, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    places = [(output, start + offset) for output, offset in zip(outputs, _offsets(outputs), strict=True)]
     with open(path, "wb", buffering=0) as file:
-        write_all(file, len(text).to_bytes(8, "little") + text)
-        for output, data in ahead(Output.bytes, outputs):
-            write_all(file, data)
-            progress(output.nbytes)
+        write_at(file.fileno(), 0, len(text).to_bytes(8, "little") + text)
+
+        def write(place: tuple[Output, int]) -> int:
+            write_at(file.fileno(), place[1], place[0].bytes())
+            return place[0].nbytes
+
+        for nbytes in in_threads(write, places):
+            progress(nbytes)
 
 
-def write_all(file, data) -> None:
-    """`file.write` until all is written: an unbuffered write stops at 2 GiB."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+def _offsets(outputs: list[Output]) -> list[int]:
+    return [0, *itertools.accumulate(output.nbytes for output in outputs)][:-1]
 
 
 def _pickled(outputs: list[Output]) -> bytes:
@@ -142,10 +137,24 @@ def _pickled(outputs: list[Output]) -> bytes:
 
 @dataclass(frozen=True)
 class _Record:
+    """A file of the archive: its local header begins at `position`, its data follows, at a multiple of 64."""
+
     name: bytes
-    crc: int
     size: int
     position: int
+
+    def header(self, crc: int) -> bytes:
+        extra = struct.pack("<HHQQ", 1, 16, self.size, self.size) if self.size >= ZIP64_FROM else b""
+        short = 0xFFFFFFFF if extra else self.size
+        # Padding as PyTorch does it: an extra field with the id "FB".
+        pad = -(self.position + 30 + len(self.name) + len(extra) + 4) % _ALIGN
+        extra += struct.pack("<2sH", b"FB", pad) + b"Z" * pad
+        fields = (0x04034B50, 45, 0x800, 0, 0, 0x21, crc, short, short, len(self.name), len(extra))
+        return struct.pack("<IHHHHHIIIHH", *fields) + self.name + extra
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.header(0)) + self.size
 
 
 def write_pth(path: pathlib.Path, outputs: list[Output], progress: Callable[[int], object]) -> None:
@@ -154,50 +163,44 @@ def write_pth(path: pathlib.Path, outputs: list[Output], progress: Callable[[int
     Raises: OSError where the disk is full.
     """
     root = path.stem.encode() + b"/"
-    records: list[_Record] = []
-
-    def checked(output: Output) -> tuple[np.ndarray, int]:
-        data = output.bytes()
-        return data, zlib.crc32(data)
-
+    contents: list[tuple[bytes, Output | bytes]] = [(b"data.pkl", _pickled(outputs)), (b"byteorder", b"little")]
+    contents += [(b"data/" + str(number).encode(), output) for number, output in enumerate(outputs)]
+    contents += [(b"version", b"3\n")]
+    places: list[tuple[_Record, Output | bytes]] = []
+    position = 0
+    for name, content in contents:
+        size = content.nbytes if isinstance(content, Output) else len(content)
+        places.append((_Record(root + name, size, position), content))
+        position = places[-1][0].end
     with open(path, "wb", buffering=0) as file:
 
-        def add(name: bytes, data, crc: int) -> None:
-            size, position = memoryview(data).nbytes, file.tell()
-            extra = struct.pack("<HHQQ", 1, 16, size, size) if size >= ZIP64_FROM else b""
-            short = 0xFFFFFFFF if extra else size
-            # Padding as PyTorch does it: an extra field with the id "FB", so that the data begins at a multiple of 64.
-            pad = -(position + 30 + len(name) + len(extra) + 4) % _ALIGN
-            extra += struct.pack("<2sH", b"FB", pad) + b"Z" * pad
-            head = struct.pack(
-                "<IHHHHHIIIHH", 0x04034B50, 45, 0x800, 0, 0, 0x21, crc, short, short, len(name), len(extra)
-            )
-            write_all(file, head + name + extra)
-            write_all(file, data)
-            records.append(_Record(name, crc, size, position))
+        def write(place: tuple[_Record, Output | bytes]) -> tuple[int, int]:
+            record, content = place
+            data = content.bytes() if isinstance(content, Output) else content
+            crc = zlib.crc32(data)
+            header = record.header(crc)
+            write_at(file.fileno(), record.position, header)
+            write_at(file.fileno(), record.position + len(header), data)
+            return crc, record.size
 
-        def add_small(name: bytes, data: bytes) -> None:
-            add(root + name, data, zlib.crc32(data))
-
-        add_small(b"data.pkl", _pickled(outputs))
-        add_small(b"byteorder", b"little")
-        for number, (output, (data, crc)) in enumerate(ahead(checked, outputs)):
-            add(root + b"data/" + str(number).encode(), data, crc)
-            progress(output.nbytes)
-        add_small(b"version", b"3\n")
-        write_all(file, _central_directory(records, file.tell()))
+        crcs = []
+        for crc, size in in_threads(write, places):
+            crcs.append(crc)
+            progress(size)
+        records = [record for record, _ in places]
+        write_at(file.fileno(), position, _central_directory(records, crcs, position))
 
 
-def _central_directory(records: list[_Record], start: int) -> bytes:
+def _central_directory(records: list[_Record], crcs: list[int], start: int) -> bytes:
     entries = []
-    for record in records:
+    for record, crc in zip(records, crcs, strict=True):
         large, far = record.size >= ZIP64_FROM, record.position >= ZIP64_FROM
         fields = ([record.size, record.size] if large else []) + ([record.position] if far else [])
         extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
         size, position = (0xFFFFFFFF if large else record.size), (0xFFFFFFFF if far else record.position)
         entries.append(
             struct.pack(
-                "<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45, 0x800, 0, 0, 0x21, record.crc, size, size,
+                "<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45, 0x800, 0, 0, 0x21, crc, size, size,
                 len(record.name), len(extra), 0, 0, 0, 0, position,
             )
             + record.name

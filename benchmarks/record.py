@@ -1,0 +1,53 @@
+"""Where benchmarks put their numbers: one JSON a claim, with the machine, the versions and the command that made it."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers", "transformers")
+
+
+def _cpu() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions, command and date."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    script, *arguments = sys.argv
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "command": " ".join(["python", os.path.join("benchmarks", os.path.basename(script)), *arguments]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def write(name: str, payload: dict[str, Any]) -> pathlib.Path:
+    """Writes benchmarks/results/<name>.json with `environment` first, and says where."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    print(f"written: {path}")
+    return path
