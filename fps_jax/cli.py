@@ -92,12 +92,20 @@ def _sample(options: Sample) -> None:
     _check_output(options)
     arrays = {name: _array(options, name) for name in ("image", "last_image", "image_embeds", "latents")}
     from fps_jax.pipeline import WanPipeline
-    from fps_jax.requests import latent_shape
+    from fps_jax.requests import check_frame
+    from fps_jax.solvers import solver_table
 
     start = time.time()
+    # What needs no checkpoint is checked before one is read, which can take minutes.
+    check_frame(options.height, options.width, options.num_frames)
+    solver_table(
+        options.solver,
+        options.sigma_grid,
+        options.num_inference_steps,
+        5.0 if options.flow_shift is None else options.flow_shift,
+    )
     pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
     pipe.show_progress = True
-    latent_shape(1, options.height, options.width, options.num_frames, pipe.config)  # before the text encoder's minutes
     keywords = {f.name for f in dataclasses.fields(Sample)} - {"model", "prompt", "output", "dtype", "fps"}
     arguments: dict[str, Any] = {name: getattr(options, name) for name in keywords} | arrays
     result = pipe(options.prompt, **arguments)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 # What a user can cause and cure. Anything else is a defect of ours and says so.
-_EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError)
+_EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError, FloatingPointError)
 
 
 def one_line(error: BaseException) -> str:
@@ -32,6 +32,9 @@ def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> 
         main(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130

@@ -38,18 +38,20 @@ def prompts(
     return positive, negative
 
 
-def latent_shape(batch: int, height: int, width: int, num_frames: int, config: WanConfig) -> tuple[int, ...]:
-    """Shape of the latents `[B, 16, F, H/8, W/8]`."""
-    _, patch_y, patch_x = config.dit.patch_size
-    for name, value, multiple in (("height", height, 8 * patch_y), ("width", width, 8 * patch_x)):
-        if value < multiple or value % multiple:
-            nearest = max(multiple, round(value / multiple) * multiple)
-            raise ValueError(
-                f"{name}={value} is not a positive multiple of {multiple} (VAE 8 x patch {multiple // 8}); use {nearest}"
-            )
+def check_frame(height: int, width: int, num_frames: int) -> None:
+    """Raises ValueError for a frame size or a number of frames that no Wan2.1 model makes."""
+    for name, value in (("height", height), ("width", width)):
+        if value < 16 or value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"{name}={value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
     if num_frames < 1 or num_frames % 4 != 1:
         nearest = max(1, num_frames // 4 * 4 + 1)
         raise ValueError(f"num_frames={num_frames} is not 4k+1 (Wan's VAE groups frames by 4); use {nearest}")
+
+
+def latent_shape(batch: int, height: int, width: int, num_frames: int, config: WanConfig) -> tuple[int, ...]:
+    """Shape of the latents `[B, 16, F, H/8, W/8]`. Raises as `check_frame`."""
+    check_frame(height, width, num_frames)
     if config.task == "flf2v" and num_frames < 5:
         raise ValueError(f"num_frames={num_frames} leaves nothing between the first and the last frame; use 5 or more")
     return (batch, config.vae.z_dim, (num_frames - 1) // 4 + 1, height // 8, width // 8)

@@ -1,0 +1,165 @@
+"""Bytes per device of the real programs at real size, compiled for an H200 on a machine that has none.
+
+    make memory        # or: LD_LIBRARY_PATH=.../nvidia/cudnn/lib python -m benchmarks.memory [PROGRAM ...]
+
+XLA's CUDA plugin compiles for a described device (`jax.experimental.topologies`) and says how much memory the program takes:
+arguments (weights and inputs), outputs, temporaries. GEMM and convolution algorithms are not autotuned offline, so their workspace
+is indicative. Needs the `offline-gpu` extra. Writes benchmarks/results/memory_h200.json.
+"""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: the CUDA plugin then registers for compiling only
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# What XLA has to know of the device; the numbers are an H200's.
+H200 = """gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_address_bits: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200" """
+H200_BYTES = 141e9
+
+
+def _find_cudnn() -> None:
+    """cuDNN attention is lowered with the help of libcudnn: start again with the wheel's on the library path."""
+    spec = importlib.util.find_spec("nvidia.cudnn")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("error: nvidia-cudnn-cu13 is not installed; run `make memory`, which installs the offline-gpu extra")
+    lib = str(pathlib.Path(next(iter(spec.submodule_search_locations))) / "lib")
+    paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    if lib not in paths:
+        os.environ["LD_LIBRARY_PATH"] = ":".join([lib, *filter(None, paths)])
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]])
+
+
+def compile_for_h200(fn: Callable, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
+    """jax's Compiled of fn for ShapeDtypeStructs, on one described H200."""
+    import jax
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    on_device = jax.sharding.SingleDeviceSharding(device)
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on_device), args)
+    with jax.default_device(device):
+        return jax.jit(fn, donate_argnums=donate).lower(*args).compile()
+
+
+def programs() -> dict[str, Callable[[], Any]]:
+    """Name -> a function that compiles it."""
+    import jax
+    import jax.numpy as jnp
+
+    from fps_jax import sampling
+    from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
+    from fps_jax.dit import build_dit, param_dtype
+    from fps_jax.params import abstract_params, flatten, unflatten
+    from fps_jax.solvers import SolverTable
+    from fps_jax.text_encoder import build_text_encoder, encode_text
+    from fps_jax.vae import build_vae, decode_chunk, encode_chunk
+
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    spec = jax.ShapeDtypeStruct
+
+    def denoise(config: WanConfig, height: int, width: int, frames: int = 21, steps: int = 50):
+        h, w = height // 8, width // 8
+        weights = flatten(abstract_params(build_dit(config.dit)))
+        params = unflatten({path: spec(leaf.shape, param_dtype(path, bf16)) for path, leaf in weights})
+        latents, text = spec((1, 16, frames, h, w), f32), spec((1, 512, 4096), bf16)
+        row = functools.partial(spec, dtype=f32)
+        table = SolverTable(row((steps,)), row((steps,)), row((steps, 5)), row((steps, 3)))
+        condition = None if config.task == "t2v" else spec((1, 20, frames, h, w), f32)
+        image = None if config.task == "t2v" else spec((1, 257, 1280), f32)
+
+        def run(params, latents, table, text, negative, condition, image, guidance, number):
+            return sampling._denoise(
+                params, latents, table, text, negative, condition, image, guidance, number,
+                config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, report=False,
+            )  # fmt: skip
+
+        return compile_for_h200(
+            run, params, latents, table, text, text, condition, image, spec((), f32), spec((), jnp.int32)
+        )
+
+    def text(batch: int):
+        config = WAN_T2V_14B.text_encoder
+        params = jax.tree.map(lambda s: spec(s.shape, bf16), abstract_params(build_text_encoder(config)))
+        ids = spec((batch, 512), jnp.int32)
+        return compile_for_h200(lambda p, i, m: encode_text(config, p, i, m, dtype=bf16), params, ids, ids)
+
+    def vae(chunk: Callable, height: int, width: int, first_shape: tuple[int, ...], later_shape: tuple[int, ...]):
+        config = WAN_T2V_14B.vae
+        params = abstract_params(build_vae(config))
+        _, cache = jax.eval_shape(lambda p, x: chunk(config, p, x, None), params, spec(first_shape, f32))
+        fn = lambda p, x, cache: chunk(config, p, x, cache)  # noqa: E731
+        return compile_for_h200(fn, params, spec(later_shape, f32), cache, donate=2)
+
+    return {
+        "text encode, UMT5-xxl, 2 x 512 tokens": lambda: text(2),
+        "denoise, T2V-1.3B, 480 x 832 x 81": lambda: denoise(WAN_T2V_1_3B, 480, 832),
+        "denoise, T2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_T2V_14B, 720, 1280),
+        "denoise, I2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_I2V_14B, 720, 1280),
+        "VAE decode, one chunk, 480 x 832": lambda: vae(
+            decode_chunk, 480, 832, (1, 1, 60, 104, 16), (1, 1, 60, 104, 16)
+        ),
+        "VAE decode, one chunk, 720 x 1280": lambda: vae(
+            decode_chunk, 720, 1280, (1, 1, 90, 160, 16), (1, 1, 90, 160, 16)
+        ),
+        "VAE encode, one chunk, 720 x 1280": lambda: vae(
+            encode_chunk, 720, 1280, (1, 1, 720, 1280, 3), (1, 4, 720, 1280, 3)
+        ),
+    }
+
+
+def main() -> None:
+    _find_cudnn()
+    from benchmarks.record import write
+
+    results, wanted = {}, sys.argv[1:]
+    for name, build in programs().items():
+        if wanted and not any(word in name for word in wanted):
+            continue
+        start = time.time()
+        compiled = build()
+        memory = compiled.memory_analysis()
+        total = (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )
+        results[name] = {
+            "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 3),
+            "outputs_gb": round(memory.output_size_in_bytes / 1e9, 3),
+            "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 3),
+            "total_gb": round(total / 1e9, 3),
+            "fits_h200": total < H200_BYTES,
+            "cudnn_attention": "cudnn$fmha" in compiled.as_text(),
+            "compile_s": round(time.time() - start, 1),
+        }
+        print(
+            f"{name:40} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
+            flush=True,
+        )
+    if not wanted:
+        write(
+            "memory_h200", {"device": "NVIDIA H200, described (141 GB); compiled offline, not run", "programs": results}
+        )
+
+
+if __name__ == "__main__":
+    main()
