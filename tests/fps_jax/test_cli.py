@@ -1,0 +1,115 @@
+"""fps-sample and fps-info: what they write, and one line on stderr with exit status 2 for anything wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fps_jax import cli
+from tests.checkpoints import T2V, assemble
+
+SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--num-inference-steps", "2", "--dtype", "float32"]
+
+
+def run(entry, *argv: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        entry([str(a) for a in argv])
+    return stop.value.code
+
+
+def test_sample_writes_a_video_and_its_settings(tmp_path, capsys):
+    import av
+
+    out = tmp_path / "cat.mp4"
+    assert run(cli.sample, T2V, "--prompt", "A cat", "--output", out, *SMALL, "--seed", "3", "--fps", "8") == 0
+    with av.open(str(out)) as container:
+        frames = list(container.decode(video=0))
+        assert (len(frames), frames[0].width, frames[0].height) == (5, 48, 32)
+        assert container.streams.video[0].average_rate == 8
+    record = json.loads((tmp_path / "cat.mp4.json").read_text())
+    assert record["settings"]["seed"] == 3
+    assert record["settings"]["flow_shift"] == 3.0  # the checkpoint's own, filled in
+    assert record["settings"]["negative_prompt"].startswith("色调艳丽")
+    assert set(record["versions"]) == {"fps_jax", "jax", "python"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cat.mp4", "cat.mp4.json"]
+    assert "wrote" in capsys.readouterr().err
+
+
+def test_sample_latents_in_and_out(tmp_path):
+    noise = np.random.default_rng(0).normal(size=(1, 16, 2, 4, 6)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    out = tmp_path / "latents.npy"
+    arguments = ["--prompt", "A cat", "--latents", tmp_path / "noise.npy", "--output", out, "--output-type", "latent"]
+    assert run(cli.sample, T2V, *arguments, *SMALL) == 0
+    assert np.load(out).shape == noise.shape
+
+
+BAD = [
+    (["--prompt", "x", "--num-frames", "6"], "num_frames=6 is not 4k+1"),
+    (["--prompt", "x", "--height", "40"], "height=40 is not a positive multiple of 16"),
+    (["--prompt", "x", "--num-inference-steps", "0"], "num_inference_steps=0 is less than 1"),
+    (["--prompt", "x", "--solver", "dpm++", "--sigma-grid", "diffusers"], "use one of unipc/wan"),
+    (["--prompt", "x", "--solver", "heun"], "solver"),
+    ([], "--prompt"),
+    (["--prompt", "x", "--output", "no/such/folder/a.mp4"], "doesn't exist; make it first"),
+    (["--prompt", "x", "--output", "a.gif"], "must end in .mp4"),
+    (["--prompt", "x", "--latents", "missing.npy"], "latents='missing.npy' doesn't exist"),
+    (["--prompt", "x", "--latents", "noise.bin"], "is not a .npy file"),
+    (["--prompt", "x", "--image", "missing.png"], "image was given, but this is a t2v model"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_arguments_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert run(cli.sample, T2V, *argv) == 2
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert run(cli.sample, tmp_path / "nowhere", "--prompt", "x", "--output", tmp_path / "a.mp4", "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "doesn't exist; pass a directory" in err
+
+
+def test_a_pickled_array_is_refused_and_not_run(tmp_path, capsys):
+    np.save(tmp_path / "noise.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    assert run(cli.sample, T2V, "--prompt", "x", "--latents", tmp_path / "noise.npy") == 2
+    assert "is not a readable .npy array" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = assemble(tmp_path / "i2v", "i2v")
+    (tmp_path / "frame.png").write_bytes(b"not a picture")
+    assert run(cli.sample, model, "--prompt", "x", "--image", "frame.png", *SMALL) == 2
+    assert "frame.png" in capsys.readouterr().err
+
+
+def test_info_describes_without_loading(capsys):
+    assert run(cli.info, T2V, "--height", "32", "--width", "48", "--num-frames", "9") == 0
+    out = capsys.readouterr().out
+    for words in (
+        "Wan2.1 T2V, diffusers layout, flow shift 3",
+        "212,160 parameters  float32",
+        "(18 tokens)",
+        "VAE decode",
+    ):
+        assert words in out
+
+
+def test_info_says_what_a_checkpoint_lacks(tmp_path, capsys):
+    from convert.synthetic import tiny_config, write_checkpoint
+
+    write_checkpoint(tmp_path / "i2v", tiny_config("i2v"), layout="official")
+    assert run(cli.info, tmp_path / "i2v") == 0
+    out = capsys.readouterr().out
+    assert "Wan2.1 I2V, official layout, flow shift 5 (3 up to 480 x 832)" in out
+    assert run(cli.info, tmp_path) == 2
+    assert "error: " in capsys.readouterr().err
