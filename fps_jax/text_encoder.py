@@ -34,14 +34,6 @@ def position_buckets(relative: np.ndarray, *, num_buckets: int, max_distance: in
     return (np.where(relative > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
 
-def _toeplitz(rows: Float[Array, "N R"], length: int) -> Float[Array, "N T T"]:
-    """out[n, i, j] = rows[n, j - i + T - 1], by reshapes: a gather of T*T*N single elements is slow."""
-    heads = rows.shape[0]
-    rows = jnp.roll(jnp.pad(rows, ((0, 0), (0, 1))), -(length - 1), axis=1)  # rows[n, (j - i) mod 2T]
-    flat = jnp.tile(rows, (1, length))[:, : length * (2 * length - 1)]
-    return flat.reshape(heads, length, 2 * length - 1)[:, :, :length]
-
-
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale with the statistics in float32. Rounds to `dtype` before the scale, as upstream does."""
 
@@ -67,10 +59,12 @@ class Attention(nnx.Module):
         self.heads, self.dtype = config.num_heads, dtype
 
     def __call__(self, x: Float[Array, "B T D"], bias: Float[Array, "B N T T"]) -> Float[Array, "B T D"]:
-        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (self.q(x), self.k(x), self.v(x)))
-        scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
-        out = jnp.einsum("bnqk,bknh->bqnh", weights, v)
+        # [B, N, T, H], and the division after the second product: half the time of einsum and softmax on a CPU
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1).swapaxes(1, 2) for a in (self.q(x), self.k(x), self.v(x)))
+        scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32) + bias
+        weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+        out = jnp.matmul(weights.astype(self.dtype), v, preferred_element_type=jnp.float32)
+        out = (out / weights.sum(-1, keepdims=True)).swapaxes(1, 2).astype(self.dtype)
         return self.o(out.reshape(*out.shape[:2], -1))
 
 
@@ -97,10 +91,9 @@ class Block(nnx.Module):
         self.config = config
 
     def position_bias(self, length: int) -> Float[Array, "N T T"]:
-        buckets = position_buckets(
-            np.arange(1 - length, length), num_buckets=self.config.num_buckets, max_distance=self.config.max_distance
-        )
-        return _toeplitz(self.rel_bias.embedding.astype(jnp.float32)[buckets].T, length)
+        relative = np.arange(length)[None, :] - np.arange(length)[:, None]
+        buckets = position_buckets(relative, num_buckets=self.config.num_buckets, max_distance=self.config.max_distance)
+        return self.rel_bias.embedding.astype(jnp.float32).T[:, buckets]
 
     def __call__(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"], taps: Taps | None = None
