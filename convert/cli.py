@@ -15,10 +15,10 @@ from fps_jax.errors import parse, run_cli
 class ToFlax:
     """Convert an official or diffusers Wan2.1 directory to this project's format."""
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """The official or diffusers directory; which one it is goes by its content."""
 
-    dst: tyro.conf.Positional[str]
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """The directory to write; it appears when it is whole."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -32,10 +32,10 @@ class ToFlax:
 class ToTorch:
     """Convert a checkpoint of this project to a directory that the official code or diffusers reads."""
 
-    src: tyro.conf.Positional[str]
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """A directory that `fps-convert to-flax` or `save_pretrained` wrote."""
 
-    dst: tyro.conf.Positional[str]
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """The directory to write; it appears when it is whole."""
 
     layout: Literal["official", "diffusers"]

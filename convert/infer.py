@@ -39,12 +39,18 @@ class _Shapes:
         return any(re.search(pattern, key) for key in self.shapes)
 
 
+def _file(where: pathlib.Path) -> pathlib.Path:
+    return where / "config.json" if where.is_dir() else where
+
+
 def _stated(config: dict[str, Any], name: str, kind: type, where: pathlib.Path, default: Any = None) -> Any:
     """A field of a JSON config, checked to be of its kind. Without `default` it must be there."""
     value = config.get(name, default)
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if value is None or isinstance(value, bool) != (kind is bool) or not good or (kind is int and value <= 0):
-        raise ValueError(f"{where}: {name}={value!r} should be a {kind.__name__}; restore the original file")
+        raise ValueError(
+            f"{_file(where)}: {name}={value!r} should be of type {kind.__name__}; restore the original file"
+        )
     return kind(value)
 
 
@@ -52,7 +58,7 @@ def _listed(config: dict[str, Any], name: str, default: tuple, where: pathlib.Pa
     """A list of numbers in a JSON config."""
     value = config.get(name, default)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(n, int | float) for n in value):
-        raise ValueError(f"{where}: {name}={value!r} should be a list of numbers; restore the original file")
+        raise ValueError(f"{_file(where)}: {name}={value!r} should be a list of numbers; restore the original file")
     return tuple(value)
 
 

@@ -27,10 +27,10 @@ _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @contextlib.contextmanager
 def _progress(title: str, nbytes: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, for what takes longer than two seconds."""
+    """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
     import tqdm
 
-    with tqdm.tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, delay=2, leave=False) as bar:
+    with tqdm.tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
         yield bar.update
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,5 +59,5 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = " ".join(report.getvalue().translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")).split())
+        words = " ".join(re.sub(r"[╭╮╰╯│─+|]|-{3,}", " ", report.getvalue()).split())
         raise ValueError(f"{words.split(' For full helptext')[0]} (see {prog} --help)") from None

@@ -1,0 +1,458 @@
+"""Bad input ends in one line that names file, value and fix, exit status 2, and leaves everything as it was."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import convert.cli
+from convert import array_files, open_checkpoint, to_flax, to_torch
+from fps_jax import checkpoint
+from tests.convert.tensors import read_all, rewrite
+
+DIT = "diffusion_pytorch_model.safetensors"
+
+
+def snapshot(root: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else b"dir" for p in sorted(root.rglob("*"))}
+
+
+def fails(capsys, *argv) -> str:
+    """The one line that `fps-convert *argv` ends with."""
+    with pytest.raises(SystemExit) as stop:
+        convert.cli.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    """Converting `source` fails with a message of these parts, and nothing but `source` is there afterwards."""
+
+    def check(source, *parts):
+        before = snapshot(tmp_path)
+        message = fails(capsys, "to-flax", source, tmp_path / "out")
+        for part in parts:
+            assert part in message, message
+        assert snapshot(tmp_path) == before
+
+    return check
+
+
+def edit_json(file: pathlib.Path, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not None}))
+
+
+def test_sources_that_are_no_checkpoint(refused, tmp_path, pristine):
+    refused(tmp_path / "nowhere", "nowhere doesn't exist", "give a Wan2.1 directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty is not a Wan checkpoint", "model_index.json", "diffusion_pytorch_model")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "file is a file", "give the directory")
+    shutil.copytree(pristine("diffusers") / "transformer", tmp_path / "alone")
+    refused(tmp_path / "alone", "transformer/ folder of a diffusers checkpoint", "give the folder above")
+
+
+def test_our_own_format_is_told(refused, pristine, tmp_path):
+    to_flax(pristine("official"), tmp_path / "ours")
+    refused(tmp_path / "ours", "already in this project's format")
+
+
+@pytest.mark.parametrize(
+    ("layout", "gone", "parts"),
+    [
+        ("official", "Wan2.1_VAE.pth", ["missing Wan2.1_VAE.pth"]),
+        ("official", "models_t5_umt5-xxl-enc-bf16.pth", ["missing models_t5_umt5-xxl-enc-bf16.pth"]),
+        ("official", "google", ["missing google/umt5-xxl/tokenizer.json (or spiece.model)"]),
+        ("official", "config.json", ["config.json is missing"]),
+        ("diffusers", "vae", ["missing vae/diffusion_pytorch_model.safetensors"]),
+        ("diffusers", "transformer/config.json", ["transformer/config.json is missing"]),
+        ("diffusers", "scheduler", ["missing scheduler/scheduler_config.json"]),
+        ("diffusers", "tokenizer", ["missing tokenizer/tokenizer.json"]),
+    ],
+)
+def test_a_missing_part_is_named(refused, source, layout, gone, parts):
+    path = source(layout)
+    shutil.rmtree(path / gone) if (path / gone).is_dir() else (path / gone).unlink()
+    refused(path, *parts)
+
+
+def test_a_dit_alone_lists_all_that_is_missing(refused, source):
+    path = source("official")
+    for name in ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+        (path / name).unlink()
+    refused(path, "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda b: b[:-10], "truncated: the header describes"),
+        (lambda b: b[: len(b) // 3], "truncated: the header describes"),
+        (lambda b: b[:100], "the header should be"),
+        (lambda b: b[:4], "the header should be"),
+        (lambda b: b"", "is empty"),
+        (lambda b: b + b"12345678", "longer than its header says"),
+        (lambda b: b[:8] + b"\xff" * 20 + b[28:], "its header is not JSON"),
+        (lambda b: struct.pack("<Q", 1 << 60) + b[8:], "the header should be 1152921504606846976 bytes long"),
+        (lambda b: b.replace(b'"F32"', b'"F99"', 1), "unknown dtype 'F99'"),
+        (lambda b: b.replace(b'"shape":[48', b'"shape":[49', 1), "can't have"),
+        (lambda b: b.replace(b'"shape":[48', b'"shape":[-8', 1), "lacks a sound dtype, shape or data_offsets"),
+        (lambda b: b.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1), "can't have"),
+    ],
+)
+def test_damaged_safetensors_are_told(refused, source, change, part):
+    path = source("official")
+    data = (path / DIT).read_bytes()
+    assert change(data) != data
+    (path / DIT).write_bytes(change(data))
+    refused(path, DIT, part)
+
+
+def test_a_tensor_twice_in_a_header_or_two_in_one_place(refused, source):
+    path = source("official")
+    entry = '{"dtype":"F32","shape":[%d],"data_offsets":[%d,%d]}'
+    for text, part in (
+        (f'{{"a":{entry % (1, 0, 4)},"a":{entry % (1, 4, 8)}}}', "'a' stands twice in the header"),
+        (f'{{"a":{entry % (1, 0, 4)},"b":{entry % (2, 0, 8)}}}', "starts at byte"),
+        ("[1]", "not a JSON object"),
+    ):
+        header = text.encode()
+        (path / DIT).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+        refused(path, DIT, part)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+def test_corrupt_json_is_told(refused, source, file):
+    path = source("diffusers")
+    (path / file).write_text('{"a": ')
+    refused(path, file, "is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "key"),
+    [
+        ("official", DIT, "blocks.1.cross_attn.norm_q.weight"),
+        ("diffusers", "transformer/" + DIT, "blocks.0.attn1.to_q.bias"),
+        ("diffusers", "vae/" + DIT, "decoder.up_blocks.2.resnets.1.conv1.weight"),
+        ("diffusers", "text_encoder/model.safetensors", "encoder.block.1.layer.1.DenseReluDense.wo.weight"),
+        ("diffusers", "image_encoder/model.safetensors", "vision_model.post_layernorm.bias"),
+    ],
+)
+def test_missing_extra_and_misshapen_tensors_are_named(refused, source, layout, file, key):
+    path = source(layout, "i2v")
+    whole = (path / file).read_bytes()
+    rewrite(path / file, lambda t: t.pop(key))
+    refused(path, file, "lacks tensor", repr(key), "download it again")
+    (path / file).write_bytes(whole)
+    rewrite(path / file, lambda t: t.update({"surplus." + key: np.zeros(3, np.float32)}))
+    refused(path, file, f"has tensor 'surplus.{key}'", "doesn't use")
+    (path / file).write_bytes(whole)
+    rewrite(path / file, lambda t: t.update({key: np.zeros((*t[key].shape, 2), np.float32)}))
+    refused(path, file, repr(key), "has shape", "this model needs")
+
+
+def test_a_misspelt_tensor_comes_with_the_name_that_is_near(refused, source):
+    path = source("official")
+    key = "blocks.1.self_attn.norm_q.weight"
+    rewrite(path / DIT, lambda t: t.update({"blocks.1.self_attn.normq.weight": t.pop(key)}))
+    refused(path, repr(key), "it has 'blocks.1.self_attn.normq.weight'")
+
+
+def test_a_wrong_tensor_doesnt_pass_for_the_size_of_all(refused, source):
+    """Sizes that no config holds go by most tensors: the odd one out is named, not the others."""
+    path = source("official")
+    rewrite(path / DIT, lambda t: t.update({"text_embedding.0.weight": np.zeros((48, 30), np.float32)}))
+    refused(path, "text_encoder is 24 wide, the DiT reads 30")
+
+
+def test_sizes_in_config_json_that_tensors_contradict(refused, source):
+    path = source("official")
+    edit_json(path / "config.json", ffn_dim=65)
+    refused(path, "'blocks.0.ffn.0.weight' has shape [64, 48], this model needs [65, 48]")
+    edit_json(path / "config.json", ffn_dim=64, num_layers=3)
+    refused(path, "lacks tensor 'blocks.2.")
+    edit_json(path / "config.json", num_layers="two")
+    refused(path, "config.json: num_layers='two' should be of type int")
+    edit_json(path / "config.json", num_layers=2, num_heads=None)
+    refused(path, "num_heads=None")
+
+
+def test_shards_that_disagree_with_their_index(refused, source, tmp_path):
+    path = source("diffusers", shard_bytes=60_000) / "transformer"
+    index = path / f"{DIT}.index.json"
+    whole, root = index.read_text(), path.parent
+    weight_map = json.loads(whole)["weight_map"]
+    key, shard = next(iter(weight_map.items()))
+    other = next(name for name in weight_map.values() if name != shard)
+    edit_json(index, weight_map=weight_map | {"ghost": shard})
+    refused(root, index.name, "places tensor 'ghost' in", "shards and index disagree")
+    edit_json(index, weight_map={k: v for k, v in weight_map.items() if k != key})
+    refused(root, shard, repr(key), "doesn't name it")
+    edit_json(index, weight_map=weight_map | {key: other})
+    refused(root, shard, repr(key), f"places it in {other}")
+    edit_json(index, weight_map=weight_map | {key: "../../elsewhere.safetensors"})
+    refused(root, "not a plain file name")
+    edit_json(index, weight_map={})
+    refused(root, index.name, "no weight_map")
+    index.write_text(whole)
+    shutil.copy(path / shard, path / "diffusion_pytorch_model-00099-of-00099.safetensors")
+    refused(root, "00099-of-00099.safetensors is not named by")
+    (path / "diffusion_pytorch_model-00099-of-00099.safetensors").unlink()
+    (path / other).rename(tmp_path / "aside")
+    refused(root, other, "is missing", "copy or download it again")
+    (tmp_path / "aside").rename(path / other)
+    index.unlink()
+    refused(root, index.name, "is missing")
+
+
+def test_a_pth_that_would_run_code_is_refused_and_nothing_ran(refused, source, tmp_path):
+    import pickle
+    import zipfile
+
+    mark = tmp_path.parent / f"{tmp_path.name}.ran"
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {mark}",)
+
+    path = source("official")
+    with zipfile.ZipFile(path / "Wan2.1_VAE.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"x": Payload()}, 2))
+    refused(path, "Wan2.1_VAE.pth is refused", "system", "nothing was run")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "changes", "part"),
+    [
+        ("official", "config.json", {"model_type": "vace"}, "VACE"),
+        ("official", "config.json", {"in_dim": 36}, "no Wan2.1 T2V"),
+        ("diffusers", "vae/config.json", {"is_residual": True}, "Wan2.2 VAE"),
+        ("diffusers", "vae/config.json", {"patch_size": 2}, "Wan2.2 VAE"),
+        ("diffusers", "vae/config.json", {"latents_mean": [0.0]}, "latents_mean has 1 entries"),
+        ("diffusers", "model_index.json", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, "Wan2.2"),
+        ("diffusers", "transformer/config.json", {"qk_norm": "rms_norm"}, "qk_norm='rms_norm'"),
+        ("diffusers", "transformer/config.json", {"patch_size": 2}, "patch_size=2 should be a list"),
+        ("diffusers", "text_encoder/config.json", {"dense_act_fn": "relu"}, "dense_act_fn='relu'"),
+        ("diffusers", "image_encoder/config.json", {"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
+        ("diffusers", "scheduler/scheduler_config.json", {"flow_shift": -1.0}, "flow_shift=-1.0 must be positive"),
+        ("diffusers", "scheduler/scheduler_config.json", {"flow_shift": None}, "shift=None should be of type float"),
+    ],
+)
+def test_other_models_are_told_apart(refused, source, layout, file, changes, part):
+    task = "i2v" if layout == "diffusers" else "t2v"
+    path = source(layout, task)
+    if "flow_shift" in changes and changes["flow_shift"] is None:
+        edit_json(path / file, flow_shift=None)
+    else:
+        edit_json(path / file, **changes)
+    refused(path, part)
+
+
+def test_dtypes_that_are_no_weights(refused, source):
+    path = source("official")
+    whole = (path / DIT).read_bytes()
+    rewrite(path / DIT, lambda t: t.update({"head.head.bias": np.zeros(64, np.int64)}))
+    refused(path, DIT, "'head.head.bias' has dtype I64", "F32, F16 or BF16")
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    entry = header["head.head.bias"]
+    entry.update(dtype="F8_E4M3", shape=[256])
+    data = json.dumps(header).encode()
+    (path / DIT).write_bytes(struct.pack("<Q", len(data)) + data + whole[8 + length :])
+    refused(path, "shape [256]")
+
+
+def test_a_tied_embedding_that_differs(refused, source):
+    path = source("diffusers")
+    tied = "encoder.embed_tokens.weight"
+    rewrite(path / "text_encoder/model.safetensors", lambda t: t.update({tied: t["shared.weight"] + 1}))
+    refused(path, "text_encoder/model.safetensors", tied, "differs from 'shared.weight'")
+
+
+def test_two_files_of_one_component(refused, source):
+    path = source("official")
+    shutil.copy(path / "Wan2.1_VAE.pth", path / "another.pth")
+    refused(path, "is a second vae")
+
+
+def test_wrong_arguments(capsys, pristine, tmp_path):
+    assert "to-flax, to-torch" in fails(capsys)
+    assert "src" in fails(capsys, "to-flax").lower()
+    assert "int8" in fails(capsys, "to-flax", pristine("official"), tmp_path / "out", "--dtype", "int8")
+    assert "layout" in fails(capsys, "to-torch", pristine("official"), tmp_path / "out")
+    assert "--sharpen" in fails(capsys, "to-flax", "a", "b", "--sharpen")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="dtype='int8' is none of bfloat16, float16, float32"):
+        to_flax("a", "b", dtype="int8")
+    with pytest.raises(ValueError, match="layout='comfy' is none of official, diffusers"):
+        to_torch("a", "b", layout="comfy")  # type: ignore[arg-type]
+
+
+def test_destinations_that_cant_be(capsys, source, tmp_path):
+    path = source("official")
+    (tmp_path / "file").write_text("kept")
+    before = snapshot(tmp_path)
+    assert "overlap" in fails(capsys, "to-flax", path, path)
+    assert "overlap" in fails(capsys, "to-flax", path, path / "inner")
+    assert "overlap" in fails(capsys, "to-flax", path, path.parent, "--overwrite")
+    assert "is a file" in fails(capsys, "to-flax", path, tmp_path / "file")
+    assert "can't be written" in fails(capsys, "to-flax", path, tmp_path / "file" / "under")
+    assert "can't be written" in fails(capsys, "to-flax", path, "/proc/nowhere/out")
+    assert snapshot(tmp_path) == before
+
+
+def test_an_existing_destination_needs_overwrite_and_is_lost_only_to_a_whole_one(capsys, source, tmp_path):
+    path, out = source("official"), tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("kept")
+    assert "--overwrite" in fails(capsys, "to-flax", path, out)
+    broken = tmp_path / "broken"
+    shutil.copytree(path, broken)
+    rewrite(broken / DIT, lambda t: t.pop("head.head.bias"))
+    before = snapshot(tmp_path)
+    fails(capsys, "to-flax", broken, out, "--overwrite")
+    assert snapshot(tmp_path) == before
+    to_flax(path, out, overwrite=True)
+    assert not (out / "precious").exists()
+    assert checkpoint.is_checkpoint(out)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "broken", "out"}
+
+
+def test_an_empty_destination_and_missing_parents_are_fine(pristine, tmp_path):
+    (tmp_path / "out").mkdir()
+    to_flax(pristine("official"), tmp_path / "out")
+    to_flax(pristine("official"), tmp_path / "a" / "b" / "out")
+    assert checkpoint.is_checkpoint(tmp_path / "out")
+    assert checkpoint.is_checkpoint(tmp_path / "a" / "b" / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "x"), KeyboardInterrupt()])
+def test_a_failure_halfway_leaves_nothing(capsys, pristine, tmp_path, monkeypatch, error):
+    old = tmp_path / "out"
+    to_flax(pristine("official"), old)
+    before = snapshot(tmp_path)
+    written, write = [], array_files.write_at
+
+    def stop(*args):
+        written.append(args)
+        if len(written) == 40:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(array_files, "write_at", stop)
+    with pytest.raises(SystemExit) as status:
+        convert.cli.main(["to-flax", str(pristine("official")), str(old), "--overwrite"])
+    assert len(written) >= 40
+    assert status.value.code == (2 if isinstance(error, OSError) else 130)
+    assert capsys.readouterr().err in ("error: x: No space left on device\n", "error: interrupted\n")
+    assert snapshot(tmp_path) == before
+
+
+def test_a_full_disk_on_the_way_back_leaves_nothing(capsys, pristine, tmp_path, monkeypatch):
+    from convert import writers
+
+    to_flax(pristine("official"), tmp_path / "ours")
+    before = snapshot(tmp_path)
+
+    def stop(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writers, "write_at", stop)
+    for layout in ("official", "diffusers"):
+        message = fails(capsys, "to-torch", tmp_path / "ours", tmp_path / "back", "--layout", layout)
+        assert "No space left on device" in message
+        assert snapshot(tmp_path) == before
+
+
+def test_too_little_space_is_told_before_the_work(capsys, pristine, tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10**6)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = fails(capsys, "to-flax", pristine("official"), tmp_path / "out")
+    assert "not enough disk space: needs 0.00 GB, 0.00 GB are free" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_to_our_own_format(capsys, pristine, tmp_path):
+    ours = tmp_path / "ours"
+    to_flax(pristine("official"), ours)
+
+    def back() -> str:
+        return fails(capsys, "to-torch", ours, tmp_path / "back", "--layout", "official")
+
+    assert "doesn't exist" in fails(capsys, "to-torch", tmp_path / "no", tmp_path / "back", "--layout", "official")
+    message = fails(capsys, "to-torch", pristine("official"), tmp_path / "back", "--layout", "official")
+    assert "is not a checkpoint of this project" in message
+    whole = (ours / "config.json").read_text()
+    (ours / "config.json").write_text(whole[:100])
+    assert "config.json is not valid JSON" in back()
+    edit = json.loads(whole)
+    (ours / "config.json").write_text(json.dumps(edit | {"version": 99}))
+    assert "format version 99" in back()
+    (ours / "config.json").write_text(json.dumps(edit | {"components": ["dit"]}))
+    assert "has no vae" in back()
+    changed = json.loads(whole)
+    changed["config"]["dit"]["mlp_dim"] = 65
+    (ours / "config.json").write_text(json.dumps(changed))
+    assert "'blocks/mlp/up/kernel' has shape [2, 48, 64], its config says [2, 48, 65]" in back()
+    (ours / "config.json").write_text(whole)
+    chunk = next((ours / "dit" / "blocks.modulation").glob("[0-9]*"))
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[:-4])
+    assert f"{chunk} has {len(data) - 4} bytes" in back()
+    chunk.unlink()
+    assert f"{chunk} is missing" in back()
+    chunk.write_bytes(data)
+    shutil.rmtree(ours / "vae")
+    assert "vae is missing" in back()
+    assert {p.name for p in tmp_path.iterdir()} == {"ours"}
+
+
+def test_the_command_in_a_process_of_its_own(source, tmp_path):
+    """One line on stderr and status 2 without --debug, the traceback too with it; and it works."""
+    path = source("official")
+
+    def run(*argv):
+        command = [sys.executable, "-m", "convert.cli", *map(str, argv)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
+
+    bad = run("to-flax", tmp_path / "nowhere", tmp_path / "out")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr == f"error: {tmp_path}/nowhere doesn't exist; give a Wan2.1 directory, official or diffusers\n"
+    debug = run("to-flax", tmp_path / "nowhere", tmp_path / "out", "--debug")
+    assert "Traceback" in debug.stderr
+    assert debug.stderr.endswith(bad.stderr)
+    good = run("to-flax", path, tmp_path / "out")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout.startswith("t2v model, official layout: dit, vae, text_encoder\n")
+    assert good.stdout.endswith(f"report: {tmp_path}/out/audit.json\n")
+    back = run("to-torch", tmp_path / "out", tmp_path / "back", "--layout", "official")
+    assert (back.returncode, back.stderr) == (0, "")
+    assert read_all(tmp_path / "back") == read_all(path)
+    assert (tmp_path / "back.audit.json").is_file()
+
+
+def test_arguments_are_parsed_without_jax():
+    code = "import sys, convert, convert.cli; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2]).returncode == 0
+
+
+def test_open_checkpoint_reads_no_weights(pristine):
+    source = open_checkpoint(pristine("official", "i2v"))
+    assert source.layout == "official"
+    assert source.components == ("dit", "vae", "text_encoder", "image_encoder")
+    assert (source.tokenizer_dir / "tokenizer.json").is_file()

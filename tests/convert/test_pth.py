@@ -1,0 +1,277 @@
+"""The .pth reader: what torch writes is read; what would run code is refused, and nothing runs."""
+
+import io
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert import writers
+from convert.pth import PthFile
+from convert.writers import Output, write_pth
+from tests.reference import DATA
+
+GOLDEN = DATA / "convert" / "models_t5_umt5-xxl-enc-bf16.pth"
+
+
+class Fake:
+    """Stands for a global of torch in a pickle, without torch."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+
+class _Call:
+    def __init__(self, function, args, state=None):
+        self.function, self.args, self.state = function, args, state
+
+
+class Pickler(pickle._Pickler):  # type: ignore[attr-defined]
+    """Pickles `Fake` as a global, `_Call` as a call and `_Storage` as a persistent id."""
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Fake):
+            self.write(b"c" + obj.module.encode() + b"\n" + obj.name.encode() + b"\n")
+        elif isinstance(obj, _Call):
+            self.save(obj.function)
+            self.save(obj.args)
+            self.write(b"R")
+            if obj.state is not None:
+                self.save(obj.state)
+                self.write(b"b")
+        elif isinstance(obj, tuple) and obj and obj[0] == "storage" and len(obj) == 5 and save_persistent_id:
+            super().save(obj, False)
+            self.write(b"Q")
+        else:
+            super().save(obj)
+
+
+def storage(kind="FloatStorage", record="0", numel=6):
+    return ("storage", Fake("torch", kind), record, "cpu", numel)
+
+
+def tensor(store, offset=0, shape=(2, 3), stride=(3, 1), name="_rebuild_tensor_v2"):
+    hooks = _Call(Fake("collections", "OrderedDict"), ())
+    return _Call(Fake("torch._utils", name), (store, offset, shape, stride, False, hooks))
+
+
+def pickled(content) -> bytes:
+    file = io.BytesIO()
+    Pickler(file, 2).dump(content)
+    return file.getvalue()
+
+
+def pth(path, content, records=(), *, compression=zipfile.ZIP_STORED, prefix="archive/", byteorder=b"little"):
+    data = content if isinstance(content, bytes) else pickled(content)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr(f"{prefix}data.pkl", data)
+        archive.writestr(f"{prefix}byteorder", byteorder)
+        for name, values in dict(records).items():
+            archive.writestr(f"{prefix}data/{name}", values)
+    return path
+
+
+SIX = np.arange(6, dtype=np.float32)
+
+
+def test_reads_what_torch_wrote():
+    reader = PthFile(GOLDEN)
+    assert len(reader.tensors) == 32
+    assert reader.tensors["blocks.2.ffn.fc2.weight"].shape == (32, 64)
+    values = reader.read("token_embedding.weight")
+    assert values.dtype == np.float32
+    assert values.shape == (416, 32)
+    assert not values.flags.writeable
+
+
+@pytest.mark.parametrize("prefix", ["archive/", "", "model/inner/"])
+def test_any_prefix_of_the_records(tmp_path, prefix):
+    reader = PthFile(pth(tmp_path / "a.pth", {"x": tensor(storage())}, {"0": SIX.tobytes()}, prefix=prefix))
+    np.testing.assert_array_equal(reader.read("x"), SIX.reshape(2, 3))
+
+
+def test_strides_offsets_and_shared_storages(tmp_path):
+    store = storage()
+    content = {
+        "transposed": tensor(store, 0, (3, 2), (1, 3)),
+        "tail": tensor(store, 4, (2,), (1,)),
+        "expanded": tensor(store, 1, (2, 3), (0, 1)),
+        "scalar": tensor(store, 5, (), ()),
+        "empty": tensor(store, 0, (0, 3), (3, 1)),
+    }
+    reader = PthFile(pth(tmp_path / "a.pth", content, {"0": SIX.tobytes()}))
+    np.testing.assert_array_equal(reader.read("transposed"), SIX.reshape(2, 3).T)
+    np.testing.assert_array_equal(reader.read("tail"), [4, 5])
+    np.testing.assert_array_equal(reader.read("expanded"), [[1, 2, 3], [1, 2, 3]])
+    assert reader.read("scalar") == 5
+    assert reader.read("empty").shape == (0, 3)
+
+
+def test_parameters_ordered_dicts_metadata_and_one_wrapper(tmp_path):
+    hooks = _Call(Fake("collections", "OrderedDict"), ())
+    parameter = _Call(Fake("torch._utils", "_rebuild_parameter"), (tensor(storage()), True, hooks))
+    plain = PthFile(pth(tmp_path / "a.pth", {"x": parameter}, {"0": SIX.tobytes()}))
+    assert list(plain.tensors) == ["x"]
+    wrapped = {"state_dict": {"x": tensor(storage())}, "epoch": 3, "note": "plain"}
+    assert list(PthFile(pth(tmp_path / "b.pth", wrapped, {"0": SIX.tobytes()})).tensors) == ["x"]
+    state = _Call(Fake("collections", "OrderedDict"), (), {"_metadata": {"": {"version": 1}}})
+    body = pickled({"model": state})  # an empty state dict with torch's module versions
+    with pytest.raises(ValueError, match="doesn't hold a state dict"):
+        PthFile(pth(tmp_path / "c.pth", body))
+
+
+class Payload:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("place", ["value", "before", "wrapped"])
+def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, protocol, place):
+    import os
+
+    mark = tmp_path / "ran"
+    payload = Payload(os.system, f"touch {mark}")
+    content = {"value": {"x": payload}, "before": [payload, {}], "wrapped": {"state_dict": {"x": payload}}}[place]
+    path = pth(tmp_path / "evil.pth", pickle.dumps(content, protocol))
+    with pytest.raises(
+        ValueError, match=r"evil\.pth is refused: its pickle asks to import (posix|nt)\.system.*nothing was run"
+    ):
+        PthFile(path)
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(content, protocol))
+    assert mark.exists()  # the payload does work
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_Call(Fake("builtins", "eval"), ("1",)), "asks to import builtins.eval"),
+        (_Call(Fake("torch", "load"), ("x",)), "asks to import torch.load"),
+        (_Call(Fake("torch.storage", "_load_from_bytes"), (b"x",)), "asks to import torch.storage._load_from_bytes"),
+        (_Call(Fake("torch", "FloatStorage"), (6,)), "calls torch.FloatStorage with arguments"),
+        (_Call(Fake("collections", "OrderedDict"), ([("a", 1)],)), "calls collections.OrderedDict with arguments"),
+        (_Call(Fake("torch._utils", "_rebuild_tensor_v2"), (1, 2)), "calls torch._utils._rebuild_tensor_v2 with arguments"),
+        (_Call(_Call(Fake("collections", "OrderedDict"), ()), ()), "calls dict with arguments"),
+        (_Call(Fake("collections", "OrderedDict"), (), {"__class__": 1}), "sets the state of an object"),
+        ({"x": tensor(storage(), 1)}, "reaches past its storage of 6 elements"),
+        ({"x": tensor(storage(), 0, (2, 3), (3, -1))}, "arguments that no state dict has"),
+        ({"x": tensor(storage(), 0, (2, 3), (1,))}, "arguments that no state dict has"),
+        ({"x": tensor(storage("FloatStorage", "0", 7), 0)}, "record archive/data/0 should have 28 bytes and has 24"),
+        ({"x": tensor(storage("FloatStorage", "9"))}, "names the record archive/data/9, which the archive lacks"),
+        ({"x": tensor(storage("QInt8Storage"))}, "asks to import torch.QInt8Storage"),
+        ({"x": 1, "y": "z"}, "doesn't hold a state dict"),
+        ([1, 2], "doesn't hold a state dict"),
+        ({(1, 2): 3}, "dict key of type tuple"),
+        (b"\x80\x02}0.", "uses the opcode POP"),
+        (b"\x80\x02cos\nsystem\n.", "asks to import os.system"),
+        (b"\x80\x02(S'x'\nios\nsystem\n.", "uses the opcode"),
+        (b"\x80\x02\x82\x01.", "uses the opcode EXT1"),
+    ],
+)  # fmt: skip
+def test_anything_else_in_a_pickle_is_refused_by_name(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        PthFile(pth(tmp_path / "a.pth", content, {"0": SIX.tobytes()}))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80\x02", b"\x80\x02u.", b"\x80\x02h\x05.", b"\xff" * 40, b"\x80\x02X\xff\xff\xff\x7fx"]
+)
+def test_a_corrupt_pickle_is_told(tmp_path, data):
+    with pytest.raises(ValueError, match=r"a\.pth (has a corrupt data\.pkl|is refused)"):
+        PthFile(pth(tmp_path / "a.pth", data))
+
+
+def test_files_that_are_no_whole_pth(tmp_path):
+    whole = GOLDEN.read_bytes()
+    for name, data, message in (
+        ("cut.pth", whole[:-100], r"cut\.pth is truncated or corrupt"),
+        ("half.pth", whole[: len(whole) // 2], r"half\.pth is truncated or corrupt"),
+        ("empty.pth", b"", r"empty\.pth is empty"),
+        ("legacy.pth", pickle.dumps({"x": 1}, 2), r"legacy\.pth is not a zip-format .pth.*Re-save"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            PthFile(tmp_path / name)
+    one = {"x": tensor(storage())}
+    with pytest.raises(ValueError, match="is compressed"):
+        PthFile(pth(tmp_path / "z.pth", one, {"0": SIX.tobytes()}, compression=zipfile.ZIP_DEFLATED))
+    with pytest.raises(ValueError, match="big-endian"):
+        PthFile(pth(tmp_path / "b.pth", one, {"0": SIX.tobytes()}, byteorder=b"big"))
+    with zipfile.ZipFile(tmp_path / "n.pth", "w") as archive:
+        archive.writestr("readme", "x")
+    with pytest.raises(ValueError, match=r"0 data\.pkl records"):
+        PthFile(tmp_path / "n.pth")
+
+
+def test_integers_are_no_weights(tmp_path):
+    reader = PthFile(
+        pth(tmp_path / "a.pth", {"n": tensor(storage("LongStorage", "0", 3), 0, (3,), (1,))}, {"0": b"\0" * 24})
+    )
+    with pytest.raises(NotImplementedError, match=r"tensor 'n' has dtype I64; weights are F32, F16 or BF16"):
+        reader.read("n")
+
+
+@pytest.mark.parametrize("zip64_from", [writers.ZIP64_FROM, 40])
+def test_written_pth_files_are_sound_zips_that_read_back(tmp_path, monkeypatch, zip64_from):
+    """The 64-bit fields of large files too, on small ones."""
+    monkeypatch.setattr(writers, "ZIP64_FROM", zip64_from)
+    arrays = {
+        "a.weight": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "b": np.arange(5).astype(ml_dtypes.bfloat16),
+        "c": np.float32(3).reshape(()),
+        "ünï": np.ones((1, 7), np.float16),
+    }
+    names = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+    outputs = [Output(k, v.shape, names[v.dtype.name], lambda v=v: v) for k, v in arrays.items()]
+    done = []
+    write_pth(tmp_path / "w.pth", outputs, done.append)
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        assert archive.testzip() is None
+        assert archive.read("w/version") == b"3\n"
+        assert [archive.getinfo(f"w/data/{i}").file_size for i in range(4)] == [96, 10, 4, 14]
+        offset = archive.getinfo("w/data/1").header_offset
+    raw = (tmp_path / "w.pth").read_bytes()
+    name, extra = struct.unpack("<HH", raw[offset + 26 : offset + 30])
+    assert (offset + 30 + name + extra) % 64 == 0  # torch.load(mmap=True) wants it so
+    reader = PthFile(tmp_path / "w.pth")
+    assert list(reader.tensors) == list(arrays)
+    for key, array in arrays.items():
+        got = reader.read(key)
+        assert (got.dtype, got.shape, got.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    assert sum(done) >= sum(array.nbytes for array in arrays.values())
+
+
+def test_the_pickle_holds_only_what_the_golden_file_holds(tmp_path):
+    """torch.load(weights_only=True) admits what torch itself writes: the same globals, and opcodes among its list."""
+    import pickletools
+
+    def content(path):
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        operations = list(pickletools.genops(data))
+        return {op.name for op, _, _ in operations}, {arg for op, arg, _ in operations if op.name == "GLOBAL"}
+
+    write_pth(tmp_path / "w.pth", [Output("x", (2,), "F32", lambda: np.ones(2, np.float32))], lambda _: None)
+    opcodes, names = content(tmp_path / "w.pth")
+    _, golden_names = content(GOLDEN)
+    assert names == golden_names
+    admitted = {
+        "PROTO",
+        "GLOBAL",
+        "EMPTY_TUPLE",
+        "REDUCE",
+        "MARK",
+        "BINUNICODE",
+        "TUPLE",
+        "BININT",
+        "BINPERSID",
+        "NEWFALSE",
+    }
+    assert opcodes <= admitted | {"SETITEMS", "STOP", "LONG1"}
