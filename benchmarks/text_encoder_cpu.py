@@ -151,6 +151,7 @@ def main():
                 outputs[side] = np.load(out)
                 print(side, turns[side][-1], flush=True)
     best = {side: min(s for turn in rounds for s in turn["seconds"]) for side, rounds in turns.items()}
+    cpu = {side: min(s for turn in rounds for s in turn["cpu_seconds"]) for side, rounds in turns.items()}
     difference = np.linalg.norm(outputs["ours"] - outputs["torch"]) / np.linalg.norm(outputs["torch"])
     versions = "import importlib.metadata as m; print({p: m.version(p) for p in ('torch', 'transformers')})"
     torch_versions = subprocess.run(
@@ -164,6 +165,8 @@ def main():
             "ours_s": best["ours"],
             "torch_s": best["torch"],
             "speed_against_torch": round(best["torch"] / best["ours"], 3),
+            "ours_cpu_s": cpu["ours"],
+            "torch_cpu_s": cpu["torch"],
             "first_call_with_compile_s": turns["ours"][0]["first_s"],
             "relative_l2_between_outputs": float(difference),
             "torch_side": torch_versions.stdout.strip(),
