@@ -129,6 +129,8 @@ def main():
 
     from record import write
 
+    # a path of this machine means nothing to who reads the record
+    sys.argv = [argument.replace(options.torch_python, "PYTHON_WITH_TORCH") for argument in sys.argv]
     turns, outputs = {"ours": [], "torch": []}, {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.rounds):
