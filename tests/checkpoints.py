@@ -7,18 +7,20 @@ import pathlib
 import shutil
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from convert import mapping
 from fps_jax.config import DiTConfig, WanConfig
-from fps_jax.params import Params, unflatten
+from fps_jax.params import Params, flatten, unflatten
 from tests.reference import DATA
 
 T2V = DATA / "Wan2.1-T2V-tiny-Diffusers"
 TINY = DiTConfig(task="t2v", dim=64, mlp_dim=128, num_heads=2, num_layers=3, text_dim=32)
-TINY_I2V = DiTConfig(
-    task="i2v", dim=64, mlp_dim=128, num_heads=2, num_layers=3, text_dim=32, in_channels=36, image_dim=80
-)
+TINY_FLF2V = DiTConfig(
+    task="flf2v", dim=64, mlp_dim=128, num_heads=2, num_layers=2, text_dim=32, in_channels=36, image_dim=80, image_positions=514
+)  # fmt: skip
+TINY_I2V = dataclasses.replace(TINY_FLF2V, task="i2v", image_positions=None)
+FLF2V_TRANSFORMER = DATA / "Wan2.1-FLF2V-tiny-transformer"
 
 
 def params_from(component: mapping.Component, config: WanConfig, tensors: dict[str, np.ndarray], layout) -> Params:
@@ -39,28 +41,30 @@ def params_from(component: mapping.Component, config: WanConfig, tensors: dict[s
     return unflatten({p: np.stack(parts) if p in stacked else parts[0] for p, parts in leaves.items()})
 
 
-TINY_FLF2V = dataclasses.replace(TINY_I2V, task="flf2v", num_layers=2, image_positions=514)
-TRANSFORMERS = {
-    "t2v": (T2V / "transformer", TINY),
-    "i2v": (DATA / "Wan2.1-I2V-tiny-transformer", TINY_I2V),
-    "flf2v": (DATA / "Wan2.1-FLF2V-tiny-transformer", TINY_FLF2V),
-}
+@functools.cache
+def transformer_tensors(task: str) -> dict[str, np.ndarray]:
+    """A tiny DiT under diffusers' keys. The i2v model is the flf2v one without its learned positions."""
+    directory = T2V / "transformer" if task == "t2v" else FLF2V_TRANSFORMER
+    tensors = load_file(directory / "diffusion_pytorch_model.safetensors")
+    return {k: v for k, v in tensors.items() if task != "i2v" or not k.endswith("pos_embed")}
 
 
 @functools.cache
 def tiny_dit(task: str = "t2v") -> Params:
-    """The DiT's parameters of a tiny model."""
-    file, config = TRANSFORMERS[task]
-    tensors = load_file(file / "diffusion_pytorch_model.safetensors")
-    return params_from("dit", WanConfig(dit=config), tensors, "diffusers")
+    """The DiT's parameters of a tiny model, float32."""
+    config = {"t2v": TINY, "i2v": TINY_I2V, "flf2v": TINY_FLF2V}[task]
+    params = params_from("dit", WanConfig(dit=config), transformer_tensors(task), "diffusers")
+    return unflatten({path: leaf.astype(np.float32) for path, leaf in flatten(params)})
 
 
 def assemble(directory: pathlib.Path, task: str) -> pathlib.Path:
     """A diffusers checkpoint of `task`: the tiny T2V one with another transformer, and no image tower."""
     shutil.copytree(T2V, directory)
     if task != "t2v":
-        shutil.rmtree(directory / "transformer")
-        shutil.copytree(TRANSFORMERS[task][0], directory / "transformer")
+        config = json.loads((FLF2V_TRANSFORMER / "config.json").read_text())
+        config["pos_embed_seq_len"] = 514 if task == "flf2v" else None
+        (directory / "transformer" / "config.json").write_text(json.dumps(config))
+        save_file(transformer_tensors(task), directory / "transformer" / "diffusion_pytorch_model.safetensors")
         index = json.loads((directory / "model_index.json").read_text())
         index["_class_name"] = "WanImageToVideoPipeline"
         (directory / "model_index.json").write_text(json.dumps(index))

@@ -113,20 +113,22 @@ def cleaned_text() -> None:
     (DATA / "cleaned_text.json").write_text(f"[\n{lines}\n]\n")
 
 
-def flf2v() -> None:
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=36,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=128,
-        num_layers=2,
-        image_dim=80,
-        added_kv_proj_dim=64,
-        pos_embed_seq_len=514,
-    )
+TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 36,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "ffn_dim": 128,
+    "num_layers": 2,
+    "image_dim": 80,
+    "added_kv_proj_dim": 64,
+}
+
+
+def image_models() -> None:
+    model = WanTransformer3DModel(**TRANSFORMER, pos_embed_seq_len=514)
     randomise(model, 3, torch.bfloat16)
     directory = DATA / "Wan2.1-FLF2V-tiny-transformer"
     directory.mkdir(exist_ok=True)
@@ -158,10 +160,14 @@ def flf2v() -> None:
             "out": velocity,
         },
     )
-    flf2v_pipeline(model, embeds[:2])
+    image_pipeline("flf2v_pipeline", model, embeds[:2])
+    # The image-to-video model is the same one without the learned positions: no second file of weights.
+    i2v = WanTransformer3DModel(**TRANSFORMER).eval()
+    i2v.load_state_dict({key: value for key, value in model.state_dict().items() if "pos_embed" not in key})
+    image_pipeline("i2v_pipeline", i2v, embeds[:1])
 
 
-def flf2v_pipeline(model: WanTransformer3DModel, embeds: torch.Tensor) -> None:
+def image_pipeline(case: str, model: WanTransformer3DModel, embeds: torch.Tensor) -> None:
     pipe = WanImageToVideoPipeline(
         tokenizer=AutoTokenizer.from_pretrained(T2V / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(T2V / "text_encoder").eval(),
@@ -171,7 +177,7 @@ def flf2v_pipeline(model: WanTransformer3DModel, embeds: torch.Tensor) -> None:
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.encode_image = lambda *args: embeds  # the pipeline refuses image and image_embeds together
-    tensors, steps = {}, {"cond": [], "uncond": []}
+    tensors = {}
     prepare = pipe.prepare_latents
 
     def record_condition(*args, **kwargs):
@@ -179,18 +185,13 @@ def flf2v_pipeline(model: WanTransformer3DModel, embeds: torch.Tensor) -> None:
         tensors["condition"] = condition
         return latents, condition
 
-    def record_velocity(module, args, kwargs, output):
-        name = "cond" if len(steps["cond"]) == len(steps["uncond"]) else "uncond"
-        steps[name].append(output[0])
-
     pipe.prepare_latents = record_condition
-    hook = model.register_forward_hook(record_velocity, with_kwargs=True)
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(1, 16, 3, 4, 6, generator=generator)
     image, last_image = torch.rand(2, 1, 3, 32, 48, generator=generator)
     arguments = {
         "image": image,
-        "last_image": last_image,
+        "last_image": last_image if len(embeds) == 2 else None,
         "prompt": "A cat walks in the snow.",
         "negative_prompt": "worst quality, low quality, static",
         "height": 32,
@@ -201,26 +202,19 @@ def flf2v_pipeline(model: WanTransformer3DModel, embeds: torch.Tensor) -> None:
         "max_sequence_length": 512,
     }
     out = pipe(**arguments, latents=latents.clone(), output_type="latent").frames
-    hook.remove()
-    video = pipe(**arguments, latents=latents.clone(), output_type="np").frames
     settings = {key: value for key, value in arguments.items() if not isinstance(value, torch.Tensor)}
     tensors |= {
         "in.latents": latents,
         "in.image": image[0].permute(1, 2, 0),
         "in.last_image": last_image[0].permute(1, 2, 0),
-        "in.image_embeds": embeds.reshape(1, 514, 80).half(),
-        "velocity_cond": torch.stack(steps["cond"]),
-        "velocity_uncond": torch.stack(steps["uncond"]),
-        "sigmas": pipe.scheduler.sigmas,
-        "timesteps": pipe.scheduler.timesteps,
+        "in.image_embeds": embeds.reshape(1, -1, 80).half(),
         "out.latents": out,
-        "out.video": torch.from_numpy(video),
     }
-    save("flf2v_pipeline", tensors, {"settings": json.dumps(settings)})
+    save(case, tensors, {"settings": json.dumps(settings)})
 
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
-    for make in (clip_tower, bicubic, cleaned_text, flf2v):
+    for make in (clip_tower, bicubic, cleaned_text, image_models):
         make()
