@@ -1,11 +1,12 @@
 """Converts a synthetic checkpoint of real size there and back: seconds, GB/s beside a plain file copy, peak memory.
 
-The keys, shapes and file names are those of Wan2.1-T2V-1.3B with a bf16 DiT and a float32 VAE; the text encoder is two layers deep
-unless --t5 (UMT5-xxl in bf16: 11.4 GB, which needs 60 GB of disk and 14 GB of memory). Each conversion is a process of its own,
-whose RssAnon is sampled. The copy (shutil.copyfile of the same source files) runs before and after each conversion, in the
-same cache state: sources were just read. Nothing big is left behind.
+The keys, shapes and file names are those of Wan2.1-T2V-1.3B with a bf16 DiT and a float32 VAE, and a text encoder of two
+layers; with --t5 those of UMT5-xxl in bf16 (11.4 GB; needs 50 GB of disk) beside a DiT of one layer. Each conversion is a
+process of its own, whose RssAnon is sampled. The copy (shutil.copyfile of the same source files) runs before and after each
+conversion, in the
+same cache state: sources were just read. Works in TMPDIR; nothing big is left behind.
 
-    python benchmarks/convert_real_size.py [--t5] [--layout official|diffusers] [--directory DIR]
+    python benchmarks/convert_real_size.py [--t5] [--layout official|diffusers]
 """
 
 import argparse
@@ -41,7 +42,8 @@ def sample():
 threading.Thread(target=sample, daemon=True).start()
 began = time.perf_counter()
 status = run_cli(convert.cli._run, sys.argv[1:])
-print(json.dumps({"status": status, "seconds": time.perf_counter() - began, "peak_rss_anon_gib": peak / 2**20}))
+print(json.dumps({"status": status, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time(),
+                  "peak_rss_anon_gib": peak / 2**20}))
 """
 
 
@@ -49,18 +51,18 @@ def files(directory: pathlib.Path) -> list[pathlib.Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def plain_copy(source: pathlib.Path, directory: pathlib.Path) -> float:
-    """GB/s of shutil.copyfile of every file, without fsync (the conversion doesn't sync either)."""
+def plain_copy(source: pathlib.Path, directory: pathlib.Path) -> tuple[float, float]:
+    """GB/s and CPU seconds of shutil.copyfile of every file, without fsync (the conversion doesn't sync either)."""
     target = directory / "copy"
     target.mkdir()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     size = 0
     for i, path in enumerate(files(source)):
         shutil.copyfile(path, target / str(i))
         size += path.stat().st_size
-    seconds = time.perf_counter() - began
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     shutil.rmtree(target)
-    return size / 1e9 / seconds
+    return size / 1e9 / seconds, cpu
 
 
 def convert(arguments: list[str], source: pathlib.Path, directory: pathlib.Path, largest: int) -> dict[str, Any]:
@@ -75,8 +77,9 @@ def convert(arguments: list[str], source: pathlib.Path, directory: pathlib.Path,
     result |= {
         "gb": size,
         "gb_per_second": speed,
-        "plain_copy_gb_per_second": [before, after],
-        "of_plain_copy": speed / ((before + after) / 2),
+        "plain_copy_gb_per_second": [before[0], after[0]],
+        "plain_copy_cpu_seconds": [before[1], after[1]],
+        "of_plain_copy": speed / ((before[0] + after[0]) / 2),
         "largest_component_gib": largest / 2**30,
     }
     print(json.dumps(result), flush=True)
@@ -109,15 +112,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--t5", action="store_true", help="all of UMT5-xxl")
     parser.add_argument("--layout", choices=("official", "diffusers"), default="official")
-    parser.add_argument(
-        "--directory", default=None, help="where to write and remove some 3 times the checkpoint's size"
-    )
     options = parser.parse_args()
-    config = WAN_T2V_1_3B
-    if not options.t5:
+    config, model = WAN_T2V_1_3B, "Wan2.1-T2V-1.3B: bf16 DiT, float32 VAE, UMT5 of 2 layers"
+    if options.t5:
+        config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, num_layers=1))
+        model = "UMT5-xxl in bf16, float32 VAE, DiT of 1 layer"
+    else:
         text = dataclasses.replace(config.text_encoder, num_layers=2, vocab_size=4096)
         config = dataclasses.replace(config, text_encoder=text)
-    root = pathlib.Path(tempfile.mkdtemp(prefix="convert_real_size_", dir=options.directory))
+    root = pathlib.Path(tempfile.mkdtemp(prefix="convert_real_size_"))
     try:
         source, ours, back = root / "source", root / "ours", root / "back"
         write_checkpoint(source, config, layout=options.layout, dtypes={"dit": "BF16", "text_encoder": "BF16"})
@@ -131,8 +134,8 @@ def main() -> None:
         os.sync()
         again = convert(["to-torch", str(ours), str(back), "--layout", options.layout], ours, root, max(weights))
         payload = {
-            "model": "Wan2.1-T2V-1.3B, bf16 DiT, float32 VAE, "
-            + ("UMT5-xxl bf16" if options.t5 else "UMT5 of 2 layers"),
+            "model": model,
+            "load_average": os.getloadavg(),
             "layout": options.layout,
             "to_flax": there,
             "to_torch": again,

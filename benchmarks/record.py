@@ -31,7 +31,8 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    script, *arguments = sys.argv
+    # Whole paths belong to one machine: their last part is enough to run it again.
+    script, *arguments = (os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv)
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import open_checkpoint, to_flax, to_torch
+from convert.pth import PthFile
 from convert.synthetic import tiny_config
+from convert.writers import Output, write_pth
 from fps_jax.checkpoint import abstract_component, load_component, read_config, read_manifest
 from fps_jax.params import flatten
 from tests.checkpoints import T2V
@@ -160,6 +162,22 @@ def test_parts_that_wan_never_uses_are_listed_and_left_out(source, tmp_path):
     assert audit["components"]["image_encoder"]["left_out"] == ["visual_projection.weight"]
     to_torch(tmp_path / "ours", tmp_path / "back", "diffusers")
     assert "visual_projection.weight" not in read_all(tmp_path / "back")["image_encoder"]
+
+
+def test_clips_text_tower_is_listed_and_left_out(source, tmp_path):
+    path = source("official", "i2v")
+    file = path / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+    reader = PthFile(file)
+    outputs = [Output(k, i.shape, i.dtype, lambda k=k: reader.read(k)) for k, i in reader.tensors.items()]
+    outputs += [Output(k, (3,), "F32", lambda: np.zeros(3, np.float32)) for k in ("textual.head.0.weight", "log_scale")]
+    write_pth(tmp_path / "whole.pth", outputs, lambda _: None)
+    (tmp_path / "whole.pth").replace(file)
+    audit = to_flax(path, tmp_path / "ours")
+    assert audit["components"]["image_encoder"]["left_out"] == ["log_scale", "textual.head.0.weight"]
+    to_torch(tmp_path / "ours", tmp_path / "back", "official")
+    want = read_all(path)[file.name]
+    del want["textual.head.0.weight"], want["log_scale"]
+    assert read_all(tmp_path / "back")[file.name] == want
 
 
 def test_the_projection_of_an_official_tower_is_kept_and_told_where_diffusers_has_none(pristine, tmp_path):
