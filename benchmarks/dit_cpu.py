@@ -2,7 +2,8 @@
 
     python benchmarks/dit_cpu.py --torch-python /path/to/python3.11   # with torch, diffusers
 
-The 1.3B model's width (1536, 8960, 12 heads), 4 layers, one sample of 5 x 30 x 52 tokens, 512 text tokens, float32, 2 threads. Needs 8 GB.
+The 1.3B model's width (1536, 8960, 12 heads), 4 layers, one sample of 5 x 30 x 52 tokens, 512 text tokens, float32, 2 threads.
+Needs 8 GB.
 """
 
 import os
