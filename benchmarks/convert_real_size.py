@@ -3,8 +3,7 @@
 The keys, shapes and file names are those of Wan2.1-T2V-1.3B with a bf16 DiT and a float32 VAE, and a text encoder of two
 layers; with --t5 those of UMT5-xxl in bf16 (11.4 GB; needs 50 GB of disk) beside a DiT of one layer. Each conversion is a
 process of its own, whose RssAnon is sampled. The copy (shutil.copyfile of the same source files) runs before and after each
-conversion, in the
-same cache state: sources were just read. Works in TMPDIR; nothing big is left behind.
+conversion. Works in TMPDIR; nothing big is left behind.
 
     python benchmarks/convert_real_size.py [--t5] [--layout official|diffusers]
 """

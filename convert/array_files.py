@@ -78,11 +78,14 @@ class ArrayFiles:
 
     def read(self, path: str, row: int | None = None) -> np.ndarray:
         """One row of the first axis, or the whole array: a view of the mapped file, a copy only of several chunks."""
-        per_chunk, shape = self._rows[path], self.shapes[path]
         if row is not None:
-            return self._mapped(path, row // per_chunk)[row % per_chunk]
-        chunks = [self._mapped(path, number) for number in range(shape[0] // per_chunk)]
+            return self._mapped(path, row // self._rows[path])[row % self._rows[path]]
+        chunks = self.chunks(path)
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+    def chunks(self, path: str) -> list[np.ndarray]:
+        """The whole array as views of its mapped files, consecutive along the first axis."""
+        return [self._mapped(path, number) for number in range(self.shapes[path][0] // self._rows[path])]
 
     def _mapped(self, path: str, number: int) -> np.ndarray:
         file, shape = self._chunk(path, number), (self._rows[path], *self.shapes[path][1:])

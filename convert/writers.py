@@ -6,7 +6,7 @@ import math
 import pathlib
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +25,32 @@ _STORAGE = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storag
 class Output:
     """A tensor to write: `make()` gives its values, in `dtype` (F32, F16 or BF16) and, but for axes of 1, `shape`.
 
-    It runs on the thread that writes them, so that they may lie in that thread's buffer.
+    It runs on the thread that writes them, so that they may lie in that thread's buffer; a list is the values in pieces.
     """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
-    make: Callable[[], np.ndarray]
+    make: Callable[[], np.ndarray | list[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
-    def bytes(self) -> np.ndarray:
-        """The values as uint8."""
-        array = self.make()
-        if array.size != math.prod(self.shape) or array.dtype != FLOATS[self.dtype]:
-            raise ValueError(f"{self.key}: made {array.dtype}{list(array.shape)}, not {self.dtype}{list(self.shape)}")
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    def bytes(self) -> list[np.ndarray]:
+        """The values as uint8, in pieces."""
+        made = self.make()
+        pieces = made if isinstance(made, list) else [made]
+        if sum(p.size for p in pieces) != math.prod(self.shape) or any(p.dtype != FLOATS[self.dtype] for p in pieces):
+            made_of = [f"{p.dtype}{list(p.shape)}" for p in pieces]
+            raise ValueError(f"{self.key}: made {', '.join(made_of)}, not {self.dtype}{list(self.shape)}")
+        return [np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in pieces]
+
+
+def _write_pieces(descriptor: int, position: int, pieces: Sequence[np.ndarray | bytes]) -> None:
+    for piece in pieces:
+        write_at(descriptor, position, piece)
+        position += len(piece)
 
 
 def write_safetensors(
@@ -96,7 +104,7 @@ def _write_safetensors_file(
         write_at(file.fileno(), 0, len(text).to_bytes(8, "little") + text)
 
         def write(place: tuple[Output, int]) -> int:
-            write_at(file.fileno(), place[1], place[0].bytes())
+            _write_pieces(file.fileno(), place[1], place[0].bytes())
             return place[0].nbytes
 
         for nbytes in in_threads(write, places):
@@ -176,11 +184,11 @@ def write_pth(path: pathlib.Path, outputs: list[Output], progress: Callable[[int
 
         def write(place: tuple[_Record, Output | bytes]) -> tuple[int, int]:
             record, content = place
-            data = content.bytes() if isinstance(content, Output) else content
-            crc = zlib.crc32(data)
-            header = record.header(crc)
-            write_at(file.fileno(), record.position, header)
-            write_at(file.fileno(), record.position + len(header), data)
+            pieces = content.bytes() if isinstance(content, Output) else [content]
+            crc = 0
+            for piece in pieces:
+                crc = zlib.crc32(piece, crc)
+            _write_pieces(file.fileno(), record.position, [record.header(crc), *pieces])
             return crc, record.size
 
         crcs = []
