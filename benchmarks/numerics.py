@@ -31,7 +31,9 @@ PARITY = {
     "pipeline T2V, frames": "test_pipeline.py::test_t2v_frames_match_diffusers",
     "pipeline I2V and FLF2V, condition and latents": "test_pipeline.py::test_image_to_video_matches_diffusers",
     "DiT in bf16: upstream's own autocast, ours": "test_dit.py::test_bf16_error_is_at_most_twice_upstreams",
-    "UMT5 in bf16: valid tokens upstream's own, ours; all tokens ours, upstream's own": "test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams",
+    "UMT5 in bf16: valid tokens upstream's own, ours; all tokens ours, upstream's own": (
+        "test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams"
+    ),
 }
 
 

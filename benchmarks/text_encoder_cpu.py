@@ -3,21 +3,16 @@
     python benchmarks/text_encoder_cpu.py --torch-python /path/to/python3.11   # with torch, transformers
 
 UMT5-xxl's width (4096, 10240, 64 heads), 4 layers, vocabulary 4096, one text of 512 tokens, float32, 2 threads. The two take turns
-in processes of their own, on the same weights and ids; the best time of each counts. Compile time is apart. Needs 8 GB.
+in processes of their own, on the same weights and ids; the median time of each counts. Compile time is apart. Needs 8 GB.
 """
 
-import argparse
-import json
 import os
 import pathlib
-import subprocess
 import sys
-import tempfile
-import time
 
 import numpy as np
+from side_by_side import THREADS, compare, measure
 
-THREADS = 2
 VOCAB, DIM, MLP, HEADS, LAYERS, TOKENS = 4096, 4096, 10240, 64, 4, 512
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -44,16 +39,6 @@ def _ids():
     return np.random.default_rng(1).integers(3, VOCAB, (1, TOKENS)).astype(np.int32)
 
 
-def _measure(call, runs):
-    seconds, cpu_seconds = [], []
-    for _ in range(runs + 1):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        out = call()
-        seconds.append(round(time.perf_counter() - start, 3))
-        cpu_seconds.append(round(time.process_time() - cpu_start, 3))  # says how far other programs disturbed the run
-    return out, {"first_s": seconds[0], "seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:]}
-
-
 def _ours(runs):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(ROOT))
@@ -75,7 +60,7 @@ def _ours(runs):
         leaves.setdefault(path, np.empty((LAYERS, *array.shape), np.float32))[layer] = array
     params = unflatten({path: jnp.asarray(leaves.pop(path)) for path in list(leaves)})
     ids = _ids()
-    return _measure(lambda: np.asarray(encode_text(config, params, ids, np.ones_like(ids))), runs)
+    return measure(lambda: np.asarray(encode_text(config, params, ids, np.ones_like(ids))), runs)
 
 
 def _torch(runs):
@@ -110,72 +95,15 @@ def _torch(runs):
             model.get_parameter(key).copy_(torch.from_numpy(array if name == "bias" else array.T))
         ids = torch.from_numpy(_ids()).long()
         mask = torch.ones_like(ids)
-        return _measure(lambda: model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy(), runs)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch-python", required=True, help="a Python with torch and transformers")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs a turn, after one that isn't counted")
-    parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        out, times = {"ours": _ours, "torch": _torch}[options.side](options.runs)
-        np.save(options.out, out)
-        print(json.dumps(times))
-        return
-
-    from record import write
-
-    # a path of this machine means nothing to who reads the record
-    sys.argv = [argument.replace(options.torch_python, "PYTHON_WITH_TORCH") for argument in sys.argv]
-    turns, outputs = {"ours": [], "torch": []}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            for side, python in (("torch", options.torch_python), ("ours", sys.executable)):
-                out = f"{folder}/{side}.npy"
-                command = [
-                    python,
-                    __file__,
-                    "--torch-python",
-                    "-",
-                    "--side",
-                    side,
-                    "--runs",
-                    str(options.runs),
-                    "--out",
-                    out,
-                ]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                turns[side].append(json.loads(done.stdout.splitlines()[-1]))
-                outputs[side] = np.load(out)
-                print(side, turns[side][-1], flush=True)
-    best = {side: min(s for turn in rounds for s in turn["seconds"]) for side, rounds in turns.items()}
-    cpu = {side: min(s for turn in rounds for s in turn["cpu_seconds"]) for side, rounds in turns.items()}
-    difference = np.linalg.norm(outputs["ours"] - outputs["torch"]) / np.linalg.norm(outputs["torch"])
-    versions = "import importlib.metadata as m; print({p: m.version(p) for p in ('torch', 'transformers')})"
-    torch_versions = subprocess.run(
-        [options.torch_python, "-c", versions], stdout=subprocess.PIPE, text=True, check=True
-    )
-    write(
-        "text_encoder_cpu",
-        {
-            "claim": "the text encoder on a CPU is at least as fast as transformers' in torch",
-            "case": f"UMT5 {DIM}/{MLP}/{HEADS} heads, {LAYERS} layers, {TOKENS} tokens, float32, {THREADS} threads",
-            "ours_s": best["ours"],
-            "torch_s": best["torch"],
-            "speed_against_torch": round(best["torch"] / best["ours"], 3),
-            "ours_cpu_s": cpu["ours"],
-            "torch_cpu_s": cpu["torch"],
-            "first_call_with_compile_s": turns["ours"][0]["first_s"],
-            "relative_l2_between_outputs": float(difference),
-            "torch_side": torch_versions.stdout.strip(),
-            "turns": turns,
-        },
-    )
+        return measure(lambda: model(input_ids=ids, attention_mask=mask).last_hidden_state.numpy(), runs)
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        __file__,
+        claim="the text encoder on a CPU is at least as fast as transformers' in torch",
+        case=f"UMT5 {DIM}/{MLP}/{HEADS} heads, {LAYERS} layers, {TOKENS} tokens",
+        ours=_ours,
+        torch=_torch,
+        packages=("torch", "transformers"),
+    )

@@ -30,8 +30,12 @@ def main(arguments: list[str]) -> None:
     print(f"done in {time.time() - start:.0f} s")
     print(f"  video          {folder / 'demo.mp4'}")
     print(f"  contact sheet  {folder / 'demo.png'}")
-    print("The weights of this checkpoint are synthetic, so the picture is noise. What it shows is that every part runs:")
-    print("text encoder, diffusion transformer, solver, VAE and mp4. README.md says how to sample with Wan2.1's own weights.")
+    print(
+        "The weights of this checkpoint are synthetic, so the picture is noise. What it shows is that every part runs:"
+    )
+    print(
+        "text encoder, diffusion transformer, solver, VAE and mp4. README.md says how to sample with Wan2.1's own weights."
+    )
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def decode(
 def encode(
     config: VAEConfig,
     params: Params,
-    video: Float[Array, "B F H W 3"],
+    video: Float[Array | np.ndarray, "B F H W 3"],
     *,
     tiling: bool = False,
     progress: Progress | None = None,
