@@ -2,7 +2,7 @@
 
     python benchmarks/dit_real_size.py
 
-Writes the checkpoint (bf16 DiT, official layout), converts it, loads it with `WanPipeline.from_pretrained`, and runs the DiT at full
+Writes the checkpoint (bf16 DiT, official layout), converts it, loads it with `WanPipeline.from_pretrained`, runs the DiT at full
 width and depth on 3 x 8 x 8 tokens and 512 text tokens. Needs 6 GB of memory and 7 GB of disk in TMPDIR, which are given back.
 """
 
