@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax import requests
-from fps_jax.checkpoint import is_checkpoint, load_component, new_directory, read_config, save_component, write_config
+from fps_jax.checkpoint import is_checkpoint, load_component, read_config, save_checkpoint
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.dit import build_dit, param_dtype
 from fps_jax.flow import SigmaGrid, Solver
@@ -78,11 +77,8 @@ class WanPipeline:
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
-        with new_directory(path, overwrite=overwrite) as fresh:
-            for name, params in self.params.items():
-                save_component(fresh / name, params)
-            shutil.copytree(self.tokenizer.source.parent, fresh / "tokenizer")
-            write_config(fresh, self.config, components=list(self.params))
+        tokenizer = self.tokenizer.source.parent
+        save_checkpoint(path, self.config, self.params, tokenizer, overwrite=overwrite)
 
     def __call__(
         self,

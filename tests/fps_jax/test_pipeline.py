@@ -207,3 +207,18 @@ def test_loading_errors_name_the_path_and_the_fix(tmp_path):
     file.write_bytes(b"")
     with pytest.raises(NotADirectoryError, match="is a file; pass the directory that holds it"):
         WanPipeline.from_pretrained(file)
+
+
+def test_a_saved_pipeline_goes_back_to_torch_bit_for_bit(t2v, tmp_path):
+    from safetensors.numpy import load_file
+
+    from convert import to_torch
+
+    t2v.save_pretrained(tmp_path / "saved")
+    to_torch(tmp_path / "saved", tmp_path / "back", layout="diffusers")
+    for part in ("transformer", "vae"):
+        file = f"{part}/diffusion_pytorch_model.safetensors"
+        want, got = load_file(T2V / file), load_file(tmp_path / "back" / file)
+        assert want.keys() == got.keys()
+        for key, tensor in want.items():
+            np.testing.assert_array_equal(got[key], tensor, err_msg=key)
