@@ -129,6 +129,8 @@ class WanPipeline:
         batch = len(prompts)
         shape = requests.latent_shape(batch, height, width, num_frames, self.config)
         requests.output_type(output_type)
+        requests.integer("num_inference_steps", num_inference_steps)
+        requests.guidance(guidance_scale)
         if flow_shift is None:
             flow_shift = requests.default_flow_shift(self.config, height, width)
         table = solver_table(solver, sigma_grid, num_inference_steps, flow_shift)

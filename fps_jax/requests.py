@@ -23,13 +23,15 @@ def prompts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, default_negative: str
 ) -> tuple[list[str], list[str]]:
     """Prompts and as many negative prompts."""
-    positive = [prompt] if isinstance(prompt, str) else list(prompt)
+    positive = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
     if not positive or not all(isinstance(p, str) for p in positive):
         raise ValueError(f"prompt={prompt!r} is not a text or a non-empty list of texts")
     if negative_prompt is None:
         negative_prompt = default_negative
     if isinstance(negative_prompt, str):
         return positive, [negative_prompt] * len(positive)
+    if not isinstance(negative_prompt, Sequence):
+        raise ValueError(f"negative_prompt={negative_prompt!r} is not None, a text or a list of texts")
     negative = list(negative_prompt)
     if len(negative) != len(positive) or not all(isinstance(p, str) for p in negative):
         raise ValueError(
@@ -38,8 +40,22 @@ def prompts(
     return positive, negative
 
 
+def integer(name: str, value: Any) -> None:
+    """Raises ValueError for what is no whole number."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
+
+
+def guidance(scale: Any) -> None:
+    """Raises ValueError for a guidance weight that is no finite number."""
+    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+        raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
+
+
 def check_frame(height: int, width: int, num_frames: int) -> None:
     """Raises ValueError for a frame size or a number of frames that no Wan2.1 model makes."""
+    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
+        integer(name, value)
     for name, value in (("height", height), ("width", width)):
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
@@ -79,9 +95,18 @@ def noise(latents: Any, seed: int | Sequence[int], shape: tuple[int, ...]) -> Fl
         if not jnp.issubdtype(given.dtype, jnp.floating):
             raise ValueError(f"latents has dtype {given.dtype}; pass floating point noise")
         return jnp.array(given, jnp.float32)  # a copy: the caller's array stays the caller's
-    seeds = [seed + i for i in range(shape[0])] if isinstance(seed, int | np.integer) else list(seed)
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + i for i in range(shape[0])]
+    elif isinstance(seed, Sequence | np.ndarray):
+        seeds = list(seed)
+    else:
+        raise ValueError(f"seed={seed!r} is not a whole number or a list of them")
     if len(seeds) != shape[0]:
         raise ValueError(f"seed has {len(seeds)} values for {shape[0]} prompts; pass one integer, or as many")
+    for value in seeds:
+        integer("seed", value)
+        if not 0 <= value < 2**32:  # jax would wrap a larger one silently
+            raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
     return jnp.stack([jax.random.normal(jax.random.key(int(s)), shape[1:], jnp.float32) for s in seeds])
 
 
