@@ -39,7 +39,7 @@ def _check_space(parent: pathlib.Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes + (16 << 20):
         raise OSError(
-            28, f"not enough disk space: needs {nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free", str(parent)
+            28, f"not enough disk space: needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free", str(parent)
         )
 
 

@@ -138,8 +138,10 @@ def abstract_component(path: str | os.PathLike) -> Params:
         raise FileNotFoundError(f"{path} is missing: the checkpoint lacks its {path.name}; convert it again")
     try:
         with checkpointer:
-            tree: Any = checkpointer.metadata(path)
-        tree = tree.item_metadata.tree
+            metadata: Any = checkpointer.metadata(path)
+        if metadata.item_metadata is None:
+            raise ValueError("its metadata can't be read")
+        tree = metadata.item_metadata.tree
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
     except Exception as error:
         raise ValueError(

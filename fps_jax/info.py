@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fps_jax import requests
-from fps_jax.checkpoint import abstract_component, is_checkpoint, read_config
+from fps_jax.checkpoint import abstract_component, read_config
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.dit import param_dtype
 from fps_jax.params import abstract_params, flatten
-from fps_jax.pipeline import builds, resolve_checkpoint
+from fps_jax.pipeline import builds, is_ours, resolve_checkpoint
 from fps_jax.vae import decode_bytes
 
 
@@ -23,7 +23,7 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
     Raises: as `WanPipeline.from_pretrained`, and ValueError for a frame size that Wan can't make.
     """
     directory = resolve_checkpoint(model)
-    if is_checkpoint(directory):
+    if is_ours(directory):
         layout, config = "ours", read_config(directory)
         components = [name for name in builds(config) if name != "image_encoder" or (directory / name).is_dir()]
         dtypes = {

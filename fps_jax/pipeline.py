@@ -60,7 +60,7 @@ class WanPipeline:
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
         enable_compilation_cache()
         directory = resolve_checkpoint(path)
-        if is_checkpoint(directory):
+        if is_ours(directory):
             config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
             params = {
                 name: _restore(directory / name, build, DTYPES[dtype])
@@ -286,6 +286,11 @@ def builds(config: WanConfig) -> dict[str, Build]:
         if config.image_encoder is None
         else {"image_encoder": build_image_encoder(config.image_encoder), **models}
     )
+
+
+def is_ours(directory: pathlib.Path) -> bool:
+    """Whether to read a directory as our format. One that only looks like it gets our reader's error, not the converter's."""
+    return is_checkpoint(directory) or (directory / "dit").is_dir()
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:

@@ -1,5 +1,7 @@
 """The whole pipeline against Wan's and diffusers' own, and what it says about bad requests. Goldens: tests/data/README.md."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +208,30 @@ def test_nan_in_the_noise_is_named(t2v):
     noise[0, 0, 0, 0, 0] = np.nan
     with pytest.raises(FloatingPointError, match=r"step 1 of 2 .* first in the embeddings"):
         quick(t2v, latents=noise)
+
+
+def test_a_damaged_checkpoint_of_ours_is_named(t2v, tmp_path):
+    saved = tmp_path / "saved"
+    t2v.save_pretrained(saved)
+    config = (saved / "config.json").read_text()
+    for damaged, message in (
+        ("{", r"config.json is not valid JSON .*; convert the checkpoint again"),
+        (
+            config.replace('"mlp_dim": 128', '"mlp_dim": 120'),
+            r"has shape .* its config says .*; convert the checkpoint again",
+        ),
+    ):
+        assert damaged != config
+        (saved / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=message):
+            WanPipeline.from_pretrained(saved)
+    (saved / "config.json").write_text(config)
+    (saved / "dit" / "_METADATA").write_text("")
+    with pytest.raises(ValueError, match=r"dit is not a whole orbax directory .*; convert the checkpoint again"):
+        WanPipeline.from_pretrained(saved)
+    shutil.rmtree(saved / "dit")
+    with pytest.raises(FileNotFoundError, match="the checkpoint lacks its dit; convert it again"):
+        WanPipeline.from_pretrained(saved)
 
 
 def test_loading_errors_name_the_path_and_the_fix(tmp_path):
