@@ -229,12 +229,16 @@ class _visiting:  # noqa: N801  (reads as a phrase: `with _visiting(params) as o
 
     def __enter__(self) -> Params:
         device = jax.local_devices()[0]
-        self.on_device = self.host if device.platform == "cpu" else jax.device_put(self.host, device)
+        self.on_device = self.host if _shares_host_memory(device) else jax.device_put(self.host, device)
         return self.on_device
 
     def __exit__(self, *_) -> None:
         if self.on_device is not self.host:
             jax.tree.map(lambda a: a.delete(), self.on_device)
+
+
+def _shares_host_memory(device: Any) -> bool:
+    return device.platform == "cpu"
 
 
 # The encoders live in host memory, the DiT and the VAE on the device.
@@ -251,7 +255,7 @@ def _stored_dtype(name: str, path: str, dtype: Any) -> Any:
 def _restore(directory: pathlib.Path, build: Build, dtype: Any) -> Params:
     """A component of our format, cast while it is read, straight to where it lives."""
     device = jax.local_devices()[0]
-    on_device = directory.name in _ON_DEVICE or device.platform == "cpu"
+    on_device = directory.name in _ON_DEVICE or _shares_host_memory(device)
     return load_component(
         directory,
         expected=abstract_params(build),
@@ -263,7 +267,7 @@ def _restore(directory: pathlib.Path, build: Build, dtype: Any) -> Params:
 def _place(name: str, params: Params, dtype: Any) -> Params:
     """The same for NumPy arrays, leaf by leaf: no second copy of the component is ever held."""
     device = jax.local_devices()[0]
-    on_device = name in _ON_DEVICE or device.platform == "cpu"
+    on_device = name in _ON_DEVICE or _shares_host_memory(device)
 
     def place(path: str, leaf: np.ndarray) -> Any:
         leaf = leaf.astype(_stored_dtype(name, path, dtype), copy=False)

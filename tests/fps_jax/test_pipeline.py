@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax import WanPipeline
+from fps_jax import WanPipeline, pipeline
 from fps_jax.config import NEGATIVE_PROMPTS
 from fps_jax.params import flatten
 from tests.checkpoints import T2V, assemble
@@ -147,6 +147,33 @@ def test_save_and_load_again_is_the_same_pipeline(t2v, tmp_path):
     np.testing.assert_array_equal(quick(again), quick(t2v))
     with pytest.raises(FileExistsError, match="saved"):
         t2v.save_pretrained(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "ours"])
+def test_the_text_encoder_is_on_the_device_for_its_own_call_only(t2v, tmp_path, monkeypatch, layout):
+    source, want = T2V, quick(t2v)
+    if layout == "ours":
+        t2v.save_pretrained(source := tmp_path / "saved")
+    monkeypatch.setattr(pipeline, "_shares_host_memory", lambda device: False)  # as on a GPU
+    pipe = WanPipeline.from_pretrained(source, dtype="float32")
+    assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten(pipe.params["text_encoder"]))
+    assert all(isinstance(leaf, jax.Array) for _, leaf in flatten(pipe.params["dit"]))
+    visits, alive_in_denoise = [], []
+    encode_text, denoise = pipeline.encode_text, pipeline.denoise
+
+    def watch_encode(config, params, *args, **kwargs):
+        visits.extend(leaf for _, leaf in flatten(params))
+        return encode_text(config, params, *args, **kwargs)
+
+    def watch_denoise(*args, **kwargs):
+        alive_in_denoise.extend(leaf for leaf in visits if not leaf.is_deleted())
+        return denoise(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "encode_text", watch_encode)
+    monkeypatch.setattr(pipeline, "denoise", watch_denoise)
+    np.testing.assert_array_equal(quick(pipe), want)
+    assert visits
+    assert not alive_in_denoise
 
 
 BAD = [
