@@ -83,7 +83,6 @@ class WanPipeline:
     def __call__(
         self,
         prompt: str | Sequence[str],
-        *,
         negative_prompt: str | Sequence[str] | None = None,
         image: Any = None,
         last_image: Any = None,
