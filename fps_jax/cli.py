@@ -128,8 +128,9 @@ def _check_output(options: Sample) -> None:
         raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
-    if options.output.is_dir():
-        raise IsADirectoryError(f"output={str(options.output)!r} is a folder; name a file in it")
+    for path in (options.output, options.output.with_name(options.output.name + ".json")):
+        if path.is_dir():
+            raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
 
 
 def _array(options: Sample, name: str) -> Any:

@@ -88,7 +88,7 @@ class _Run:
 
     def __init__(self, number: int, progress: Progress | None, num_steps: int):
         self.number, self.progress, self.num_steps, self.done = number, progress, num_steps, 0
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     @classmethod
     def start(cls, progress: Progress | None, num_steps: int) -> "_Run":
@@ -106,7 +106,7 @@ class _Run:
             run.done = int(step) + 1
             try:
                 run.progress(run.done, run.num_steps)
-            except Exception as error:  # raised from `denoise`: an exception here would die in the runtime's thread
+            except BaseException as error:  # Ctrl-C too; raised again from `denoise`, not lost in a thread
                 run.progress, run.error = None, error
 
 

@@ -71,6 +71,14 @@ def test_bad_arguments_give_one_line_and_status_2(tmp_path, monkeypatch, capsys,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("taken", ["a.mp4", "a.mp4.json"])
+def test_a_folder_in_place_of_an_output_is_told_before_the_work(tmp_path, capsys, taken):
+    (tmp_path / taken).mkdir()
+    assert run(cli.sample, T2V, "--prompt", "x", "--output", tmp_path / "a.mp4", *SMALL) == 2
+    assert f"{taken}' is a folder; name a file" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == [taken]
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
     assert run(cli.sample, tmp_path / "nowhere", "--prompt", "x", "--output", tmp_path / "a.mp4", "--debug") == 2
     err = capsys.readouterr().err
