@@ -1,0 +1,126 @@
+"""What one attention call needs to know beside q, k and v: tile order, key tiles, granularity. Built once, outside jit."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from fps_jax.tiles import Shape3, TileLayout, propose_tiles
+from fps_jax.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
+
+Window = Shape3 | tuple[Shape3, ...]  # for all heads, or one a head
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Tiles, window and quantization of self-attention on one token grid. Make it with `build`.
+
+    Hashable, and equal where the fields are: jit compiles once for equal plans.
+
+    Attributes:
+      layout: the tile order.
+      window: tiles along (F, Y, X) that a query tile attends, clipped to the tile grid; one for all heads, or one a head.
+      scales_per_tile: FP8 scales of Q and K in a tile (granularity); None for no quantization.
+    """
+
+    layout: TileLayout
+    window: Window
+    scales_per_tile: int | None
+
+    @classmethod
+    def build(
+        cls,
+        grid: Shape3,
+        tile: Shape3 | None = None,
+        window: Shape3 | Sequence[Shape3] | None = None,
+        scales_per_tile: int | None = 1,
+        quantize: bool = True,
+    ) -> "AttentionPlan":
+        """A plan, checked.
+
+        Args:
+          grid: tokens (F, Y, X): latent frames, and rows and columns of 16 x 16 pixels.
+          tile: tokens of a tile; None for the proposed one.
+          window: key tiles along each axis, wider ones are clipped; one triple a head for windows per head; None for the whole grid.
+          scales_per_tile: 1 is the paper's coarse granularity; up to one for every 64 stored tokens.
+          quantize: False for sparse attention without FP8.
+        Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
+        """
+        layout = TileLayout(grid, propose_tiles(grid)[0].tile if tile is None else tile)
+        if scales_per_tile is not None:
+            layout.tokens_per_scale(scales_per_tile)
+        return cls(layout, _window(window, layout), scales_per_tile if quantize else None)
+
+    @property
+    def grid(self) -> Shape3:
+        return self.layout.grid
+
+    @property
+    def tile(self) -> Shape3:
+        return self.layout.tile
+
+    @property
+    def quantize(self) -> bool:
+        return self.scales_per_tile is not None
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        """Stored tokens that share a scale of Q or K; None without quantization."""
+        return None if self.scales_per_tile is None else self.layout.tokens_per_scale(self.scales_per_tile)
+
+    @property
+    def windows(self) -> tuple[Shape3, ...]:
+        """The windows of the heads; a single one where they share it."""
+        return self.window if isinstance(self.window[0], tuple) else (self.window,)  # pyright: ignore[reportReturnType]
+
+    @property
+    def per_head(self) -> bool:
+        return isinstance(self.window[0], tuple)
+
+    @property
+    def whole_grid(self) -> bool:
+        """Every query attends every key."""
+        return all(window == self.layout.tile_grid for window in self.windows)
+
+    @functools.cached_property
+    def density(self) -> float:
+        """Share of all (query, key) pairs of tokens that are attended, mean over heads; padding counts nowhere."""
+        return float(np.mean([window_density(self.layout, window) for window in self.windows]))
+
+    @functools.cached_property
+    def _table(self) -> KeyTiles:
+        return (
+            per_head_tiles(self.layout, self.windows) if self.per_head else window_tiles(self.layout, self.windows[0])
+        )
+
+    @property
+    def key_tiles(self) -> Int[np.ndarray, "*N Tq K"]:
+        """Key tiles of each query tile, int32, rising; unused slots 0. A leading head axis where windows differ by head."""
+        return self._table.tiles
+
+    @property
+    def counts(self) -> Int[np.ndarray, "*N Tq"]:
+        """Used slots of each row of `key_tiles`, int32."""
+        return self._table.counts
+
+    def to_tiles(self, x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S_stored *rest"]:
+        """Raster order to tile order, 0 at padding."""
+        return self.layout.to_tiles(x)
+
+    def from_tiles(self, x: Shaped[Array, "B S_stored *rest"]) -> Shaped[Array, "B S *rest"]:
+        """Tile order back to raster order."""
+        return self.layout.from_tiles(x)
+
+    def __str__(self) -> str:
+        quantized = "unquantized" if self.scales_per_tile is None else f"FP8, {self.scales_per_tile} scale(s) a tile"
+        return f"tile {self.tile} of {self.grid}, window {self.window}, density {self.density:.3f}, {quantized}"
+
+
+def _window(window: object, layout: TileLayout) -> Window:
+    if window is None:
+        return layout.tile_grid
+    if isinstance(window, list | tuple) and len(window) and all(isinstance(w, list | tuple) for w in window):
+        return tuple(clip_window(w, layout) for w in window)
+    return clip_window(window, layout)  # pyright: ignore[reportArgumentType]  # refuses what is no triple

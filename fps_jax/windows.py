@@ -1,0 +1,108 @@
+"""Sliding-tile windows: which key tiles a query tile attends.
+
+Source: STA (arXiv 2502.04507) section 3, used by FPSAttention (arXiv 2506.04648) section 3.3: a window counted in tiles, centred
+on the query's tile and shifted inward at the border, so that every query tile sees the same number of key tiles.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from fps_jax.tiles import Shape3, TileLayout, check_shape3
+
+
+class KeyTiles(NamedTuple):
+    """The table a kernel reads, int32 NumPy.
+
+    tiles: `[Tq, K]`, or `[N, Tq, K]` with a window per head: key tiles of each query tile, rising; unused slots 0.
+    counts: `[Tq]` or `[N, Tq]`: how many of a row are used.
+    """
+
+    tiles: Int[np.ndarray, "*N Tq K"]
+    counts: Int[np.ndarray, "*N Tq"]
+
+
+def clip_window(window: Shape3, layout: TileLayout) -> Shape3:
+    """The window, no wider than the tile grid. Raises ValueError for anything but three positive whole numbers."""
+    f, y, x = (
+        min(w, n) for w, n in zip(check_shape3("window", window, "tiles, 1 or more"), layout.tile_grid, strict=True)
+    )
+    return f, y, x
+
+
+def axis_window(num_tiles: int, width: int) -> Int[np.ndarray, "n width"]:
+    """Key tiles of each query tile along one axis: first = clip(i - width // 2, 0, n - width)."""
+    first = np.clip(np.arange(num_tiles) - width // 2, 0, num_tiles - width)
+    return (first[:, None] + np.arange(width)).astype(np.int32)
+
+
+def window_tiles(layout: TileLayout, window: Shape3) -> KeyTiles:
+    """Table of one window for all heads. The window is clipped to the tile grid."""
+    window = clip_window(window, layout)
+    f, y, x = (axis_window(n, w) for n, w in zip(layout.tile_grid, window, strict=True))
+    _, num_y, num_x = layout.tile_grid
+    tiles = (
+        (f[:, None, None, :, None, None] * num_y + y[None, :, None, None, :, None]) * num_x
+        + x[None, None, :, None, None, :]
+    ).reshape(layout.num_tiles, -1)
+    return _frozen(tiles, np.full(layout.num_tiles, tiles.shape[1], np.int32))
+
+
+def per_head_tiles(layout: TileLayout, windows: Sequence[Shape3]) -> KeyTiles:
+    """Table with a window for each head; shorter rows end in unused slots."""
+    tables = [window_tiles(layout, window) for window in windows]
+    longest = max(t.tiles.shape[1] for t in tables)
+    tiles = np.stack([np.pad(t.tiles, ((0, 0), (0, longest - t.tiles.shape[1]))) for t in tables])
+    return _frozen(tiles, np.stack([t.counts for t in tables]))
+
+
+def _frozen(tiles: np.ndarray, counts: np.ndarray) -> KeyTiles:
+    tiles, counts = tiles.astype(np.int32), counts.astype(np.int32)
+    tiles.flags.writeable = counts.flags.writeable = False
+    return KeyTiles(tiles, counts)
+
+
+def window_density(layout: TileLayout, window: Shape3) -> float:
+    """Share of all (query, key) pairs of tokens that the window keeps, padding left out; 1 is dense attention."""
+    kept = 1
+    for n, tile, tiles, width in zip(
+        layout.grid, layout.tile, layout.tile_grid, clip_window(window, layout), strict=True
+    ):
+        lengths = np.minimum(tile, n - tile * np.arange(tiles))
+        kept *= int((lengths * lengths[axis_window(tiles, width)].sum(1)).sum())  # windows are products of intervals
+    return kept / layout.num_tokens**2
+
+
+def propose_window(layout: TileLayout, density: float) -> Shape3:
+    """The window whose density is nearest to a target, as even in tokens along the axes as that allows.
+
+    Raises: ValueError for a density outside (0, 1].
+    """
+    check_density(density)
+    off = {
+        window: abs(math.log(window_density(layout, window) / density))
+        for window in itertools.product(*(range(1, n + 1) for n in layout.tile_grid))
+    }
+    # 5% of the density weigh as much as a side e times longer than another.
+    return min(off, key=lambda window: (round(off[window] / 0.05 + _unevenness(layout, window), 9), window))
+
+
+def check_density(density: object) -> None:
+    """Raises ValueError for what is no number in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ValueError(
+            f"density={density!r} is not a number in (0, 1]; 1 is dense attention, the paper's windows keep 0.1 to 0.3"
+        )
+
+
+def _unevenness(layout: TileLayout, window: Shape3) -> float:
+    """Spread of the window's side lengths in tokens. An axis that is open to its end counts as long as the longest."""
+    sides = [min(w * t, n) for w, t, n in zip(window, layout.tile, layout.grid, strict=True)]
+    longest = max(sides)
+    open_axis = [w == n for w, n in zip(window, layout.tile_grid, strict=True)]
+    logs = [math.log(longest if is_open else side) for side, is_open in zip(sides, open_axis, strict=True)]
+    return max(logs) - min(logs)

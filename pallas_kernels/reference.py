@@ -1,0 +1,182 @@
+"""The specification: FP8 quantization and block-sparse attention in float32 jax.numpy, with every rounding written out.
+
+Every kernel here is tested against this file. It holds scores for all pairs of tokens, so it is for small inputs.
+
+Source: FPSAttention (arXiv 2506.04648) sections 3.2 and 3.3; what the paper leaves open is decided here and said so.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0  # the largest e4m3 number; P in [0, 1] is stored times this
+SMALLEST_NORMAL = 2.0**-126  # of float32: hardware flushes what is smaller, and dividing by it gives inf
+
+
+def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """FP8 scale for values up to `amax`: amax / 448, float32.
+
+    1 where that would be denormal (a tile of zeros must not divide by zero); NaN where amax is inf or NaN, so that a broken
+    input shows in the output.
+    """
+    scale = amax.astype(jnp.float32) / FP8_MAX
+    scale = jnp.where(scale < SMALLEST_NORMAL, 1.0, scale)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
+
+
+def round_to_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x as e4m3fn: nearest even, saturating at +-448 as the hardware does (XLA's own cast gives NaN from 465 up); NaN stays NaN."""
+    return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(FP8)
+
+
+def token_scales(
+    x: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int
+) -> Float[Array, "B S/tokens_per_scale N"]:
+    """One scale for every group of tokens and head, of its valid tokens. Raises ValueError if the group doesn't divide S."""
+    batch, seq, heads, dim = x.shape
+    if tokens_per_scale < 1 or seq % tokens_per_scale:
+        raise ValueError(
+            f"tokens_per_scale={tokens_per_scale} doesn't divide {seq} tokens; use a divisor (a part of the stored tile)"
+        )
+    magnitude = jnp.where(valid[None, :, None, None], jnp.abs(x.astype(jnp.float32)), 0)
+    return scale_of(magnitude.reshape(batch, -1, tokens_per_scale, heads, dim).max((2, 4)))
+
+
+def channel_scales(v: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B N H"]:
+    """One scale for every head and channel, of the valid tokens."""
+    return scale_of(jnp.where(valid[None, :, None, None], jnp.abs(v.astype(jnp.float32)), 0).max(1))
+
+
+def quantize_tokens(
+    x: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B S/tokens_per_scale N"]]:
+    """(values, scales) of Q or K: e4m3 `x / scale`, 0 at padding; float32 scales."""
+    scales = token_scales(x, valid, tokens_per_scale)
+    values = x.astype(jnp.float32) / jnp.repeat(scales, tokens_per_scale, axis=1)[..., None]
+    return round_to_fp8(jnp.where(valid[None, :, None, None], values, 0)), scales
+
+
+def quantize_channels(
+    v: Float[Array, "B S N H"], valid: Bool[Array, "S"]
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B N H"]]:
+    """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales."""
+    scales = channel_scales(v, valid)
+    values = v.astype(jnp.float32) / scales[:, None]
+    return round_to_fp8(jnp.where(valid[None, :, None, None], values, 0)), scales
+
+
+def fake_quant(
+    x: Float[Array, "B S N H"], *, tokens_per_scale: int, valid: Bool[Array, "S"] | None = None
+) -> Float[Array, "B S N H"]:
+    """Round x to e4m3 with one scale per group of tokens and head, and back; identity gradient (straight-through).
+
+    Args:
+      x: bf16 or f32, tokens in tile order.
+      tokens_per_scale: group size; must divide S.
+      valid: False at padding, which enters no scale and becomes 0; None for no padding.
+    Returns: x's dtype; |error| <= amax(group) / 28 per element: half a step at the top of e4m3's range.
+    Raises: ValueError if tokens_per_scale does not divide S.
+    Source: FPSAttention (arXiv 2506.04648) section 3.2.
+    """
+    valid = jnp.ones(x.shape[1], bool) if valid is None else valid
+    values, scales = quantize_tokens(x, valid, tokens_per_scale)
+    back = values.astype(jnp.float32) * jnp.repeat(scales, tokens_per_scale, axis=1)[..., None]
+    return _straight_through(x, back.astype(x.dtype), valid)
+
+
+def fake_quant_channels(
+    v: Float[Array, "B S N H"], *, valid: Bool[Array, "S"] | None = None
+) -> Float[Array, "B S N H"]:
+    """The same with one scale per head and channel over all tokens, as V has it."""
+    valid = jnp.ones(v.shape[1], bool) if valid is None else valid
+    values, scales = quantize_channels(v, valid)
+    return _straight_through(v, (values.astype(jnp.float32) * scales[:, None]).astype(v.dtype), valid)
+
+
+@jax.custom_vjp
+def _straight_through(x: Array, rounded: Array, valid: Array) -> Array:
+    return rounded
+
+
+def _straight_through_fwd(x, rounded, valid):
+    return rounded, valid
+
+
+def _straight_through_bwd(valid, g):
+    return jnp.where(valid[None, :, None, None], g, 0), jnp.zeros_like(g), None
+
+
+_straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
+
+
+def token_mask(
+    key_tiles: Int[Array, "*N Tq K"], counts: Int[Array, "*N Tq"], tile_size: int, valid: Bool[Array, "Sk"]
+) -> Bool[Array, "N Sq Sk"]:
+    """Which query attends which key, from the table: `N` is 1 where all heads share it."""
+    tiles = valid.shape[0] // tile_size
+    if key_tiles.ndim == 2:
+        key_tiles, counts = key_tiles[None], counts[None]
+    used = jnp.arange(key_tiles.shape[-1])[None, None] < counts[..., None]
+    listed = ((key_tiles[..., None] == jnp.arange(tiles)[None, None, None]) & used[..., None]).any(-2)  # [N, Tq, Tk]
+    return jnp.repeat(jnp.repeat(listed, tile_size, axis=1), tile_size, axis=2) & valid[None, None]
+
+
+def attention(
+    q: Float[Array, "B Sq N H"],
+    k: Float[Array, "B Sk N H"],
+    v: Float[Array, "B Sk N H"],
+    *,
+    key_tiles: Int[Array, "*N Tq K"],
+    counts: Int[Array, "*N Tq"],
+    q_valid: Bool[Array, "Sq"],
+    k_valid: Bool[Array, "Sk"],
+    tile_size: int,
+    tokens_per_scale: int | None,
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
+    """(output in q's dtype, log-sum-exp in float32) of attention over the listed key tiles, softmax scale H**-0.5.
+
+    With `tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - max) stored as
+    e4m3 of 448 P. Row sums, and so the log-sum-exp, are those of the rounded P: numerator and denominator then round alike.
+    Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries.
+
+    Its derivative is the training rule, not that of the rounding: straight-through for Q, K and V, un-rounded P normalised by the
+    log-sum-exp of the forward, and the returned output in delta = rowsum(dO * O). Written as a function whose derivative is
+    that (`_with_derivative`), so that plain autodiff of this file is the specification of the gradients too.
+    """
+    with jax.default_matmul_precision("highest"):
+        mask = token_mask(key_tiles, counts, tile_size, k_valid)[None]
+        q_valid4, k_valid4 = q_valid[None, :, None, None], k_valid[None, :, None, None]
+        # Padding may hold anything, NaN too: 0 * NaN is NaN, so it is replaced, not multiplied away.
+        q32, k32, v32 = (
+            jnp.where(ok, x, 0).astype(jnp.float32) for x, ok in ((q, q_valid4), (k, k_valid4), (v, k_valid4))
+        )
+        if tokens_per_scale is not None:
+            q32 = fake_quant(q32, tokens_per_scale=tokens_per_scale, valid=q_valid)
+            k32 = fake_quant(k32, tokens_per_scale=tokens_per_scale, valid=k_valid)
+            v32 = fake_quant_channels(v32, valid=k_valid)
+        scores = jnp.einsum("bqnh,bknh->bnqk", q32, k32) * q.shape[-1] ** -0.5
+        scores = jnp.where(mask, scores, -jnp.inf)
+        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        p = jax.lax.stop_gradient(jnp.exp(scores - top))
+        if tokens_per_scale is not None:
+            p = round_to_fp8(p * FP8_MAX).astype(jnp.float32) / FP8_MAX
+        total = p.sum(-1, keepdims=True)
+        out = jnp.einsum("bnqk,bknh->bqnh", p / total, jax.lax.stop_gradient(v32))
+        out = jnp.where(q_valid4, out, 0).astype(q.dtype)
+        lse = (top + jnp.log(total))[..., 0]
+        out = _with_derivative(out, q32, k32, v32, lse, mask)
+        return jnp.where(q_valid4, out, 0), jnp.where(q_valid[None, None], lse, 0)
+
+
+def _with_derivative(out, q32, k32, v32, lse, mask):
+    """`out`, with the derivative of sum_j P_j (V_j - O), P = exp(s - lse), where lse and O are constants."""
+    out, lse = jax.lax.stop_gradient(out), jax.lax.stop_gradient(lse)
+    scores = jnp.einsum("bqnh,bknh->bnqk", q32, k32) * q32.shape[-1] ** -0.5
+    # `where` inside as well: exp of a masked score could overflow, and inf * 0 is NaN in the derivative.
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - lse[..., None], 0)), 0)
+    surrogate = jnp.einsum("bnqk,bknh->bqnh", p, v32)
+    surrogate = surrogate - p.sum(-1).transpose(0, 2, 1)[..., None] * out.astype(jnp.float32)
+    surrogate = surrogate.astype(out.dtype)
+    zero = surrogate - jax.lax.stop_gradient(surrogate)
+    return out + jnp.where(jnp.isfinite(zero), zero, 0)
