@@ -26,9 +26,10 @@ LAZY_ONLY = {
     "rich",
     "orbax",
     "huggingface_hub",
+    "matplotlib",
     "safetensors",
 }
-COMMAND_LINES = {"cli.py", "demo.py"}
+COMMAND_LINES = {"cli.py", "compare_cli.py", "demo.py", "options.py"}
 
 
 def module_level_imports(tree: ast.Module):
