@@ -4,13 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["WanPipeline", "save_video"]
+__all__ = ["AttentionPlan", "FPSSchedule", "WanPipeline", "attend", "save_video"]
 
 if TYPE_CHECKING:
+    from fps_jax.attention import attend
     from fps_jax.pipeline import WanPipeline
+    from fps_jax.plan import AttentionPlan
+    from fps_jax.schedule import FPSSchedule
     from fps_jax.video import save_video
 
-_LAZY = {"WanPipeline": "fps_jax.pipeline", "save_video": "fps_jax.video"}
+_LAZY = {
+    "AttentionPlan": "fps_jax.plan",
+    "FPSSchedule": "fps_jax.schedule",
+    "WanPipeline": "fps_jax.pipeline",
+    "attend": "fps_jax.attention",
+    "save_video": "fps_jax.video",
+}
 
 
 def __getattr__(name: str) -> Any:  # lazy: `import fps_jax.config` shouldn't pay for jax

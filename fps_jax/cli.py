@@ -64,7 +64,7 @@ def _sample(options: Sample) -> None:
 
         save_video(result, options.output, fps=options.fps)
     seconds = time.time() - start
-    record = run_record(options, pipe.config) | {"seconds": round(seconds, 2)}
+    record = run_record(options, pipe) | {"seconds": round(seconds, 2)}
     write_json(record, options.output.with_name(options.output.name + ".json"))
     print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=sys.stderr)
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fps_jax.attention import Attend, dense_attention
+from fps_jax.attention import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
 from fps_jax.params import Build, Params, bind, flatten, stacked, unflatten, unstack
@@ -23,6 +23,9 @@ Remat = Literal["none", "full", "dots"]
 
 # Kept in float32 when the rest is bf16: what upstream computes outside autocast, and vectors too small to matter.
 _FLOAT32_PARAMS = re.compile(r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$")
+
+
+DENSE = DenseAttention()
 
 
 class DiTOutput(NamedTuple):
@@ -77,7 +80,7 @@ class DiT(nnx.Module):
         text_states: Float[Array, "B T E"],
         image_states: Float[Array, "B I G"] | None = None,
         *,
-        attend: Attend = dense_attention,
+        attention: TokenAttention = DENSE,
         taps: Taps | None = None,
     ) -> DiTOutput:
         """One evaluation on whole latents.
@@ -87,16 +90,23 @@ class DiT(nnx.Module):
           t: timesteps in [0, 1000], whole or not.
           text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it.
           image_states: image-tower tokens, 257 (i2v) or 514 (flf2v); None for t2v.
-          attend: self-attention over tokens in raster order.
+          attention: the self-attention; with a tile layout the whole model runs in tile order, permuted once in and once out.
           taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
         """
         pf, py, px = self.config.patch_size
         grid = (latents.shape[2] // pf, latents.shape[3] // py, latents.shape[4] // px)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
         rope = jnp.asarray(rope_table(grid, self.config.head_dim))
+        layout = attention.layout
+        if layout is not None:
+            if layout.grid != grid:
+                raise ValueError(f"attention is planned for {layout.grid} tokens; these latents have {grid}")
+            patches, rope = layout.to_tiles(patches), layout.to_tiles(rope)
         tokens, first_bad = self.tokens(
-            patches, t, text_states, rope, image_states=image_states, attend=attend, taps=taps
+            patches, t, text_states, rope, image_states=image_states, attention=attention, taps=taps
         )
+        if layout is not None:
+            tokens = layout.from_tiles(tokens)
         f, y, x = grid
         velocity = rearrange(
             tokens, "b (f y x) (pf py px c) -> b c (f pf) (y py) (x px)", f=f, y=y, x=x, pf=pf, py=py, px=px
@@ -112,17 +122,15 @@ class DiT(nnx.Module):
         *,
         image_states: Float[Array, "B I G"] | None = None,
         token_mask: Bool[Array, "B S"] | None = None,
-        attend: Attend = dense_attention,
+        attention: TokenAttention = DENSE,
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "B S Q"], Int[Array, ""]]:
         """The same on patches in any token order, `rope` in that order.
 
         `token_mask` (true: a real token) is for batches of different grids: masked tokens enter as zeros and are hidden as keys
-        from `dense_attention`; another `attend` has to hide them itself.
+        from `DenseAttention`; another `attention` has to hide them itself.
         """
         config = self.config
-        if token_mask is not None and attend is dense_attention:
-            attend = functools.partial(dense_attention, key_mask=token_mask)
         x = self.patch_embedding(patches).astype(jnp.float32)
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
@@ -146,14 +154,20 @@ class DiT(nnx.Module):
 
         block_of, layers = unstack(self.blocks)
 
-        def layer(x, params):
+        def layer(x, inputs):
+            params, index = inputs
             block_taps = None if taps is None else {}
+            if token_mask is not None and isinstance(attention, DenseAttention):
+                attend = functools.partial(dense_attention, key_mask=token_mask)
+            else:
+                attend = functools.partial(attention, layer=index, taps=block_taps)
             x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
             return x, (jnp.isfinite(x).all(), block_taps)
 
+        indices = jnp.arange(config.num_layers, dtype=jnp.int32)
         embedded = [a for a in (x, modulation, text, image) if a is not None]
         finite = [jnp.stack([jnp.isfinite(a).all() for a in embedded]).all()[None]]
-        x, (finite_layers, layer_taps) = jax.lax.scan(_rematerialised(layer, self.remat), x, layers)
+        x, (finite_layers, layer_taps) = jax.lax.scan(_rematerialised(layer, self.remat), x, (layers, indices))
         for name, value in (layer_taps or {}).items():
             tap(taps, f"blocks.{name}", value)
         out = tap(taps, "head", self.head(x, time))

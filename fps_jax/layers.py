@@ -1,6 +1,7 @@
 """The layers of the DiT: norms, time embedding, attention blocks. Residual stream, norms and modulation are float32."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fps_jax.attention import Attend, dense_attention
+from fps_jax.attention import dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.rope import apply_rope
 
+Attend = Callable[[Array, Array, Array], Array]  # q, k, v `[B, S, N, H]` -> output; what a block calls
 Taps = dict[str, Array]  # named intermediates; a block writes into the one it is given, None asks for none
 
 

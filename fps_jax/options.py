@@ -57,10 +57,14 @@ class VideoOptions:
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
     """Evaluate prompt and negative prompt as one batch of two."""
+    attention: Literal["dense", "fp8", "sparse", "fps"] = "dense"
+    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
+    schedule: pathlib.Path | None = None
+    """Schedule as JSON, from fps-calibrate; the default one if left out."""
 
 
 def check_options(options: VideoOptions) -> None:
-    """What needs no checkpoint is checked before one is read, which can take minutes. Raises ValueError."""
+    """What needs no checkpoint is checked before one is read, which can take minutes. Raises ValueError or FileNotFoundError."""
     from fps_jax import requests
     from fps_jax.solvers import solver_table
 
@@ -76,6 +80,9 @@ def check_options(options: VideoOptions) -> None:
         requests.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
+    # Every Wan2.1: 4 frames, 8 x 8 pixels a latent, 1 x 2 x 2 latents a token.
+    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
+    requests.schedule(options.attention, options.schedule, grid)
 
 
 def call_arguments(options: VideoOptions) -> dict[str, Any]:
@@ -103,10 +110,10 @@ def _array(options: VideoOptions, name: str) -> Any:
         raise ValueError(f"{name}={str(path)!r} is not a readable .npy array: {error}") from None
 
 
-def run_record(options: VideoOptions, config: Any) -> dict[str, Any]:
-    """Everything that another run needs to make the same video: settings with defaults filled in, versions, device.
+def run_record(options: VideoOptions, pipe: Any) -> dict[str, Any]:
+    """Everything that another run needs to make the same video: settings with defaults filled in, schedule, versions, device.
 
-    config: the model's `WanConfig`.
+    pipe: the `WanPipeline` that made it.
     """
     import jax
 
@@ -116,13 +123,16 @@ def run_record(options: VideoOptions, config: Any) -> dict[str, Any]:
 
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
     if settings["flow_shift"] is None:
-        settings["flow_shift"] = default_flow_shift(config, options.height, options.width)
+        settings["flow_shift"] = default_flow_shift(pipe.config, options.height, options.width)
     if settings["negative_prompt"] is None:
-        settings["negative_prompt"] = NEGATIVE_PROMPTS[config.task]
+        settings["negative_prompt"] = NEGATIVE_PROMPTS[pipe.config.task]
+    size = (options.height, options.width, options.num_frames)
+    schedule = pipe.resolve_schedule(options.attention, options.schedule, *size)
     device = jax.local_devices()[0]
     return {
         "settings": settings,
-        "task": config.task,
+        "task": pipe.config.task,
+        "schedule": None if schedule is None else schedule.to_dict(),
         "versions": {"fps_jax": fps_jax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "device": f"{device.platform} {device.device_kind}",
     }

@@ -20,6 +20,7 @@ from fps_jax.image_encoder import build_image_encoder, encode_image
 from fps_jax.images import clip_pixels
 from fps_jax.params import Build, Params, abstract_params, flatten, unflatten
 from fps_jax.sampling import Progress, denoise
+from fps_jax.schedule import FPSSchedule, Setting
 from fps_jax.solvers import solver_table
 from fps_jax.text_encoder import build_text_encoder, encode_text
 from fps_jax.tokenizer import Tokenizer
@@ -101,6 +102,8 @@ class WanPipeline:
         callback: Progress | None = None,
         vae_tiling: bool = False,
         batch_guidance: bool = False,
+        attention: Setting = "dense",
+        schedule: FPSSchedule | str | os.PathLike | None = None,
     ) -> Any:
         """Sample one video per prompt.
 
@@ -122,6 +125,9 @@ class WanPipeline:
           callback: callback(steps_done, steps), called from another thread.
           vae_tiling: decode and encode in overlapping spatial tiles. Also used, and logged, when the frame wouldn't fit.
           batch_guidance: evaluate prompt and negative prompt as one batch of two.
+          attention: self-attention of the DiT: 'dense'; 'fps', FP8 and sparse as the schedule says; 'fp8', the schedule with
+            whole-grid windows; 'sparse', the schedule without quantization.
+          schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
         prompts, negatives = requests.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
@@ -133,6 +139,10 @@ class WanPipeline:
         if flow_shift is None:
             flow_shift = requests.default_flow_shift(self.config, height, width)
         table = solver_table(solver, sigma_grid, num_inference_steps, flow_shift)
+        resolved = self.resolve_schedule(attention, schedule, height, width, num_frames)
+        segments = None
+        if resolved is not None and resolved.grid is not None:
+            segments = resolved.segments(table.sigma, flow_shift, resolved.grid, self.config.dit.num_layers)
         noise = requests.noise(latents, seed, shape)
         frames = requests.conditioning_frames(self.config, image, last_image, image_embeds, height, width, num_frames)
         embeds = requests.image_embeds(self.config, image_embeds, batch)
@@ -166,6 +176,7 @@ class WanPipeline:
                 image_states=embeds,
                 dtype=self.dtype,
                 batch_guidance=batch_guidance,
+                segments=segments,
                 progress=progress,
             )
         if output_type == "latent":
@@ -174,6 +185,19 @@ class WanPipeline:
             video = decode(self.config.vae, self.params["vae"], out, tiling=tiling, progress=bar)
         video = requests.to_unit_range(video)
         return requests.to_pil(video) if output_type == "pil" else video
+
+    def resolve_schedule(
+        self,
+        attention: Setting,
+        schedule: FPSSchedule | str | os.PathLike | None,
+        height: int,
+        width: int,
+        num_frames: int,
+    ) -> FPSSchedule | None:
+        """The schedule that a call with these arguments follows, tile and windows filled in; None for dense. Raises ValueError."""
+        frames, rows, columns = requests.latent_shape(1, height, width, num_frames, self.config)[2:]
+        pf, py, px = self.config.dit.patch_size
+        return requests.schedule(attention, schedule, (frames // pf, rows // py, columns // px))
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""

@@ -43,7 +43,7 @@ class AttentionPlan:
         Args:
           grid: tokens (F, Y, X): latent frames, and rows and columns of 16 x 16 pixels.
           tile: tokens of a tile; None for the proposed one.
-          window: key tiles along each axis, wider ones are clipped; one triple a head for windows per head; None for the whole grid.
+          window: key tiles along each axis, clipped to the tile grid; one triple, or one a head; None for the whole grid.
           scales_per_tile: 1 is the paper's coarse granularity; up to one for every 64 stored tokens.
           quantize: False for sparse attention without FP8.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
@@ -52,6 +52,10 @@ class AttentionPlan:
         if scales_per_tile is not None:
             layout.tokens_per_scale(scales_per_tile)
         return cls(layout, _window(window, layout), scales_per_tile if quantize else None)
+
+    def dense(self) -> "AttentionPlan":
+        """Whole-grid, unquantized attention in the same token order."""
+        return AttentionPlan(self.layout, self.layout.tile_grid, None)
 
     @property
     def grid(self) -> Shape3:

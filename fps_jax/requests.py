@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 from fps_jax.config import WanConfig
 from fps_jax.images import load_image
 from fps_jax.sampling import Progress
+from fps_jax.schedule import SETTINGS, FPSSchedule, Setting
 
 OUTPUT_TYPES = ("np", "latent", "pil")
 
@@ -71,6 +73,25 @@ def latent_shape(batch: int, height: int, width: int, num_frames: int, config: W
     if config.task == "flf2v" and num_frames < 5:
         raise ValueError(f"num_frames={num_frames} leaves nothing between the first and the last frame; use 5 or more")
     return (batch, config.vae.z_dim, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+
+
+def schedule(attention: Setting, given: Any, grid: tuple[int, int, int]) -> FPSSchedule | None:
+    """The schedule of an attention setting on a token grid, nothing left to propose; None for 'dense'. Raises ValueError."""
+    if attention not in SETTINGS:
+        raise ValueError(f"attention={attention!r} is not one of {', '.join(map(repr, SETTINGS))}")
+    if attention == "dense":
+        if given is not None:
+            raise ValueError(
+                "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"
+            )
+        return None
+    if given is None:
+        given = FPSSchedule.default(grid)
+    elif isinstance(given, str | os.PathLike):
+        given = FPSSchedule.load(given)
+    elif not isinstance(given, FPSSchedule):
+        raise ValueError(f"schedule={given!r} is not an FPSSchedule, the path of its JSON file or None")
+    return given.setting(attention).resolve(grid)
 
 
 def default_flow_shift(config: WanConfig, height: int, width: int) -> float:

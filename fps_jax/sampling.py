@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fps_jax.attention import TokenAttention
 from fps_jax.config import DiTConfig
-from fps_jax.dit import dit, stage_name
+from fps_jax.dit import DENSE, dit, stage_name
 from fps_jax.params import Params
 from fps_jax.solvers import SolverTable
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
+Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order
 
 
 def denoise(
@@ -30,6 +32,7 @@ def denoise(
     image_states: Float[Array, "B I G"] | None = None,
     dtype: Any = jnp.float32,
     batch_guidance: bool = False,
+    segments: Segments | None = None,
     progress: Progress | None = None,
 ) -> Float[Array, "B 16 F H W"]:
     """Integrate from noise to clean latents.
@@ -40,13 +43,20 @@ def denoise(
         v = v_negative + guidance_scale (v_text - v_negative).
       condition: mask and condition latents that an i2v or flf2v model reads beside the noisy ones.
       batch_guidance: evaluate both prompts as one batch of two instead of two passes (more memory, fewer launches).
+      segments: the self-attention of consecutive steps (`FPSSchedule.segments`), all steps covered; None for dense.
       progress: called from another thread as steps finish, steps in order; never waited for.
 
-    Compiled once per shape, number of steps and mode; `table` and `guidance_scale` are data.
+    Compiled once per shape, number of steps, segments and mode; `table` and `guidance_scale` are data.
     Returns: float32 latents.
-    Raises: FloatingPointError naming the first step and layer where a NaN or inf appeared.
+    Raises: ValueError for segments of another number of steps; FloatingPointError naming the first step and layer where a NaN or
+      inf appeared.
     """
     num_steps = len(table.sigma)
+    segments = ((num_steps, DENSE),) if segments is None else segments
+    if sum(count for count, _ in segments) != num_steps:
+        raise ValueError(
+            f"segments cover {sum(count for count, _ in segments)} steps of {num_steps}; cover each step once"
+        )
     run = _Run.start(progress, num_steps)
     try:
         out, bad = _denoise(
@@ -62,6 +72,7 @@ def denoise(
             config=config,
             dtype=jnp.dtype(dtype),
             batch_guidance=batch_guidance,
+            segments=segments,
             report=progress is not None,
         )
         step, stage = (int(i) for i in jax.device_get(bad))
@@ -110,7 +121,7 @@ class _Run:
                 run.progress, run.error = None, error
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "batch_guidance", "report"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "batch_guidance", "segments", "report"))
 def _denoise(
     params: Params,
     latents: Array,
@@ -125,35 +136,37 @@ def _denoise(
     config: DiTConfig,
     dtype: Any,
     batch_guidance: bool,
+    segments: Segments,
     report: bool,
 ) -> tuple[Array, Int[Array, "2"]]:
-    def model(x, timestep, text, condition, image):
+    def model(attention, x, timestep, text, condition, image):
         if condition is not None:
             x = jnp.concatenate([x, condition], axis=1)
         t = jnp.broadcast_to(timestep, x.shape[:1])
-        return dit(config, params, x, t, text, image, dtype=dtype)
+        return dit(config, params, x, t, text, image, attention=attention, dtype=dtype)
 
-    def velocity(x, timestep):
+    def velocity(attention, x, timestep):
         if negative is None:
-            return model(x, timestep, text, condition, image)
+            return model(attention, x, timestep, text, condition, image)
         if batch_guidance:
 
             def twice(a):
                 return None if a is None else jnp.concatenate([a, a])
 
-            both = model(twice(x), timestep, jnp.concatenate([text, negative]), twice(condition), twice(image))
+            both_texts = jnp.concatenate([text, negative])
+            both = model(attention, twice(x), timestep, both_texts, twice(condition), twice(image))
             positive_v, negative_v = jnp.split(both.velocity, 2)
             bad = both.first_bad
         else:
-            positive_v, bad = model(x, timestep, text, condition, image)
-            negative_v, bad_negative = model(x, timestep, negative, condition, image)
+            positive_v, bad = model(attention, x, timestep, text, condition, image)
+            negative_v, bad_negative = model(attention, x, timestep, negative, condition, image)
             bad = jnp.where(bad >= 0, bad, bad_negative)
         return negative_v + guidance_scale * (positive_v - negative_v), bad
 
-    def step(carry, inputs):
+    def step(attention, carry, inputs):
         x, previous, x0_last, x0_before, first_bad = carry
         index, row = inputs
-        v, stage = velocity(x, row.timestep)
+        v, stage = velocity(attention, x, row.timestep)
         x0 = x - row.sigma * v
         c, p = row.corrector, row.predictor
         corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
@@ -168,5 +181,11 @@ def _denoise(
     steps = table.sigma.shape[0]
     zeros = jnp.zeros_like(latents)
     carry = (latents, zeros, zeros, zeros, jnp.full(2, -1, jnp.int32))
-    carry, _ = jax.lax.scan(step, carry, (jnp.arange(steps, dtype=jnp.int32), table))
+    rows = (jnp.arange(steps, dtype=jnp.int32), table)
+    start = 0
+    # One scan for each segment, not one with a switch inside: a branch would have the GPU ask the host at every step.
+    for count, attention in segments:
+        own = jax.tree.map(lambda a, first=start, end=start + count: a[first:end], rows)
+        carry, _ = jax.lax.scan(functools.partial(step, attention), carry, own)
+        start += count
     return carry[0], carry[-1]

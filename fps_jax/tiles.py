@@ -121,21 +121,21 @@ class TileLayout:
     @functools.cached_property
     def slots(self) -> Int[np.ndarray, "S"]:
         """The slot of each token in raster order, int32."""
-        place = np.indices(self.grid).reshape(3, -1)
-        tile_of = [place[a] // self.tile[a] for a in range(3)]
-        inside = [place[a] % self.tile[a] for a in range(3)]
+        place = np.stack(np.unravel_index(np.arange(self.num_tokens), self.grid))
+        size = np.array(self.tile)[:, None]
+        tile_of, inside = place // size, place % size
         tile = np.ravel_multi_index(tuple(tile_of), self.tile_grid)
         cuts, sub_tile = _cuts(self.tile, self.stored // GROUP), self.sub_tile
         if cuts is None or sub_tile is None:
-            group, size = np.zeros_like(tile), self.stored
+            group, slots_of_bucket = np.zeros_like(tile), self.stored
         else:
-            group = np.ravel_multi_index(tuple(inside[a] // sub_tile[a] for a in range(3)), cuts)
-            size = GROUP
-        bucket = tile * (self.stored // size) + group
+            group = np.ravel_multi_index(tuple(inside // np.array(sub_tile)[:, None]), cuts)
+            slots_of_bucket = GROUP
+        bucket = np.asarray(tile * (self.stored // slots_of_bucket) + group)
         order = np.argsort(bucket, kind="stable")  # tokens of a bucket stay in raster order
         first = np.searchsorted(bucket[order], bucket[order])  # where its bucket starts
         slots = np.empty(self.num_tokens, np.int32)
-        slots[order] = bucket[order] * size + np.arange(self.num_tokens) - first
+        slots[order] = bucket[order] * slots_of_bucket + np.arange(self.num_tokens) - first
         slots.flags.writeable = False
         return slots
 

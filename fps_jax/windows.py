@@ -6,7 +6,7 @@ on the query's tile and shifted inward at the border, so that every query tile s
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -83,12 +83,14 @@ def propose_window(layout: TileLayout, density: float) -> Shape3:
     Raises: ValueError for a density outside (0, 1].
     """
     check_density(density)
-    off = {
-        window: abs(math.log(window_density(layout, window) / density))
-        for window in itertools.product(*(range(1, n + 1) for n in layout.tile_grid))
-    }
+    off = {window: abs(math.log(window_density(layout, window) / density)) for window in _all_windows(layout.tile_grid)}
     # 5% of the density weigh as much as a side e times longer than another.
     return min(off, key=lambda window: (round(off[window] / 0.05 + _unevenness(layout, window), 9), window))
+
+
+def _all_windows(tile_grid: Shape3) -> Iterator[Shape3]:
+    f, y, x = tile_grid
+    return itertools.product(range(1, f + 1), range(1, y + 1), range(1, x + 1))
 
 
 def check_density(density: object) -> None:

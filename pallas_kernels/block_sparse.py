@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import portable, reference
+from pallas_kernels.platform import target_platform
 
 Implementation = Literal["auto", "reference", "portable", "sm90"]
 
@@ -24,10 +25,10 @@ def block_sparse_attention(
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
     *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
-    valid: Bool[Array, "Sk"],
-    q_valid: Bool[Array, "Sq"] | None = None,
+    key_tiles: Int[Array, "*N Tq K"] | Int[np.ndarray, "*N Tq K"],
+    counts: Int[Array, "*N Tq"] | Int[np.ndarray, "*N Tq"],
+    valid: Bool[Array, "Sk"] | Bool[np.ndarray, "Sk"],
+    q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
     tokens_per_scale: int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B Sq N H"]:
@@ -84,7 +85,7 @@ def choose(implementation: str) -> Literal["reference", "portable"]:
         return "portable"
     if implementation == "sm90":
         raise NotImplementedError(
-            "implementation='sm90' doesn't exist yet (the Hopper kernel is being written); use 'portable', or 'auto' for the fastest here"
+            "implementation='sm90': the Hopper kernel isn't part of this version yet; use 'portable', or 'auto'"
         )
     if implementation not in ("reference", "portable"):
         names = ", ".join(map(repr, get_args(Implementation)))
@@ -94,7 +95,7 @@ def choose(implementation: str) -> Literal["reference", "portable"]:
 
 @functools.cache  # said once
 def _log_choice(name: str) -> None:
-    log.info("block-sparse attention runs as %r on %s", name, jax.default_backend())
+    log.info("block-sparse attention runs as %r on %s", name, target_platform())
 
 
 def check_operands(q: Any, k: Any, v: Any) -> None:
@@ -126,7 +127,8 @@ def _check_table(q: Any, k: Any, key_tiles: Any, counts: Any, valid: Any, q_vali
             raise ValueError(f"{name} is {table.dtype}; pass int32")
     if np.shape(valid) != k.shape[1:2] or np.shape(q_valid) != q.shape[1:2]:
         raise ValueError(
-            f"valid {np.shape(valid)} and q_valid {np.shape(q_valid)} must have one bool for each of {k.shape[1]} keys and {q.shape[1]} queries"
+            f"valid {np.shape(valid)} and q_valid {np.shape(q_valid)} must be one bool for each of {k.shape[1]} keys and "
+            f"{q.shape[1]} queries"
         )
     tiles = key_shape[-2]
     if q.shape[1] % tiles:

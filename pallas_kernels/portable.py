@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.platform import target_platform
 from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
@@ -230,7 +231,7 @@ def _heads(
 
 def _matmul_dtype(dtype: Any) -> Any:
     """float32 on a CPU, where it is fastest; elsewhere the operands' own, and bf16 for e4m3 values, which it holds exactly."""
-    if jax.default_backend() == "cpu":
+    if target_platform() == "cpu":
         return jnp.float32
     return jnp.bfloat16 if dtype.itemsize == 1 else dtype
 
@@ -256,7 +257,7 @@ def _head_major(x: Float[Array, "B S N H"], tile_size: int) -> Float[Array, "BN 
 
 def _over_heads(one_head: Callable[[Any, Table], Any], operands: Any, table: Table, scores: int) -> Any:
     """`one_head` for every head: one after the other on a CPU, else as many together as `_SCORE_BYTES` allows."""
-    together = None if jax.default_backend() == "cpu" else max(1, _SCORE_BYTES // (4 * scores))
+    together = None if target_platform() == "cpu" else max(1, _SCORE_BYTES // (4 * scores))
     if table.tiles.ndim == 2:  # shared: kept unbatched, so that loops end where its rows do
         return lax.map(lambda mapped: one_head(mapped, table), operands, batch_size=together)
     batch = jax.tree.leaves(operands)[0].shape[0] // table.tiles.shape[0]
