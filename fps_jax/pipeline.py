@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,29 @@ from fps_jax.flow import SigmaGrid, Solver
 from fps_jax.image_encoder import build_image_encoder, encode_image
 from fps_jax.images import clip_pixels
 from fps_jax.params import Build, Params, abstract_params, flatten, unflatten
-from fps_jax.sampling import Progress, denoise
+from fps_jax.sampling import Progress, Segments, denoise
 from fps_jax.schedule import FPSSchedule, Setting
-from fps_jax.solvers import solver_table
+from fps_jax.solvers import SolverTable, solver_table
 from fps_jax.text_encoder import build_text_encoder, encode_text
 from fps_jax.tokenizer import Tokenizer
 from fps_jax.vae import build_vae, decode, decode_bytes, encode
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+class Prepared(NamedTuple):
+    """Inputs of `denoise`: noise `[B, 16, F, H, W]`, text states `[B, T, E]`, and what i2v and flf2v read beside them."""
+
+    noise: Array
+    table: SolverTable
+    flow_shift: float
+    text: Array
+    negative: Array | None
+    condition: Array | None
+    image_states: Array | None
+    segments: Segments | None
+    tiling: bool
 
 
 @dataclasses.dataclass
@@ -130,10 +144,82 @@ class WanPipeline:
           schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
+        requests.output_type(output_type)
+        prepared = self.prepare(
+            prompt,
+            negative_prompt,
+            image,
+            last_image,
+            image_embeds,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            solver=solver,
+            sigma_grid=sigma_grid,
+            seed=seed,
+            latents=latents,
+            vae_tiling=vae_tiling,
+            attention=attention,
+            schedule=schedule,
+        )
+        with requests.progress_bar("denoise", self.show_progress) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar(done, total)
+                if callback is not None:
+                    callback(done, total)
+
+            out = denoise(
+                self.config.dit,
+                self.params["dit"],
+                prepared.noise,
+                prepared.table,
+                prepared.text,
+                prepared.negative,
+                guidance_scale=guidance_scale,
+                condition=prepared.condition,
+                image_states=prepared.image_states,
+                dtype=self.dtype,
+                batch_guidance=batch_guidance,
+                segments=prepared.segments,
+                progress=progress,
+            )
+        if output_type == "latent":
+            return np.asarray(out)
+        with requests.progress_bar("decode", self.show_progress) as bar:
+            video = decode(self.config.vae, self.params["vae"], out, tiling=prepared.tiling, progress=bar)
+        video = requests.to_unit_range(video)
+        return requests.to_pil(video) if output_type == "pil" else video
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        last_image: Any = None,
+        image_embeds: Any = None,
+        *,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        flow_shift: float | None,
+        solver: Solver,
+        sigma_grid: SigmaGrid,
+        seed: int | Sequence[int] = 0,
+        latents: Any = None,
+        vae_tiling: bool = False,
+        attention: Setting = "dense",
+        schedule: FPSSchedule | str | os.PathLike | None = None,
+    ) -> "Prepared":
+        """What the denoising loop needs of a call with these arguments: everything checked first, then encoded."""
         prompts, negatives = requests.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
         batch = len(prompts)
         shape = requests.latent_shape(batch, height, width, num_frames, self.config)
-        requests.output_type(output_type)
         requests.integer("num_inference_steps", num_inference_steps)
         requests.guidance(guidance_scale)
         if flow_shift is None:
@@ -157,34 +243,7 @@ class WanPipeline:
             if embeds is None:
                 embeds = self._encode_images(frames, batch)
             condition = self._condition(frames, shape, tiling)
-        with requests.progress_bar("denoise", self.show_progress) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar(done, total)
-                if callback is not None:
-                    callback(done, total)
-
-            out = denoise(
-                self.config.dit,
-                self.params["dit"],
-                noise,
-                table,
-                text,
-                negative,
-                guidance_scale=guidance_scale,
-                condition=condition,
-                image_states=embeds,
-                dtype=self.dtype,
-                batch_guidance=batch_guidance,
-                segments=segments,
-                progress=progress,
-            )
-        if output_type == "latent":
-            return np.asarray(out)
-        with requests.progress_bar("decode", self.show_progress) as bar:
-            video = decode(self.config.vae, self.params["vae"], out, tiling=tiling, progress=bar)
-        video = requests.to_unit_range(video)
-        return requests.to_pil(video) if output_type == "pil" else video
+        return Prepared(noise, table, flow_shift, text, negative, condition, embeds, segments, tiling)
 
     def resolve_schedule(
         self,

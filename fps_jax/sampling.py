@@ -13,7 +13,7 @@ from fps_jax.attention import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.dit import DENSE, dit, stage_name
 from fps_jax.params import Params
-from fps_jax.solvers import SolverTable
+from fps_jax.solvers import SolverState, SolverTable, solver_step
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order
@@ -164,23 +164,20 @@ def _denoise(
         return negative_v + guidance_scale * (positive_v - negative_v), bad
 
     def step(attention, carry, inputs):
-        x, previous, x0_last, x0_before, first_bad = carry
+        state, first_bad = carry
         index, row = inputs
-        v, stage = velocity(attention, x, row.timestep)
-        x0 = x - row.sigma * v
-        c, p = row.corrector, row.predictor
-        corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
-        x = p[0] * corrected + p[1] * x0 + p[2] * x0_last
-        overflow = jnp.where(jnp.isfinite(x).all(), jnp.int32(-1), jnp.int32(config.num_layers + 2))
+        v, stage = velocity(attention, state.x, row.timestep)
+        state = solver_step(state, row, v)
+        overflow = jnp.where(jnp.isfinite(state.x).all(), jnp.int32(-1), jnp.int32(config.num_layers + 2))
         stage = jnp.where(stage >= 0, stage, overflow)
         first_bad = jnp.where((first_bad[0] < 0) & (stage >= 0), jnp.stack([index, stage]), first_bad)
         if report:
             jax.debug.callback(_Run.report, run, index)
-        return (x, corrected, x0, x0_last, first_bad), None
+        return (state, first_bad), None
 
     steps = table.sigma.shape[0]
     zeros = jnp.zeros_like(latents)
-    carry = (latents, zeros, zeros, zeros, jnp.full(2, -1, jnp.int32))
+    carry = (SolverState(latents, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
     rows = (jnp.arange(steps, dtype=jnp.int32), table)
     start = 0
     # One scan for each segment, not one with a switch inside: a branch would have the GPU ask the host at every step.
@@ -188,4 +185,4 @@ def _denoise(
         own = jax.tree.map(lambda a, first=start, end=start + count: a[first:end], rows)
         carry, _ = jax.lax.scan(functools.partial(step, attention), carry, own)
         start += count
-    return carry[0], carry[-1]
+    return carry[0].x, carry[1]

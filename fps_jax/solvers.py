@@ -25,6 +25,24 @@ class SolverTable(NamedTuple):
     predictor: Any  # [n, 3]
 
 
+class SolverState(NamedTuple):
+    """Latents, and what the next step remembers: the corrected state of the last step and the last two data predictions."""
+
+    x: Any
+    previous: Any
+    x0_last: Any
+    x0_before: Any
+
+
+def solver_step(state: SolverState, row: SolverTable, velocity: Any) -> SolverState:
+    """The state after one step, from the velocity at `state.x`; `row` is the table's for this step."""
+    x, previous, x0_last, x0_before = state
+    x0 = x - row.sigma * velocity
+    c, p = row.corrector, row.predictor
+    corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
+    return SolverState(p[0] * corrected + p[1] * x0 + p[2] * x0_last, corrected, x0, x0_last)
+
+
 def solver_table(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) -> SolverTable:
     """Coefficients of a whole trajectory. Raises as `fps_jax.flow.sigma_grid`."""
     levels = sigma_grid(solver, grid, num_steps, shift)

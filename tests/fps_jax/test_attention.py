@@ -1,0 +1,214 @@
+"""`attend` against NumPy's float64 definition in raster order, the specification in FP8, and its gradients; what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fps_jax import AttentionPlan, attend
+from fps_jax.attention import dense_attention
+from tests import windows_by_definition as definition
+from tests.reference import rel_l2
+
+# Each example compiles its own programs (seconds): few examples, and no search for a smaller one that fails.
+few = settings(deadline=None, max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+
+ROUNDING = 2e-6  # float32 against float64: measured 2e-7 on these sizes
+
+
+def arrays(plan, heads=2, dim=16, batch=2, seed=0, count=4, scale=1.0):
+    rng = np.random.default_rng(seed)
+    shape = (batch, plan.layout.num_tokens, heads, dim)
+    return [jnp.asarray(scale * rng.standard_normal(shape).astype(np.float32)) for _ in range(count)]
+
+
+def run(plan, implementation, q, k, v, d_out, poison=False):
+    """Output and gradients in raster order. `poison`: NaN in every padded slot of operands and of the output's cotangent."""
+
+    def tiled(x):
+        x = plan.to_tiles(x)
+        return jnp.where(plan.layout.valid[None, :, None, None], x, jnp.nan) if poison else x
+
+    out, vjp = jax.vjp(
+        functools.partial(attend, plan=plan, implementation=implementation), tiled(q), tiled(k), tiled(v)
+    )
+    grads = vjp(tiled(d_out))
+    padding = ~plan.layout.valid
+    for x in (out, *grads):
+        assert not np.asarray(x, np.float32)[:, padding].any(), "padding is 0 in outputs and gradients, never NaN"
+    return [np.asarray(plan.from_tiles(x), np.float32) for x in (out, *grads)]
+
+
+@st.composite
+def plans(draw, quantize):
+    grid = tuple(draw(st.integers(1, 7)) for _ in range(3))
+    tile = tuple(
+        draw(st.integers((n + 1) // 2, n)) for n in grid
+    )  # at most 8 tiles: the specification holds all pairs of slots
+    windows = st.tuples(*(st.integers(1, 3),) * 3)
+    window = draw(st.one_of(windows, st.tuples(windows, windows), st.none()))
+    plan = AttentionPlan.build(grid, tile, window, quantize=quantize)
+    if quantize:
+        scales = draw(st.sampled_from(plan.layout.allowed_scales))
+        plan = AttentionPlan.build(grid, tile, window, scales)
+    return plan
+
+
+@few
+@given(plans(quantize=False), st.integers(0, 100))
+def test_sparse_attention_and_its_gradients_are_the_definitions(plan, seed):
+    q, k, v, d_out = arrays(plan, seed=seed)
+    mask = np.stack([definition.attended(plan.grid, plan.tile, w) for w in plan.windows])
+    want = [definition.attention(q, k, v, mask), *definition.gradients(q, k, v, mask, d_out)]
+    for implementation in ("portable", "reference"):
+        got = run(plan, implementation, q, k, v, d_out)
+        assert rel_l2(got[0], want[0]) <= ROUNDING
+        for gradient, wanted in zip(got[1:], want[1:], strict=True):
+            # with one key in reach dq and dk are exactly 0
+            assert np.abs(gradient - wanted).max() <= 1e-5 * max(1, np.abs(wanted).max())
+
+
+@few
+@given(plans(quantize=True), st.integers(0, 100), st.sampled_from([0.3, 1.0, 3.0]))
+def test_portable_fp8_agrees_with_the_specification(plan, seed, scale):
+    operands = arrays(plan, seed=seed, scale=scale)
+    got, want = run(plan, "portable", *operands), run(plan, "reference", *operands)
+    # P is rounded against the row's maximum in one and a chunk's running maximum in the other.
+    assert rel_l2(got[0], want[0]) <= 2e-2
+    for gradient, wanted in zip(got[1:], want[1:], strict=True):
+        assert np.abs(gradient - wanted).max() <= 2e-2 * max(1, np.abs(wanted).max())
+
+
+def test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone():
+    plan = AttentionPlan.build((4, 8, 8), (2, 4, 8), (1, 2, 1), 1)
+    operands = arrays(plan, dim=64)
+    for a, b in zip(run(plan, "portable", *operands), run(plan, "reference", *operands), strict=True):
+        assert rel_l2(a, b) <= 2e-3  # a value at the middle of two e4m3 numbers may fall to either side
+
+
+def test_portable_fp8_with_many_chunks_of_keys_stays_within_the_bound():
+    plan = AttentionPlan.build((6, 16, 32), (3, 8, 8), None, 3)  # 16 tiles of 192 slots: two chunks
+    operands = arrays(plan, heads=1, dim=64, batch=1, scale=1.5)
+    got, want = run(plan, "portable", *operands), run(plan, "reference", *operands)
+    errors = [rel_l2(a, b) for a, b in zip(got, want, strict=True)]
+    assert errors[0] <= 2e-2, "P is rounded against the running maximum"
+    assert max(errors[1:]) <= 2e-2
+
+
+def test_fp8_attention_rounds_and_stays_near_exact_attention():
+    """e4m3 has 3 bits of mantissa, an error of up to 2^-4 a value: far from float32's, and averaged over many keys."""
+    grid, tile = (4, 8, 8), (4, 8, 8)
+    operands = arrays(AttentionPlan.build(grid, tile), dim=64, heads=1, batch=1)
+    exact = run(AttentionPlan.build(grid, tile, quantize=False), "portable", *operands)
+    for scales in (1, 4):
+        got = run(AttentionPlan.build(grid, tile, None, scales), "portable", *operands)
+        for a, b in zip(got, exact, strict=True):
+            assert 2e-3 < rel_l2(a, b) < 0.08
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("implementation", ["portable", "reference", "auto"])
+@pytest.mark.parametrize("window", [(1, 2, 2), None])
+def test_poisoned_padding_never_shows(quantize, implementation, window):
+    plan = AttentionPlan.build((3, 5, 7), (2, 3, 4), window, quantize=quantize)
+    assert not plan.layout.valid.all()
+    operands = arrays(plan)
+    clean = run(plan, implementation, *operands)
+    poisoned = run(plan, implementation, *operands, poison=True)
+    for a, b in zip(clean, poisoned, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_repeated_runs_are_bitwise_equal(quantize):
+    plan = AttentionPlan.build((6, 12, 16), (3, 6, 8), (1, 2, 2), quantize=quantize)
+    operands = arrays(plan, seed=3)
+    first = run(plan, "portable", *operands)
+    for again in (run(plan, "portable", *operands) for _ in range(3)):
+        for a, b in zip(first, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_dense_attention_in_tile_order_is_dense_attention_in_raster_order():
+    plan = AttentionPlan.build((5, 6, 7), (2, 3, 4), quantize=False)
+    q, k, v, d_out = arrays(plan)
+    want, vjp = jax.vjp(dense_attention, q, k, v)
+    for implementation in ("dense", "portable", "reference"):
+        got = run(plan, implementation, q, k, v, d_out)
+        for a, b in zip(got, (want, *vjp(d_out)), strict=True):
+            assert rel_l2(a, b) <= ROUNDING
+
+
+def test_bf16_in_bf16_out_and_near_float32():
+    plan = AttentionPlan.build((4, 8, 8), (2, 4, 8), (1, 2, 1))
+    operands = arrays(plan, dim=64)
+    exact = run(plan, "portable", *operands)
+    t = plan.to_tiles
+    q, k, v = (t(x.astype(jnp.bfloat16)) for x in operands[:3])
+    for implementation in ("portable", "reference"):
+        out = attend(q, k, v, plan=plan, implementation=implementation)
+        assert out.dtype == jnp.bfloat16
+        assert rel_l2(plan.from_tiles(out).astype(jnp.float32), exact[0]) < 0.05  # e4m3 of inputs that bf16 has moved
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("operand", [0, 1, 2])
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("implementation", ["portable", "reference"])
+def test_a_bad_token_is_never_silent(bad, operand, quantize, implementation):
+    plan = AttentionPlan.build((4, 4, 8), (2, 4, 4), None, quantize=quantize)
+    operands = arrays(plan)[:3]
+    operands[operand] = operands[operand].at[0, 17, 1, 3].set(bad)
+    out = plan.from_tiles(attend(*(plan.to_tiles(x) for x in operands), plan=plan, implementation=implementation))
+    assert not np.isfinite(np.asarray(out[0, :, 1])).all()
+    if quantize:
+        assert np.isnan(np.asarray(out[0, :, 1])).any(), "an infinite scale is no scale"
+    assert np.isfinite(np.asarray(out[1])).all(), "other samples are untouched"
+    assert np.isfinite(np.asarray(out[0, :, 0])).all(), "and other heads"
+
+
+def test_under_jit_vmap_and_scan():
+    plan = AttentionPlan.build((2, 4, 8), (2, 4, 4), (1, 1, 2))
+    q, k, v, _ = (plan.to_tiles(x) for x in arrays(plan))
+    one = functools.partial(attend, plan=plan)
+    want = one(q, k, v)
+    assert rel_l2(jax.jit(one)(q, k, v), want) <= ROUNDING
+    stacked = [jnp.stack([x, x]) for x in (q, k, v)]
+    assert rel_l2(jax.vmap(one)(*stacked)[1], want) <= ROUNDING
+    _, scanned = jax.lax.scan(lambda c, x: (c, one(*x)), None, tuple(stacked))
+    assert rel_l2(scanned[1], want) <= ROUNDING
+
+
+PLAN = AttentionPlan.build((3, 4, 4), (3, 4, 2), (1, 1, 1))
+
+
+def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros(shape, dtype)
+
+
+X = zeros(1, 128, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "options", "error", "message"),
+    [
+        (zeros(1, 48, 2, 16),) * 3 + ({}, ValueError, r"q has 48.*stores 128: pass plan.to_tiles"),
+        (X[0], X[0], X[0], {}, ValueError, r"must be \[batch, tokens, heads, head dim\]"),
+        (X, X, zeros(1, 128, 2, 32), {}, ValueError, "k and v must have one shape"),
+        (X, zeros(1, 128, 1, 16), zeros(1, 128, 1, 16), {}, ValueError, "k and v must have one shape"),
+        (X, X.astype(jnp.bfloat16), X, {}, ValueError, "q, k, v are float32, bfloat16, float32; pass one of"),
+        (X.astype(jnp.int32),) * 3 + ({}, ValueError, "q, k, v are int32"),
+        (zeros(1, 128, 2, 24),) * 3 + ({}, ValueError, "head dim 24 is not a multiple of 16"),
+        (X, X, X, {"implementation": "sm90"}, NotImplementedError, "implementation='sm90'"),
+        (X, X, X, {"implementation": "flash"}, ValueError, "implementation='flash' is not one of"),
+        (X, X, X, {"implementation": "dense"}, ValueError, "'dense' attends everything unrounded, and this plan quantizes"),
+        (X, X, X, {"plan": AttentionPlan.build((3, 4, 4), (3, 4, 2), [(1, 1, 1)] * 3)}, ValueError, "windows for 3 heads, q has 2"),
+    ],
+)  # fmt: skip
+def test_operands_that_do_not_fit_are_refused(q, k, v, options, error, message):
+    with pytest.raises(error, match=message):
+        attend(q, k, v, **{"plan": PLAN, **options})

@@ -1,0 +1,109 @@
+"""FP8 quantization: rounding against ml_dtypes, scales, and the values that break others: zero, denormal, inf, NaN."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import reference
+
+ALL = jnp.ones(8, bool)
+ULP = 2.0**-23
+
+
+def quantize(x, valid=ALL, tokens_per_scale=4):
+    return reference.quantize_tokens(jnp.asarray(x, jnp.float32), valid, tokens_per_scale)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32 - 1), st.floats(1e-30, 1e30))
+def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size):
+    x = np.random.default_rng(seed).standard_normal((2, 8, 3, 16)).astype(np.float32) * np.float32(size)
+    values, scales = quantize(x)
+    amax = np.abs(x.reshape(2, 2, 4, 3, 16)).max((2, 4))
+    np.testing.assert_allclose(scales, amax / np.float32(448), rtol=ULP)
+    # XLA may divide by multiplying with the reciprocal: a value at the middle of two e4m3 numbers can fall to either side.
+    scaled = x / np.repeat(np.asarray(scales), 4, axis=1)[..., None]
+    nearest = [np.clip(scaled * (1 + d), -448, 448).astype(ml_dtypes.float8_e4m3fn) for d in (-2 * ULP, 0, 2 * ULP)]
+    assert np.logical_or.reduce([np.asarray(values) == n for n in nearest]).all()
+    assert (np.asarray(values) == nearest[1]).mean() > 0.999
+    back = np.asarray(values, np.float32) * np.repeat(np.asarray(scales), 4, axis=1)[..., None]
+    assert (np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("x", [448.0, 460.0, 464.0, 465.0, 1e9, np.inf])
+def test_rounding_saturates_where_a_plain_cast_gives_nan(x):
+    assert float(reference.round_to_fp8(jnp.float32(x))) == 448
+    assert float(reference.round_to_fp8(jnp.float32(-x))) == -448
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-45, 1e-39, 448 * 2.0**-127])
+def test_zero_and_denormal_tiles_have_scale_one_and_become_zero(tiny):
+    values, scales = quantize(np.full((1, 8, 1, 16), tiny))
+    assert (np.asarray(scales) == 1).all()
+    assert not np.asarray(values, np.float32).any()
+
+
+def test_the_smallest_normal_scale_is_used():
+    _, scales = quantize(np.full((1, 8, 1, 16), 448 * 2.0**-126))
+    assert (np.asarray(scales) == 2.0**-126).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_value_makes_its_own_scale_nan_and_no_other(bad):
+    x = np.ones((1, 8, 2, 16), np.float32)
+    x[0, 5, 1, 3] = bad
+    values, scales = quantize(x)
+    want = np.ones((1, 2, 2), bool)
+    want[0, 1, 1] = False
+    assert np.array_equal(np.isfinite(scales), want)
+    assert np.isnan(np.asarray(values, np.float32)[0, 4:, 1]).all()
+    v8, v_scales = reference.quantize_channels(jnp.asarray(x), ALL)
+    assert np.isnan(np.asarray(v_scales)[0, 1, 3])
+    assert np.isfinite(np.asarray(v_scales)).sum() == 2 * 16 - 1
+    assert np.isnan(np.asarray(v8, np.float32)[0, :, 1, 3]).all()
+
+
+def test_padding_enters_no_scale_and_becomes_zero():
+    x = np.ones((1, 8, 1, 16), np.float32)
+    x[:, 6:] = np.nan
+    valid = jnp.arange(8) < 6
+    values, scales = quantize(x, valid)
+    assert (np.asarray(scales) == np.float32(1) / 448).all()
+    assert not np.asarray(values, np.float32)[:, 6:].any()
+    empty = jnp.arange(8) < 4  # a group of padding alone, as in a short edge tile
+    values, scales = quantize(np.where(np.arange(8)[None, :, None, None] < 4, x, np.nan), empty)
+    assert np.asarray(scales)[0, 1, 0] == 1
+    assert not np.asarray(values, np.float32)[:, 4:].any()
+
+
+def test_fake_quant_rounds_forward_and_passes_gradients_through():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 3, 16), np.float32))
+    out, vjp = jax.vjp(lambda x: reference.fake_quant(x, tokens_per_scale=4), x)
+    values, scales = quantize(x)
+    back = np.asarray(values, np.float32) * np.repeat(np.asarray(scales), 4, axis=1)[..., None]
+    np.testing.assert_allclose(out, back, rtol=4 * ULP)
+    g = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape, np.float32))
+    np.testing.assert_array_equal(vjp(g)[0], g)
+    assert reference.fake_quant(x.astype(jnp.bfloat16), tokens_per_scale=4).dtype == jnp.bfloat16
+    out, vjp = jax.vjp(lambda v: reference.fake_quant_channels(v), x)
+    assert float(jnp.abs(out - x).max()) > 0
+    np.testing.assert_array_equal(vjp(g)[0], g)
+
+
+def test_a_scale_of_its_own_keeps_small_tokens_from_underflow():
+    x = np.random.default_rng(0).standard_normal((1, 8, 1, 16)).astype(np.float32)
+    x[:, 4:] *= 2.0**-20  # e4m3 spans 2^-9 to 2^8.8
+    for tokens_per_scale, kept in ((8, False), (4, True)):
+        back = np.asarray(reference.fake_quant(jnp.asarray(x), tokens_per_scale=tokens_per_scale))[:, 4:]
+        error = np.linalg.norm(back - x[:, 4:]) / np.linalg.norm(x[:, 4:])
+        assert (error < 0.05) == kept
+
+
+@pytest.mark.parametrize("tokens_per_scale", [0, 3, 16])
+def test_groups_that_do_not_divide_the_tokens_are_refused(tokens_per_scale):
+    with pytest.raises(ValueError, match=f"tokens_per_scale={tokens_per_scale} doesn't divide 8 tokens"):
+        reference.fake_quant(jnp.ones((1, 8, 1, 16)), tokens_per_scale=tokens_per_scale)
