@@ -81,6 +81,7 @@ class DiT(nnx.Module):
         image_states: Float[Array, "B I G"] | None = None,
         *,
         attention: TokenAttention = DENSE,
+        attention_taps: Taps | None = None,
         taps: Taps | None = None,
     ) -> DiTOutput:
         """One evaluation on whole latents.
@@ -91,6 +92,7 @@ class DiT(nnx.Module):
           text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it.
           image_states: image-tower tokens, 257 (i2v) or 514 (flf2v); None for t2v.
           attention: the self-attention; with a tile layout the whole model runs in tile order, permuted once in and once out.
+          attention_taps: a dict that is filled with what `attention` records, with a leading layer axis.
           taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
         """
         pf, py, px = self.config.patch_size
@@ -103,7 +105,14 @@ class DiT(nnx.Module):
                 raise ValueError(f"attention is planned for {layout.grid} tokens; these latents have {grid}")
             patches, rope = layout.to_tiles(patches), layout.to_tiles(rope)
         tokens, first_bad = self.tokens(
-            patches, t, text_states, rope, image_states=image_states, attention=attention, taps=taps
+            patches,
+            t,
+            text_states,
+            rope,
+            image_states=image_states,
+            attention=attention,
+            attention_taps=attention_taps,
+            taps=taps,
         )
         if layout is not None:
             tokens = layout.from_tiles(tokens)
@@ -123,6 +132,7 @@ class DiT(nnx.Module):
         image_states: Float[Array, "B I G"] | None = None,
         token_mask: Bool[Array, "B S"] | None = None,
         attention: TokenAttention = DENSE,
+        attention_taps: Taps | None = None,
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "B S Q"], Int[Array, ""]]:
         """The same on patches in any token order, `rope` in that order.
@@ -156,20 +166,24 @@ class DiT(nnx.Module):
 
         def layer(x, inputs):
             params, index = inputs
-            block_taps = None if taps is None else {}
+            block_taps, own_taps = (None if wanted is None else {} for wanted in (taps, attention_taps))
             if token_mask is not None and isinstance(attention, DenseAttention):
                 attend = functools.partial(dense_attention, key_mask=token_mask)
             else:
-                attend = functools.partial(attention, layer=index, taps=block_taps)
+                attend = functools.partial(attention, layer=index, taps=own_taps)
             x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
-            return x, (jnp.isfinite(x).all(), block_taps)
+            return x, (jnp.isfinite(x).all(), block_taps, own_taps)
 
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)
         embedded = [a for a in (x, modulation, text, image) if a is not None]
         finite = [jnp.stack([jnp.isfinite(a).all() for a in embedded]).all()[None]]
-        x, (finite_layers, layer_taps) = jax.lax.scan(_rematerialised(layer, self.remat), x, (layers, indices))
+        x, (finite_layers, layer_taps, own_taps) = jax.lax.scan(
+            _rematerialised(layer, self.remat), x, (layers, indices)
+        )
         for name, value in (layer_taps or {}).items():
             tap(taps, f"blocks.{name}", value)
+        for name, value in (own_taps or {}).items():
+            tap(attention_taps, name, value)
         out = tap(taps, "head", self.head(x, time))
         finite += [finite_layers, jnp.isfinite(out).all()[None]]
         bad = ~jnp.concatenate(finite)

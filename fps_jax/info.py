@@ -13,7 +13,8 @@ from fps_jax.checkpoint import abstract_component, read_config
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.dit import param_dtype
 from fps_jax.params import abstract_params, flatten
-from fps_jax.pipeline import builds, is_ours, resolve_checkpoint
+from fps_jax.pipeline import is_ours, resolve_checkpoint
+from fps_jax.placement import builds
 from fps_jax.vae import decode_bytes
 
 

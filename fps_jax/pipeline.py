@@ -12,19 +12,19 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax import requests
-from fps_jax.checkpoint import is_checkpoint, load_component, read_config, save_checkpoint
+from fps_jax.checkpoint import is_checkpoint, read_config, save_checkpoint
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
-from fps_jax.dit import build_dit, param_dtype
 from fps_jax.flow import SigmaGrid, Solver
-from fps_jax.image_encoder import build_image_encoder, encode_image
+from fps_jax.image_encoder import encode_image
 from fps_jax.images import clip_pixels
-from fps_jax.params import Build, Params, abstract_params, flatten, unflatten
+from fps_jax.params import Params
+from fps_jax.placement import builds, place, restore, visiting
 from fps_jax.sampling import Progress, Segments, denoise
 from fps_jax.schedule import FPSSchedule, Setting
 from fps_jax.solvers import SolverTable, solver_table
-from fps_jax.text_encoder import build_text_encoder, encode_text
+from fps_jax.text_encoder import encode_text
 from fps_jax.tokenizer import Tokenizer
-from fps_jax.vae import build_vae, decode, decode_bytes, encode
+from fps_jax.vae import decode, decode_bytes, encode
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -78,7 +78,7 @@ class WanPipeline:
         if is_ours(directory):
             config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
             params = {
-                name: _restore(directory / name, build, DTYPES[dtype])
+                name: restore(directory / name, build, DTYPES[dtype])
                 for name, build in builds(config).items()
                 if name != "image_encoder" or (directory / name).is_dir()
             }
@@ -87,7 +87,7 @@ class WanPipeline:
 
             source = open_checkpoint(directory)
             config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)
-            params = {name: _place(name, source.load(name), DTYPES[dtype]) for name in source.components}
+            params = {name: place(name, source.load(name), DTYPES[dtype]) for name in source.components}
         return cls(config=config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -262,7 +262,7 @@ class WanPipeline:
         """Text states of each distinct prompt, zero beyond its own tokens."""
         distinct = list(dict.fromkeys(prompts))
         ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
-        with _visiting(self.params["text_encoder"]) as params:
+        with visiting(self.params["text_encoder"]) as params:
             states = encode_text(self.config.text_encoder, params, ids, mask, dtype=self.dtype)
             states = jnp.where(jnp.asarray(mask, bool)[..., None], states, 0)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
@@ -270,7 +270,7 @@ class WanPipeline:
     def _encode_images(self, frames: list[np.ndarray], batch: int) -> Float[Array, "B I E"]:
         """Image-tower tokens of the first (and last) frames, one after the other."""
         assert self.config.image_encoder is not None
-        with _visiting(self.params["image_encoder"]) as params:
+        with visiting(self.params["image_encoder"]) as params:
             size = self.config.image_encoder.image_size
             tokens = [
                 encode_image(self.config.image_encoder, params, jnp.asarray(clip_pixels(f, size))) for f in frames
@@ -301,77 +301,6 @@ class WanPipeline:
             return False
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
         return requests.log_tiling(decode_bytes(self.config.vae, height, width), free)
-
-
-class _visiting:  # noqa: N801  (reads as a phrase: `with _visiting(params) as on_device`)
-    """Parameters on the default device for the time of a block. Where that is the host's CPU they already are."""
-
-    def __init__(self, params: Params):
-        self.host = params
-
-    def __enter__(self) -> Params:
-        device = jax.local_devices()[0]
-        self.on_device = self.host if _shares_host_memory(device) else jax.device_put(self.host, device)
-        return self.on_device
-
-    def __exit__(self, *_) -> None:
-        if self.on_device is not self.host:
-            jax.tree.map(lambda a: a.delete(), self.on_device)
-
-
-def _shares_host_memory(device: Any) -> bool:
-    return device.platform == "cpu"
-
-
-# The encoders live in host memory, the DiT and the VAE on the device.
-_ON_DEVICE = ("dit", "vae")
-
-
-def _stored_dtype(name: str, path: str, dtype: Any) -> Any:
-    """How the pipeline holds a parameter: `dtype` rules the DiT and the text encoder, the rest is float32."""
-    if name == "dit":
-        return param_dtype(path, dtype)
-    return jnp.dtype(dtype if name == "text_encoder" else jnp.float32)
-
-
-def _restore(directory: pathlib.Path, build: Build, dtype: Any) -> Params:
-    """A component of our format, cast while it is read, straight to where it lives."""
-    device = jax.local_devices()[0]
-    on_device = directory.name in _ON_DEVICE or _shares_host_memory(device)
-    return load_component(
-        directory,
-        expected=abstract_params(build),
-        dtype=lambda path: _stored_dtype(directory.name, path, dtype),
-        shardings=jax.sharding.SingleDeviceSharding(device) if on_device else None,
-    )
-
-
-def _place(name: str, params: Params, dtype: Any) -> Params:
-    """The same for NumPy arrays, leaf by leaf: no second copy of the component is ever held."""
-    device = jax.local_devices()[0]
-    on_device = name in _ON_DEVICE or _shares_host_memory(device)
-
-    def place(path: str, leaf: np.ndarray) -> Any:
-        leaf = leaf.astype(_stored_dtype(name, path, dtype), copy=False)
-        return jax.device_put(leaf, device) if on_device else leaf
-
-    leaves = dict(flatten(params))
-    params.clear()
-    return unflatten({path: place(path, leaves.pop(path)) for path in list(leaves)})
-
-
-def builds(config: WanConfig) -> dict[str, Build]:
-    """The model of each component, by the component's name."""
-    models = {
-        "text_encoder": build_text_encoder(config.text_encoder),
-        "vae": build_vae(config.vae),
-        "dit": build_dit(config.dit),
-    }
-    return (
-        models
-        if config.image_encoder is None
-        else {"image_encoder": build_image_encoder(config.image_encoder), **models}
-    )
 
 
 def is_ours(directory: pathlib.Path) -> bool:

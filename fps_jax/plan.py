@@ -117,9 +117,14 @@ class AttentionPlan:
         """Tile order back to raster order."""
         return self.layout.from_tiles(x)
 
-    def __str__(self) -> str:
-        quantized = "unquantized" if self.scales_per_tile is None else f"FP8, {self.scales_per_tile} scale(s) a tile"
-        return f"tile {self.tile} of {self.grid}, window {self.window}, density {self.density:.3f}, {quantized}"
+    def brief(self) -> str:
+        """The choice for a person: 'window (3, 3, 5), density 0.33, FP8 with 2 scales a tile'."""
+        if self.whole_grid and not self.quantize:
+            return "dense"
+        scales = self.scales_per_tile
+        quantized = "not quantized" if scales is None else f"FP8 with {scales} scale{'s' * (scales > 1)} a tile"
+        window = "the whole grid" if self.whole_grid else f"window {self.window}, density {self.density:.3f}"
+        return f"{window}, {quantized}"
 
 
 def _window(window: object, layout: TileLayout) -> Window:

@@ -234,12 +234,9 @@ class FPSSchedule:
 
     def describe(self, grid: Shape3) -> str:
         """One line for a person: the regimes with their densities on a grid."""
-        lines = [
-            f"until {regime.until:g}: window {plan.window} (density {plan.density:.3f}), "
-            + ("unquantized" if plan.scales_per_tile is None else f"FP8 with {plan.scales_per_tile} scale(s) a tile")
-            for regime, plan in zip(self.regimes, self.plans(grid), strict=True)
-        ]
-        return f"tile {self.plans(grid)[0].tile}; " + "; ".join(lines)
+        plans = self.plans(grid)
+        regimes = [f"until {r.until:g}: {plan.brief()}" for r, plan in zip(self.regimes, plans, strict=True)]
+        return f"tile {plans[0].tile}; " + "; ".join(regimes)
 
 
 def progress(sigma: Any, shift: float) -> Any:

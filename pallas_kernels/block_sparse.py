@@ -41,7 +41,7 @@ def block_sparse_attention(
       key_tiles: int32, the key tiles of each query tile, for all heads or per head; each at most once in a row. Slots from
         `counts` on are unused and hold any tile.
       counts: int32, used slots of each row, 1 or more.
-      valid: False at padded key slots, which may hold anything, NaN too. Every listed row must reach a valid key.
+      valid: False at padded key slots, which may hold anything, NaN too. Every tile must have a valid key.
       q_valid: the same for queries, whose output is 0 there; None where queries and keys are the same tokens.
       tokens_per_scale: stored tokens that share an FP8 scale of Q or K, a divisor of the tile; None for no quantization.
       implementation: 'reference' (specification, all pairs of tokens in memory), 'portable' (plain XLA), 'sm90' (Hopper
@@ -138,6 +138,11 @@ def _check_table(q: Any, k: Any, key_tiles: Any, counts: Any, valid: Any, q_vali
     tile_size = q.shape[1] // tiles
     if k.shape[1] % tile_size:
         raise ValueError(f"k has {k.shape[1]} tokens, no multiple of the {tile_size} stored tokens of a tile")
+    if isinstance(valid, np.ndarray) and not valid.reshape(-1, tile_size).any(1).all():
+        empty = int(np.argmin(valid.reshape(-1, tile_size).any(1)))
+        raise ValueError(
+            f"valid has no valid key in tile {empty}; leave the tile out, or list it nowhere and mark one key"
+        )
     if isinstance(counts, np.ndarray) and isinstance(key_tiles, np.ndarray):
         if counts.min() < 1 or counts.max() > key_shape[-1]:
             raise ValueError(f"counts lie in [{counts.min()}, {counts.max()}]; each must be in [1, {key_shape[-1]}]")

@@ -2,6 +2,9 @@
 
 For each query tile, its key tiles are gathered and reduced a chunk at a time with a running maximum (FlashAttention's
 recurrence, arXiv 2205.14135), so no scores are ever held but those of one query tile and one chunk of keys, a head.
+
+Padding is masked as data, at no pass over the scores: a padded key repeats a valid key of its tile, so that it can't move a
+maximum, its V is 0, and a weight of 0 keeps it out of the row sums.
 """
 
 import functools
@@ -14,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8
+from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8, token_scales
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
@@ -23,11 +26,14 @@ _SCORE_BYTES = 256 * 2**20
 
 
 class Head(NamedTuple):
-    """Operands of one head, in the dtype of the matmuls, 0 at padding. The scales are None without quantization."""
+    """Operands of one head in the dtype of the matmuls. q is 0 at padding, k a valid key of its tile, v is 0.
+
+    v ends in a tile of zeros, for the unused slots of a row. The scales are None without quantization.
+    """
 
     q: Float[Array, "Tq tile H"]
     k: Float[Array, "Tk tile H"]
-    v: Float[Array, "Tk tile H"]
+    v: Float[Array, "Tk+1 tile H"]
     q_scale: Float[Array, "Tq groups"] | None
     k_scale: Float[Array, "Tk groups"] | None
     v_scale: Float[Array, "H"] | None
@@ -56,35 +62,36 @@ def forward(
     batch, seq, num_heads, head_dim = q.shape
     table, chunk = _chunked_table(key_tiles, counts, tile_size)
     heads = _heads(q, k, v, q_valid, k_valid, tile_size, tokens_per_scale)
-    valid = k_valid.reshape(-1, tile_size)
-    one_head = functools.partial(_forward_head, valid=valid, chunk=chunk, scale=head_dim**-0.5)
+    weights = _weights(k_valid, tile_size)
+    one_head = functools.partial(_forward_head, weights=weights, chunk=chunk, scale=head_dim**-0.5)
     out, lse = _over_heads(one_head, heads, table, tile_size * chunk * tile_size)
     out = out.reshape(batch, num_heads, seq, head_dim).transpose(0, 2, 1, 3)
     out = jnp.where(q_valid[None, :, None, None], out, 0).astype(q.dtype)
     return out, jnp.where(q_valid[None, None], lse.reshape(batch, num_heads, seq), 0)
 
 
-def _forward_head(head: Head, table: Table, *, valid: Array, chunk: int, scale: float) -> tuple[Array, Array]:
+def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale: float) -> tuple[Array, Array]:
     tile_size, head_dim = head.q.shape[1:]
     quantized = head.q_scale is not None
 
     def row(inputs):
         q, q_scale, tiles, count = inputs
+        q, scale_left = _prescaled(q, q_scale, scale)
 
         def step(i, carry):
             top, total, acc = carry
-            index, used = _slots(tiles, count, i, chunk)
-            scores = _scores(q, q_scale, head, index, scale)
-            scores = jnp.where((valid[index] & used[:, None]).reshape(1, -1), scores, -jnp.inf)
+            key_index, value_index = _slots(tiles, count, i, chunk, weights.shape[0] - 1)
+            scores = _scores(q, q_scale, head, key_index, scale_left)
             new_top = jnp.maximum(top, scores.max(1))
             p = jnp.exp(scores - new_top[:, None])
             if quantized:
                 p = round_to_fp8(p * FP8_MAX)
             shrink = jnp.exp(top - new_top)
             pv = jnp.matmul(
-                p.astype(head.v.dtype), head.v[index].reshape(-1, head_dim), preferred_element_type=jnp.float32
+                p.astype(head.v.dtype), head.v[value_index].reshape(-1, head_dim), preferred_element_type=jnp.float32
             )
-            return new_top, total * shrink + p.astype(jnp.float32).sum(1), acc * shrink[:, None] + pv
+            p = p.astype(jnp.float32) * weights[value_index].reshape(1, -1)
+            return new_top, total * shrink + p.sum(1), acc * shrink[:, None] + pv
 
         start = (jnp.full(tile_size, -jnp.inf), jnp.zeros(tile_size), jnp.zeros((tile_size, head_dim)))
         top, total, acc = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
@@ -123,8 +130,8 @@ def backward(
         lse.reshape(-1, heads.q.shape[1], tile_size),
         delta.reshape(-1, heads.q.shape[1], tile_size),
     )
-    valid = k_valid.reshape(-1, tile_size)
-    one_head = functools.partial(_backward_head, valid=valid, chunk=chunk, scale=head_dim**-0.5)
+    weights = _weights(k_valid, tile_size)
+    one_head = functools.partial(_backward_head, weights=weights, chunk=chunk, scale=head_dim**-0.5)
     grads = _over_heads(one_head, (heads, rows), table, 2 * tile_size * chunk * tile_size)
 
     def back(grad, like, ok):
@@ -135,7 +142,7 @@ def backward(
 
 
 def _backward_head(
-    operands: tuple[Head, tuple[Array, Array, Array]], table: Table, *, valid: Array, chunk: int, scale: float
+    operands: tuple[Head, tuple[Array, Array, Array]], table: Table, *, weights: Array, chunk: int, scale: float
 ) -> tuple[Array, Array, Array]:
     head, rows = operands  # rows: dO, log-sum-exp and delta of each query tile
     num_tiles, tile_size, head_dim = head.k.shape
@@ -145,40 +152,52 @@ def _backward_head(
 
     def row(grads, inputs):
         q, tiles, count, d_out, lse, delta = inputs
+        scaled_q, scale_left = _prescaled(q, None, scale)
 
         def step(i, carry):
             dq, dk, dv = carry
-            index, used = _slots(tiles, count, i, chunk)
-            keys, values = head.k[index].reshape(-1, head_dim), head.v[index].reshape(-1, head_dim)
-            mask = (valid[index] & used[:, None]).reshape(1, -1)
-            scores = _scores(q, None, head, index, scale)
-            p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - lse[:, None], 0)), 0)
+            key_index, value_index = _slots(tiles, count, i, chunk, num_tiles)
+            keys, values = head.k[key_index].reshape(-1, head_dim), head.v[value_index].reshape(-1, head_dim)
+            scores = _scores(scaled_q, None, head, key_index, scale_left)
+            p = jnp.exp(scores - lse[:, None]) * weights[value_index].reshape(1, -1)
             dp = matmul(d_out, values, ((1,), (1,)))
-            ds = (p * (dp - delta[:, None]) * scale).astype(q.dtype)
+            ds = (p * (dp - delta[:, None])).astype(q.dtype)
             p = p.astype(q.dtype)
             # Tiles of a row are distinct, and unused slots point past the end and are dropped: sums in a fixed order.
-            where = jnp.where(used, index, num_tiles)
-            dk = dk.at[where].add(
+            dk = dk.at[value_index].add(
                 matmul(ds, q, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
             )
-            dv = dv.at[where].add(
+            dv = dv.at[value_index].add(
                 matmul(p, d_out, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
             )
             return dq + matmul(ds, keys, ((1,), (0,))), dk, dv
 
         start = (jnp.zeros((tile_size, head_dim)), *grads)
         dq, dk, dv = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
-        return (dk, dv), dq
+        return (dk, dv), dq * scale
 
     zeros = jnp.zeros((num_tiles, tile_size, head_dim))
     (dk, dv), dq = lax.scan(row, (zeros, zeros), (head.q, *table, *rows))
-    return dq, dk, dv
+    return dq, dk * scale, dv
 
 
-def _slots(tiles: Array, count: Array, step: Array, chunk: int) -> tuple[Array, Array]:
-    """Key tiles of a chunk, and which of them are used."""
+def _slots(tiles: Array, count: Array, step: Array, chunk: int, num_tiles: int) -> tuple[Array, Array]:
+    """Key tiles of a chunk, and the same for V. An unused slot repeats a used key tile, and has V's tile of zeros at the end."""
     slot = step * chunk
-    return lax.dynamic_slice(tiles, (slot,), (chunk,)), slot + jnp.arange(chunk) < count
+    index, used = lax.dynamic_slice(tiles, (slot,), (chunk,)), slot + jnp.arange(chunk) < count
+    return jnp.where(used, index, index[0]), jnp.where(used, index, num_tiles)
+
+
+def _weights(k_valid: Array, tile_size: int) -> Float[Array, "Tk+1 tile"]:
+    """1 for a valid key, 0 for padding and in the tile of zeros."""
+    return jnp.pad(k_valid.reshape(-1, tile_size).astype(jnp.float32), ((0, 1), (0, 0)))
+
+
+def _prescaled(q: Array, q_scale: Array | None, scale: float) -> tuple[Array, float]:
+    """q with the softmax scale multiplied in, and what is left of it: cheaper than scaling scores, and exact enough in float32."""
+    if q.dtype == jnp.float32 and q_scale is None:
+        return q * scale, 1.0
+    return q, scale
 
 
 def _scores(q: Array, q_scale: Array | None, head: Head, index: Array, scale: float) -> Array:
@@ -186,7 +205,7 @@ def _scores(q: Array, q_scale: Array | None, head: Head, index: Array, scale: fl
     keys = head.k[index].reshape(-1, q.shape[-1])
     scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     if q_scale is None or head.k_scale is None:
-        return scores * scale
+        return scores if scale == 1 else scores * scale
     rows = jnp.repeat(q_scale * scale, q.shape[0] // q_scale.shape[0])
     columns = jnp.repeat(head.k_scale[index].reshape(-1), q.shape[0] // head.k_scale.shape[-1])
     return scores * (rows[:, None] * columns[None])
@@ -214,19 +233,39 @@ def _heads(
     """The operands of all heads, each with a leading axis of B * N."""
     batch, _, num_heads, _ = q.shape
     # Padding may hold anything, NaN too: it is replaced, not multiplied away.
-    q, k, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (k, k_valid), (v, k_valid)))
+    q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
+    source, has_scale = _repeated_keys(k_valid, tile_size, tokens_per_scale or tile_size)
+    k = jnp.take(k, source, axis=1)
     q_scale = k_scale = v_scale = None
     if tokens_per_scale is not None:
-        (q, q_scale), (k, k_scale) = (
-            quantize_tokens(x, ok, tokens_per_scale) for x, ok in ((q, q_valid), (k, k_valid))
-        )
+        q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
+        k_scale = token_scales(k, has_scale, tokens_per_scale)
+        k = round_to_fp8(k.astype(jnp.float32) / jnp.repeat(k_scale, tokens_per_scale, axis=1)[..., None])
         v, v_scale = quantize_channels(v, k_valid)
         groups = tile_size // tokens_per_scale
         q_scale, k_scale = (s.transpose(0, 2, 1).reshape(batch * num_heads, -1, groups) for s in (q_scale, k_scale))
         v_scale = v_scale.reshape(batch * num_heads, -1)
     dtype = _matmul_dtype(q.dtype)
     q, k, v = (_head_major(x.astype(dtype), tile_size) for x in (q, k, v))
+    v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return Head(q, k, v, q_scale, k_scale, v_scale)
+
+
+def _repeated_keys(k_valid: Array, tile_size: int, group: int) -> tuple[Int[Array, "Sk"], Bool[Array, "Sk"]]:
+    """(the key that each slot holds, which slots enter a scale): a padded slot repeats a valid key that shares its scale.
+
+    A group of padding alone repeats a key of its tile, and has that key's scale for its own.
+    """
+    slots = jnp.arange(k_valid.shape[0])
+
+    def first_of(size):  # the first valid slot of each run of `size` slots
+        runs = k_valid.reshape(-1, size)
+        return jnp.repeat(jnp.argmax(runs, axis=1) + jnp.arange(0, k_valid.shape[0], size), size), jnp.repeat(
+            runs.any(1), size
+        )
+
+    (in_group, some), (in_tile, _) = first_of(group), first_of(tile_size)
+    return jnp.where(k_valid, slots, jnp.where(some, in_group, in_tile)), k_valid | ~some
 
 
 def _matmul_dtype(dtype: Any) -> Any:

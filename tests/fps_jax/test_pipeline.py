@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax import WanPipeline, pipeline
+from fps_jax import WanPipeline, pipeline, placement
 from fps_jax.config import NEGATIVE_PROMPTS
 from fps_jax.params import flatten
 from tests.checkpoints import T2V, assemble
@@ -154,7 +154,7 @@ def test_the_text_encoder_is_on_the_device_for_its_own_call_only(t2v, tmp_path, 
     source, want = T2V, quick(t2v)
     if layout == "ours":
         t2v.save_pretrained(source := tmp_path / "saved")
-    monkeypatch.setattr(pipeline, "_shares_host_memory", lambda device: False)  # as on a GPU
+    monkeypatch.setattr(placement, "_shares_host_memory", lambda device: False)  # as on a GPU
     pipe = WanPipeline.from_pretrained(source, dtype="float32")
     assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten(pipe.params["text_encoder"]))
     assert all(isinstance(leaf, jax.Array) for _, leaf in flatten(pipe.params["dit"]))

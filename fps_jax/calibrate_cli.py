@@ -1,0 +1,184 @@
+"""fps-calibrate: measures the attention error of every candidate on your prompts, writes the fastest schedule within a budget."""
+
+import pathlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from fps_jax.errors import parse, run_cli
+from fps_jax.options import VideoOptions, call_arguments, check_options, run_record, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate(VideoOptions):
+    """Choose an FPSAttention schedule by measurement.
+
+    Runs the dense model on every prompt. At each step and layer it also computes what each candidate (granularity, window) would
+    have given, and how far that is from dense attention (relative L2). Then it writes the schedule of least estimated time whose
+    error, averaged over layers and prompts, stays within the budget at every step.
+    """
+
+    prompts: pathlib.Path
+    """Text file with one prompt a line. Two or three that are typical of your use are a good start."""
+    output: pathlib.Path = pathlib.Path("schedule.json")
+    """The schedule. Beside it: .errors.json (all that was measured), .errors.png and .choice.png."""
+    error_budget: float = 0.02
+    """Largest relative L2 error of the attention output at any step, mean over layers and prompts."""
+    max_regimes: int = 4
+    """Largest number of regimes."""
+    densities: tuple[float, ...] = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
+    """Windows to try, by the share of token pairs that they keep."""
+    tile: tuple[int, int, int] | None = None
+    """Tokens of a tile along frames, rows and columns; the one proposed for the size if left out."""
+    query_tiles: int = 32
+    """Tiles of queries, spread over the video, that errors are measured on."""
+    reuse: pathlib.Path | None = None
+    """An .errors.json of an earlier run: choose again, for another budget say, without running the model."""
+
+    # Calibration measures the dense model, with the prompts of the file.
+    prompt: Annotated[str, tyro.conf.Suppress] = ""
+    attention: Annotated[Literal["dense"], tyro.conf.Suppress] = "dense"
+    schedule: Annotated[None, tyro.conf.Suppress] = None
+    latents: Annotated[None, tyro.conf.Suppress] = None
+    fps: Annotated[int, tyro.conf.Suppress] = 16
+    batch_guidance: Annotated[bool, tyro.conf.Suppress] = False
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of fps-calibrate."""
+    sys.exit(run_cli(lambda args: _calibrate(parse(Calibrate, args, prog="fps-calibrate")), argv))
+
+
+def _calibrate(options: Calibrate) -> None:
+    _check_output(options.output)
+    prompts = _read_prompts(options.prompts)
+    arguments = call_arguments(options)
+    from fps_jax import calibration
+    from fps_jax.tiles import TileLayout, propose_tiles
+
+    check_options(options)
+    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
+    layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
+    plans = calibration.candidates(layout, options.densities)
+    calibration.check_choice(options.error_budget, options.max_regimes)
+    if options.query_tiles < 1:
+        raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
+    start = time.time()
+    if options.reuse is None:
+        errors, measured = _measure(options, prompts, arguments, plans)
+    else:
+        errors, measured = _read_errors(options.reuse, plans)
+    result = calibration.choose_schedule(
+        plans, errors, error_budget=options.error_budget, max_regimes=options.max_regimes
+    )
+
+    from fps_jax import calibration_plots
+
+    out = options.output
+    write_json(
+        {**measured, "candidates": [_describe(p, c) for p, c in zip(result.plans, result.costs, strict=True)],
+         "errors": [[[float(f"{e:.4g}") for e in layer] for layer in step] for step in errors]},
+        out.with_suffix(".errors.json"),
+    )  # fmt: skip
+    calibration_plots.save_errors(result, options.error_budget, out.with_suffix(".errors.png"))
+    calibration_plots.save_choice(result, options.error_budget, out.with_suffix(".choice.png"))
+    result.schedule.save(out)  # last: where it stands, all of it stands
+    print(result.summary(options.error_budget))
+    print(
+        f"wrote {out}, {out.stem}.errors.json, {out.stem}.errors.png and {out.stem}.choice.png in {time.time() - start:.0f} s"
+    )
+
+
+def _measure(
+    options: Calibrate, prompts: list[str], arguments: dict[str, Any], plans: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
+    import numpy as np
+
+    from fps_jax import calibration, requests
+    from fps_jax.pipeline import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
+    pipe.show_progress = True
+    unused = ("prompt", "attention", "schedule", "latents", "batch_guidance")
+    keywords = {name: value for name, value in arguments.items() if name not in unused}
+    errors = []
+    for number, prompt in enumerate(prompts, 1):
+        prepared = pipe.prepare(prompt, **keywords)
+        with requests.progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
+            errors.append(
+                calibration.measure(
+                    pipe.config.dit,
+                    pipe.params["dit"],
+                    prepared.noise,
+                    prepared.table,
+                    prepared.text,
+                    prepared.negative,
+                    plans=plans,
+                    query_tiles=options.query_tiles,
+                    guidance_scale=options.guidance_scale,
+                    condition=prepared.condition,
+                    image_states=prepared.image_states,
+                    dtype=pipe.dtype,
+                    progress=bar,
+                )
+            )
+    return np.mean(errors, axis=0), {**run_record(options, pipe), "prompts": prompts}
+
+
+def _describe(plan: Any, cost: float) -> dict[str, Any]:
+    return {
+        "tile": plan.tile,
+        "window": plan.windows[0],
+        "density": round(plan.density, 6),
+        "scales_per_tile": plan.scales_per_tile,
+        "estimated_time_of_bf16_dense": round(float(cost), 6),
+    }
+
+
+def _read_errors(path: pathlib.Path, plans: Any) -> tuple[Any, dict[str, Any]]:
+    """What an earlier run measured. Raises ValueError where it measured other candidates than this call would."""
+    import json
+
+    import numpy as np
+
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        errors = np.array(record.pop("errors"), np.float64)
+        known = [(c["tile"], c["window"], c["scales_per_tile"]) for c in record.pop("candidates")]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"reuse={str(path)!r} doesn't exist; name the .errors.json of an earlier run") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
+        raise ValueError(f"reuse={str(path)!r} is no .errors.json that fps-calibrate wrote") from None
+    if known != [(list(p.tile), list(p.windows[0]), p.scales_per_tile) for p in plans]:
+        raise ValueError(
+            f"reuse={str(path)!r} measured other candidates; give the size, --tile and --densities of that run, or measure again"
+        )
+    return errors, record
+
+
+def _check_output(output: pathlib.Path) -> None:
+    if output.suffix != ".json" or output.name == ".json":
+        raise ValueError(f"output={str(output)!r} must end in .json")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output folder {str(output.absolute().parent)!r} doesn't exist; make it first")
+    if output.is_dir():
+        raise IsADirectoryError(f"output={str(output)!r} is a folder; name a file")
+
+
+def _read_prompts(path: pathlib.Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"prompts={str(path)!r} doesn't exist; it is a text file with one prompt a line"
+        ) from None
+    except (IsADirectoryError, UnicodeDecodeError):
+        raise ValueError(f"prompts={str(path)!r} is not a text file with one prompt a line") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"prompts={str(path)!r} holds no prompt; write one a line")
+    return prompts

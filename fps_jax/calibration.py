@@ -1,0 +1,264 @@
+"""Choosing a schedule by measurement: the error of each candidate at each step and layer of the dense model, then the cheapest fit.
+
+Source: FPSAttention (arXiv 2506.04648) section 3.4 and figure 5 (attention error over the denoising steps). The choice under an
+error budget is ours.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fps_jax.attention import attend
+from fps_jax.config import DiTConfig
+from fps_jax.cost import attention_cost
+from fps_jax.dit import dit, stage_name
+from fps_jax.params import Params
+from fps_jax.plan import AttentionPlan
+from fps_jax.sampling import Progress
+from fps_jax.schedule import FPSSchedule, Regime
+from fps_jax.solvers import SolverState, SolverTable, solver_step
+from fps_jax.tiles import TileLayout
+from fps_jax.windows import check_density, propose_window
+from pallas_kernels.block_sparse import block_sparse_attention
+
+DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
+
+
+def candidates(layout: TileLayout, densities: Sequence[float] = DENSITIES) -> tuple[AttentionPlan, ...]:
+    """Plans to measure: windows proposed for the densities, each unquantized and at every granularity. Dense comes first."""
+    for density in densities:
+        check_density(density)
+    windows = dict.fromkeys([layout.tile_grid, *(propose_window(layout, d) for d in sorted(densities, reverse=True))])
+    scales = [None, *dict.fromkeys(layout.granularities)]
+    return tuple(AttentionPlan.build(layout.grid, layout.tile, w, s) for w, s in itertools.product(windows, scales))
+
+
+@dataclass(frozen=True)
+class MeasuredAttention:
+    """Dense attention in tile order that also taps, as `attention_error`, how far each plan's output is from it.
+
+    The tap is `[C + 1]` float32: the squared norm of the difference for each plan, then that of the dense output, over the
+    queries of `query_tiles`, all heads and samples.
+    """
+
+    plans: tuple[AttentionPlan, ...]
+    query_tiles: tuple[int, ...]
+
+    @property
+    def layout(self) -> TileLayout:
+        return self.plans[0].layout
+
+    def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
+        layout = self.layout
+        out = attend(q, k, v, plan=self.plans[0].dense())
+        if taps is None:
+            return out
+        rows = np.array(self.query_tiles)
+        chosen = (rows[:, None] * layout.stored + np.arange(layout.stored)).reshape(-1)
+        some_q, want = q[:, chosen], out[:, chosen].astype(jnp.float32)
+
+        def squares(x):
+            return jnp.square(x).sum()
+
+        errors = [
+            squares(
+                block_sparse_attention(
+                    some_q,
+                    k,
+                    v,
+                    key_tiles=plan.key_tiles[rows],
+                    counts=plan.counts[rows],
+                    valid=layout.valid,
+                    q_valid=layout.valid[chosen],
+                    tokens_per_scale=plan.tokens_per_scale,
+                ).astype(jnp.float32)
+                - want
+            )
+            for plan in self.plans
+        ]
+        taps["attention_error"] = jnp.stack([*errors, squares(want)])
+        return out
+
+
+def measure(
+    config: DiTConfig,
+    params: Params,
+    noise: Float[Array, "B 16 F H W"],
+    table: SolverTable,
+    text: Float[Array, "B T E"],
+    negative: Float[Array, "B T E"] | None = None,
+    *,
+    plans: Sequence[AttentionPlan],
+    query_tiles: int = 32,
+    guidance_scale: float = 1.0,
+    condition: Array | None = None,
+    image_states: Array | None = None,
+    dtype: Any = jnp.float32,
+    progress: Progress | None = None,
+) -> Float[np.ndarray, "n L C"]:
+    """Relative L2 error of the attention output for each step, layer and plan, along the dense model's own trajectory.
+
+    Args:
+      plans: candidates on one layout.
+      query_tiles: how many tiles of queries, spread over the grid, stand for all; each is compared over all of its keys.
+      progress: called after each step with (steps done, steps).
+      others: as `fps_jax.sampling.denoise`.
+    Raises: FloatingPointError naming the step and layer of a NaN or inf.
+    """
+    layout = plans[0].layout
+    spread = np.linspace(0, layout.num_tiles - 1, min(query_tiles, layout.num_tiles)).round().astype(int)
+    attention = MeasuredAttention(tuple(plans), tuple(int(i) for i in spread))
+    zeros = jnp.zeros_like(noise)
+    # Committed to the device as a step's outputs are: else the second step would compile again.
+    state = jax.device_put(SolverState(noise, zeros, zeros, zeros), jax.local_devices()[0])
+    errors = []
+    for step in range(len(table.sigma)):
+        row = SolverTable(*(jnp.asarray(a[step]) for a in table))
+        state, squares, bad = _measured_step(
+            params,
+            state,
+            row,
+            text,
+            negative,
+            condition,
+            image_states,
+            jnp.float32(guidance_scale),
+            config=config,
+            dtype=jnp.dtype(dtype),
+            attention=attention,
+        )
+        if int(bad) >= 0:
+            raise FloatingPointError(
+                f"NaN or inf at step {step + 1} of {len(table.sigma)}, first in {stage_name(config, int(bad))}"
+            )
+        squares = np.asarray(squares, np.float64)
+        errors.append(np.sqrt(squares[:, :-1] / squares[:, -1:]))
+        if progress is not None:
+            progress(step + 1, len(table.sigma))
+    return np.stack(errors)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "attention"))
+def _measured_step(params, state, row, text, negative, condition, image, guidance_scale, *, config, dtype, attention):
+    x = state.x if condition is None else jnp.concatenate([state.x, condition], axis=1)
+    t = jnp.broadcast_to(row.timestep, x.shape[:1])
+    taps = {}
+    velocity, bad = dit(config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype)
+    if negative is not None:
+        unguided = dit(config, params, x, t, negative, image, attention=attention, dtype=dtype).velocity
+        velocity = unguided + guidance_scale * (velocity - unguided)
+    return solver_step(state, row, velocity), taps["attention_error"], bad
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured, and what was chosen.
+
+    Attributes:
+      plans: the candidates; the first is dense attention.
+      errors: `[n, L, C]` relative L2 of the attention output, mean over prompts.
+      costs: `[C]` estimated time beside bf16 dense attention.
+      chosen: `[n]` the candidate of each step.
+      schedule: the regimes made of them.
+    """
+
+    plans: tuple[AttentionPlan, ...]
+    errors: Float[np.ndarray, "n L C"]
+    costs: Float[np.ndarray, "C"]
+    chosen: np.ndarray
+    schedule: FPSSchedule
+
+    @property
+    def speed_up(self) -> float:
+        """Estimated speed-up of attention over bf16 dense attention, all steps together."""
+        return float(1 / self.costs[self.chosen].mean())
+
+    def summary(self, error_budget: float) -> str:
+        """A few lines for a person: the regimes, the error where it is worst, the estimate."""
+        steps = len(self.chosen)
+        errors = self.errors.mean(1)[np.arange(steps), self.chosen]
+        errors = np.where([self.plans[c] == self.plans[c].dense() for c in self.chosen], 0, errors)
+        lines, start = [], 0
+        for regime, plan in zip(self.schedule.regimes, self.schedule.plans(self.plans[0].grid), strict=True):
+            end = round(regime.until * steps)
+            lines.append(f"steps {start + 1} to {end}: {plan.brief()}, error {errors[start:end].max():.4f} at most")
+            start = end
+        lines.append(
+            f"largest error {errors.max():.4f} of {error_budget:g} allowed; {self.speed_up:.2f} times the speed of bf16 dense "
+            "attention, estimated by the cost formula (not measured)"
+        )
+        return "\n".join(lines)
+
+
+def check_choice(error_budget: float, max_regimes: int) -> None:
+    """Raises ValueError for a budget that isn't a positive number, or no regime."""
+    if not (isinstance(error_budget, int | float) and math.isfinite(error_budget) and error_budget > 0):
+        raise ValueError(
+            f"error_budget={error_budget!r} is not a positive number; 0.02 is two per cent of the attention output"
+        )
+    if max_regimes < 1:
+        raise ValueError(f"max_regimes={max_regimes} is less than 1; the paper has 3")
+
+
+def choose_schedule(
+    plans: Sequence[AttentionPlan], errors: Float[np.ndarray, "n L C"], *, error_budget: float, max_regimes: int = 4
+) -> Calibration:
+    """The cheapest schedule of at most `max_regimes` regimes whose error, mean over layers, keeps to the budget at every step.
+
+    Exact, by dynamic programming over where regimes end. Dense attention is always a candidate, so there is always an answer.
+
+    Raises: ValueError for a budget that isn't positive or fewer than one regime.
+    """
+    check_choice(error_budget, max_regimes)
+    plans = tuple(plans)
+    dense = [i for i, plan in enumerate(plans) if plan.whole_grid and not plan.quantize]
+    if not dense:
+        raise ValueError("plans hold no dense attention; make them with candidates()")
+    costs = np.array([attention_cost(plan) for plan in plans])
+    by_step = errors.mean(1)
+    by_step[:, dense] = 0  # the model as it is, by definition
+    fits = by_step <= error_budget
+    steps = len(by_step)
+
+    @functools.cache
+    def best(first: int, end: int) -> tuple[float, int]:
+        """(cost, candidate) of one regime over these steps."""
+        usable = np.flatnonzero(fits[first:end].all(0))
+        candidate = int(usable[np.argmin(costs[usable])])
+        return float(costs[candidate]) * (end - first), candidate
+
+    # table[r][end]: cheapest way to cover the first `end` steps with r regimes, and where the last of them starts
+    table: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for _ in range(min(max_regimes, steps)):
+        table.append(
+            {
+                end: min((table[-1][first][0] + best(first, end)[0], first) for first in table[-1] if first < end)
+                for end in range(1, steps + 1)
+                if any(first < end for first in table[-1])
+            }
+        )
+    reachable = [r for r in range(1, len(table)) if steps in table[r]]
+    # A regime more has to save more than rounding.
+    fewest = min(reachable, key=lambda r: (round(table[r][steps][0], 9), r))
+    ends, end = [], steps
+    for r in range(fewest, 0, -1):
+        ends.append((table[r][end][1], end))
+        end = table[r][end][1]
+    chosen, regimes = np.zeros(steps, int), []
+    for first, end in reversed(ends):
+        chosen[first:end] = candidate = best(first, end)[1]
+        plan = plans[candidate]
+        window = None if plan.whole_grid else plan.windows[0]
+        until = 1.0 if end == steps else round(end / steps, 6)
+        regimes.append(Regime(until=until, scales_per_tile=plan.scales_per_tile, window=window))
+    layout = plans[0].layout
+    schedule = FPSSchedule(grid=layout.grid, tile=layout.tile, regimes=tuple(regimes))
+    return Calibration(plans, errors, costs, chosen, schedule)
