@@ -65,17 +65,19 @@ def programs() -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
 
     from fps_jax import sampling
+    from fps_jax.attention import attend
     from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
-    from fps_jax.dit import build_dit, param_dtype
+    from fps_jax.dit import DENSE, build_dit, param_dtype
     from fps_jax.params import abstract_params, flatten, unflatten
-    from fps_jax.solvers import SolverTable
+    from fps_jax.schedule import FPSSchedule
+    from fps_jax.solvers import SolverTable, solver_table
     from fps_jax.text_encoder import build_text_encoder, encode_text
     from fps_jax.vae import build_vae, decode_chunk, encode_chunk
 
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct
 
-    def denoise(config: WanConfig, height: int, width: int, frames: int = 21, steps: int = 50):
+    def denoise(config: WanConfig, height: int, width: int, frames: int = 21, steps: int = 50, fps: bool = False):
         h, w = height // 8, width // 8
         weights = flatten(abstract_params(build_dit(config.dit)))
         params = unflatten({path: spec(leaf.shape, param_dtype(path, bf16)) for path, leaf in weights})
@@ -85,15 +87,32 @@ def programs() -> dict[str, Callable[[], Any]]:
         condition = None if config.task == "t2v" else spec((1, 20, frames, h, w), f32)
         image = None if config.task == "t2v" else spec((1, 257, 1280), f32)
 
+        segments = ((steps, DENSE),)
+        if fps:
+            grid = (frames, h // 2, w // 2)
+            sigma = solver_table("unipc", "wan", steps, 5.0).sigma
+            segments = FPSSchedule.default(grid).segments(sigma, 5.0, grid, config.dit.num_layers)
+
         def run(params, latents, table, text, negative, condition, image, guidance, number):
             return sampling._denoise(
                 params, latents, table, text, negative, condition, image, guidance, number,
-                config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, report=False,
+                config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, segments=segments, report=False,
             )  # fmt: skip
 
         return compile_for_h200(
             run, params, latents, table, text, text, condition, image, spec((), f32), spec((), jnp.int32)
         )
+
+    def attention(heads: int, height: int, width: int):
+        grid = (21, height // 16, width // 16)
+        plan = FPSSchedule.default(grid).plans(grid)[0]
+        x = spec((1, plan.layout.num_stored, heads, 128), bf16)
+
+        def forward_backward(q, k, v, d_out):
+            out, vjp = jax.vjp(functools.partial(attend, plan=plan, implementation="portable"), q, k, v)
+            return out, vjp(d_out)
+
+        return compile_for_h200(forward_backward, x, x, x, x)
 
     def text(batch: int):
         config = WAN_T2V_14B.text_encoder
@@ -113,6 +132,8 @@ def programs() -> dict[str, Callable[[], Any]]:
         "denoise, T2V-1.3B, 480 x 832 x 81": lambda: denoise(WAN_T2V_1_3B, 480, 832),
         "denoise, T2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_T2V_14B, 720, 1280),
         "denoise, I2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_I2V_14B, 720, 1280),
+        "denoise, T2V-14B, 720 x 1280 x 81, FPSAttention (portable)": lambda: denoise(WAN_T2V_14B, 720, 1280, fps=True),
+        "FPSAttention (portable), forward and backward, 14B, 720 x 1280 x 81": lambda: attention(40, 720, 1280),
         "VAE decode, one chunk, 480 x 832": lambda: vae(
             decode_chunk, 480, 832, (1, 1, 60, 104, 16), (1, 1, 60, 104, 16)
         ),
@@ -152,7 +173,7 @@ def main() -> None:
             "compile_s": round(time.time() - start, 1),
         }
         print(
-            f"{name:40} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
+            f"{name:68} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
             flush=True,
         )
     if not wanted:
