@@ -35,21 +35,40 @@ PARITY = {
         "test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams"
     ),
 }
+# The attention has no PyTorch original: it is measured against its definition in NumPy, and its own specification.
+ATTENTION = {
+    "sparse attention against the definition (NumPy, float64), random grids": (
+        "test_attention.py::test_sparse_attention_and_its_gradients_are_the_definitions"
+    ),
+    "dense in tile order against raster order, output and gradients": (
+        "test_attention.py::test_dense_attention_in_tile_order_is_dense_attention_in_raster_order"
+    ),
+    "FP8, portable against the specification, random grids": (
+        "test_attention.py::test_portable_fp8_agrees_with_the_specification"
+    ),
+    "FP8, portable against the specification, one chunk of keys, output and gradients": (
+        "test_attention.py::test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone"
+    ),
+    "FP8, portable against the specification, two chunks of keys, output and gradients": (
+        "test_attention.py::test_portable_fp8_with_many_chunks_of_keys_stays_within_the_bound"
+    ),
+}
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = pathlib.Path(folder) / "errors"
-        tests = [f"tests/fps_jax/{test}" for test in PARITY.values()]
+        tests = [f"tests/fps_jax/{test}" for test in [*PARITY.values(), *ATTENTION.values()]]
         command = [sys.executable, "-m", "pytest", "-q", *tests]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PARITY_LOG": str(log)}, check=True)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     errors = {}
-    for name, test in PARITY.items():
+    for name, test in (PARITY | ATTENTION).items():
         mine = [error for where, error in lines if where.split("[")[0].split("/")[-1] == test]
         errors[name] = [float(f"{e:.2g}") for e in mine] if "bf16" in name else float(f"{max(mine):.2g}")
         print(f"{name:50} {errors[name]}")
-    write("numerics", {"claim": "relative L2 error against the original PyTorch code, float32, CPU", "errors": errors})
+    split = {name: {key: errors[key] for key in group} for name, group in (("errors", PARITY), ("attention", ATTENTION))}
+    write("numerics", {"claim": "relative L2 error against the original PyTorch code, float32, CPU", **split})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from fps_jax import AttentionPlan, attend
 from fps_jax.dit import dit
 from fps_jax.sampling import denoise
 from fps_jax.solvers import solver_table
@@ -38,3 +39,20 @@ def test_dit_lowers_for_cuda():
         lowering_platforms=("cuda",)
     )
     assert "stablehlo" in lowered.as_text()
+
+
+def test_fp8_sparse_attention_agrees_with_its_specification_and_lowers_for_cuda():
+    plan = AttentionPlan.build((3, 4, 6), (2, 2, 3), (1, 2, 1))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, d_out = (plan.to_tiles(jax.random.normal(key, (1, 72, 2, 32))) for key in keys)
+
+    def both(implementation):
+        run = functools.partial(attend, plan=plan, implementation=implementation)
+        out, vjp = jax.vjp(run, q, k, v)
+        return out, *vjp(d_out)
+
+    for ours, specified in zip(both("portable"), both("reference"), strict=True):
+        assert rel_l2(ours, specified) <= 2e-3
+    spec = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
+    traced = jax.jit(jax.grad(lambda *x: attend(*x, plan=plan).astype(jnp.float32).sum())).trace(spec, spec, spec)
+    assert "stablehlo" in traced.lower(lowering_platforms=("cuda",)).as_text()
