@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-_ARRAYS = ("image", "last_image", "image_embeds", "latents")
+FILES = ("image", "last_image", "image_embeds", "latents")
 _NOT_FOR_THE_CALL = {"model", "dtype", "fps"}
 
 
@@ -88,7 +88,7 @@ def check_options(options: VideoOptions) -> None:
 def call_arguments(options: VideoOptions) -> dict[str, Any]:
     """Keyword arguments of `WanPipeline.__call__`, arrays read. Raises OSError or ValueError for a file that can't be read."""
     names = [f.name for f in dataclasses.fields(VideoOptions) if f.name not in _NOT_FOR_THE_CALL]
-    return {name: _array(options, name) if name in _ARRAYS else getattr(options, name) for name in names}
+    return {name: _array(options, name) if name in FILES else getattr(options, name) for name in names}
 
 
 def _array(options: VideoOptions, name: str) -> Any:

@@ -29,7 +29,7 @@ LAZY_ONLY = {
     "matplotlib",
     "safetensors",
 }
-COMMAND_LINES = {"cli.py", "compare_cli.py", "demo.py", "options.py"}
+COMMAND_LINES = {"calibrate_cli.py", "cli.py", "compare_cli.py", "demo.py", "options.py"}
 
 
 def module_level_imports(tree: ast.Module):

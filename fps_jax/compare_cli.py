@@ -1,0 +1,115 @@
+"""fps-compare: what FP8 and sparse attention change in a video. jax is imported once the arguments are known to be right."""
+
+import pathlib
+import signal
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fps_jax.errors import parse, run_cli
+from fps_jax.options import FILES, VideoOptions, call_arguments, check_options, run_record, write_json
+
+WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(VideoOptions):
+    """Sample a video with dense attention and again, from the same noise, with FPSAttention; show and measure the difference.
+
+    The output folder gets dense.mp4, the other video under its setting's name, side_by_side.mp4 with both and their
+    difference, quality.png (PSNR and SSIM of each frame) and quality.json (these, the settings, the schedule, times).
+    """
+
+    attention: Literal["fps", "fp8", "sparse"] = "fps"
+    """What to compare with dense: fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
+    output: pathlib.Path
+    """The folder to write: new or empty. It appears when all is done."""
+    overwrite: bool = False
+    """Replace an earlier comparison in the output folder."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of fps-compare."""
+    if argv is None:  # a process of its own
+        signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half-written stays
+    sys.exit(run_cli(lambda args: _compare(parse(Compare, args, prog="fps-compare")), argv))
+
+
+def _compare(options: Compare) -> None:
+    arguments = call_arguments(options)
+    from fps_jax.checkpoint import new_directory
+    from fps_jax.pipeline import WanPipeline, resolve_checkpoint
+
+    check_options(options)
+    _check_output(options)
+    read = (options.model, options.schedule, *(getattr(options, name) for name in FILES))
+    sources = tuple(path for path in read if path is not None)
+    with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
+        model = resolve_checkpoint(options.model)
+        schedule = _check_request(options, arguments, model)
+        from fps_jax.compare import compare, write
+
+        pipe = WanPipeline.from_pretrained(model, dtype=options.dtype)
+        pipe.show_progress = True
+        # The schedule goes in as it was read: whoever edits the file meanwhile changes neither the video nor the record.
+        comparison = compare(pipe, **arguments | {"schedule": schedule}, tell=_tell)
+        write(comparison, folder, fps=options.fps, subtitle=_subtitle(options))
+        record = run_record(options, pipe) | {"schedule": schedule.to_dict()} | comparison.record()
+        write_json(record, folder / "quality.json")
+    print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
+def _check_output(options: Compare) -> None:
+    """--overwrite removes what an earlier comparison wrote, never anything else."""
+    if not options.overwrite or not options.output.is_dir():
+        return
+    foreign = sorted(path.name for path in options.output.iterdir() if path.name not in WRITTEN)
+    if foreign:
+        raise FileExistsError(
+            f"output={str(options.output)!r} holds {foreign[0]!r}, which fps-compare doesn't write and won't remove; give another"
+        )
+
+
+def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.Path) -> Any:
+    """Holds the arguments against the model's config, before its weights are read. Returns the schedule for this video."""
+    from fps_jax import requests
+    from fps_jax.solvers import solver_table
+
+    config = _read_config(model)
+    size = (options.height, options.width, options.num_frames)
+    shape = requests.latent_shape(1, *size, config)
+    requests.noise(arguments["latents"], options.seed, shape)
+    embeds = arguments["image_embeds"]
+    requests.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
+    requests.image_embeds(config, embeds, 1)
+    grid = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
+    schedule: Any = requests.schedule(options.attention, options.schedule, grid)
+    shift = requests.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
+    sigma = solver_table(options.solver, options.sigma_grid, options.num_inference_steps, shift).sigma
+    schedule.segments(sigma, shift, grid, config.dit.num_layers)
+    _tell(f"{options.attention}: {schedule.describe(grid)}")
+    return schedule
+
+
+def _read_config(model: pathlib.Path) -> Any:
+    from fps_jax.checkpoint import read_config
+    from fps_jax.pipeline import is_ours
+
+    if is_ours(model):
+        return read_config(model)
+    from convert.wan import open_checkpoint
+
+    return open_checkpoint(model).config
+
+
+def _subtitle(options: Compare) -> str:
+    size = f"{options.width} x {options.height}, {options.num_frames} frames"
+    return f"{size}, {options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
