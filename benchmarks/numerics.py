@@ -67,7 +67,9 @@ def main() -> None:
         mine = [error for where, error in lines if where.split("[")[0].split("/")[-1] == test]
         errors[name] = [float(f"{e:.2g}") for e in mine] if "bf16" in name else float(f"{max(mine):.2g}")
         print(f"{name:50} {errors[name]}")
-    split = {name: {key: errors[key] for key in group} for name, group in (("errors", PARITY), ("attention", ATTENTION))}
+    split = {
+        name: {key: errors[key] for key in group} for name, group in (("errors", PARITY), ("attention", ATTENTION))
+    }
     write("numerics", {"claim": "relative L2 error against the original PyTorch code, float32, CPU", **split})
 
 

@@ -1,16 +1,18 @@
 """Command lines: fps-sample and fps-info. jax is imported once the arguments are known to be right."""
 
+import io
 import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from fps_jax.errors import parse, run_cli
-from fps_jax.options import VideoOptions, call_arguments, check_options, run_record, write_json
+from fps_jax.files import write_bytes, write_json
+from fps_jax.options import VideoOptions, call_arguments, check_options, run_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,10 @@ def _sample(options: Sample) -> None:
     pipe.show_progress = True
     result = pipe(**arguments, output_type=options.output_type)
     if options.output_type == "latent":
-        _save_array(result, options.output)
+        import numpy as np
+
+        np.save(buffer := io.BytesIO(), result)
+        write_bytes(options.output, buffer.getvalue())
     else:
         from fps_jax.video import save_video
 
@@ -81,18 +86,6 @@ def _check_output(options: Sample) -> None:
     for path in (options.output, options.output.with_name(options.output.name + ".json")):
         if path.is_dir():
             raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
-
-
-def _save_array(array: Any, path: pathlib.Path) -> None:
-    import numpy as np
-
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("wb") as file:
-            np.save(file, array)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _info(options: Info) -> None:

@@ -1,7 +1,6 @@
 """What the commands that sample have in common: their options, checks that need no checkpoint, and the record of a run."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -136,13 +135,3 @@ def run_record(options: VideoOptions, pipe: Any) -> dict[str, Any]:
         "versions": {"fps_jax": fps_jax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "device": f"{device.platform} {device.device_kind}",
     }
-
-
-def write_json(record: dict[str, Any], path: pathlib.Path) -> None:
-    """Write a JSON file, beside its final name first."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        beside.write_text(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

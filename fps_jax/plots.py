@@ -1,12 +1,14 @@
 """The plots' one look, and how they are written. matplotlib is imported when one is drawn, and no state of pyplot is touched."""
 
 import contextlib
+import io
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fps_jax.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,10 +81,6 @@ def figure(
 
 def save_png(figure: "Figure", path: str | os.PathLike) -> None:
     """Write a figure as png, 160 pixels an inch; the file appears when whole. Raises OSError if it can't be written."""
-    path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(beside, format="png", dpi=160)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    write_bytes(path, buffer.getvalue())

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fps_jax.attention import PlannedAttention, TokenAttention
+from fps_jax.files import write_json
 from fps_jax.plan import AttentionPlan
 from fps_jax.tiles import Shape3, TileLayout, check_shape3, propose_tiles
 from fps_jax.windows import check_density, propose_window
@@ -152,14 +153,8 @@ class FPSSchedule:
             raise ValueError(f"schedule={str(path)!r}: {error}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a JSON file, beside its final name first."""
-        path = pathlib.Path(path)
-        beside = path.with_name(f".{path.name}.partial")
-        try:
-            beside.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        """Write a JSON file, whole or not at all."""
+        write_json(self.to_dict(), path)
 
     def setting(self, name: Setting) -> "FPSSchedule":
         """'fps': itself. 'fp8': with whole-grid windows. 'sparse': without quantization."""

@@ -1,16 +1,16 @@
 """Videos out: an mp4, a contact sheet, 8-bit frames."""
 
-import contextlib
 import io
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
+
+from fps_jax.files import write_bytes
 
 log = logging.getLogger("fps_jax")
 
@@ -67,7 +67,7 @@ def save_video(video: Any, path: str | os.PathLike, fps: float = 16, crf: int = 
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"video has {frames.shape[1]}x{frames.shape[2]} pixels; H.264 needs even sizes: crop a pixel")
     # Encoded in memory (a few MB) and then written by us: a full disk is a plain OSError, and nothing half-written stays.
-    _write(path, _encode(frames, _CONTAINERS[path.suffix.lower()], fps, crf))
+    write_bytes(path, _encode(frames, _CONTAINERS[path.suffix.lower()], fps, crf))
 
 
 def contact_sheet(video: Any, path: str | os.PathLike, columns: int = 4, num_frames: int = 12) -> None:
@@ -98,7 +98,7 @@ def contact_sheet(video: Any, path: str | os.PathLike, columns: int = 4, num_fra
         sheet.paste(thumbnail, (place % columns * width, place // columns * height))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    _write(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def _encode(frames: UInt8[np.ndarray, "F H W 3"], container: str, fps: float, crf: int) -> bytes:
@@ -126,19 +126,3 @@ def _encode(frames: UInt8[np.ndarray, "F H W 3"], container: str, fps: float, cr
             output.mux(stream.encode(frame))
         output.mux(stream.encode())
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may only be noticed here
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"can't write {str(path)!r}: {reason}; choose another path or make room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
