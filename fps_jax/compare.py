@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fps_jax import requests
 from fps_jax.pipeline import WanPipeline
 from fps_jax.plots import COLORS, GREY, figure, save_png
 from fps_jax.quality import psnr, relative_l2, ssim
 from fps_jax.schedule import FPSSchedule, Setting
-from fps_jax.vae import decode
 from fps_jax.video import save_video, video_to_uint8
 
 AMPLIFICATION = 4  # of the difference shown
@@ -114,7 +112,7 @@ def compare(
         **arguments,
         "height": height,
         "width": width,
-        "vae_tiling": vae_tiling or pipe._needs_tiling(height, width),
+        "vae_tiling": vae_tiling or pipe.needs_tiling(height, width),
     }
     tell("1 of 2: dense attention")
     dense = _sample(pipe, common)
@@ -138,14 +136,13 @@ def _sample(pipe: WanPipeline, arguments: dict[str, Any]) -> Run:
         **arguments, output_type="latent", callback=lambda done, _: steps.append((done, time.perf_counter()))
     )
     sampled = time.perf_counter()
-    with requests.progress_bar("decode", pipe.show_progress) as bar:
-        video = decode(pipe.config.vae, pipe.params["vae"], latents, tiling=arguments["vae_tiling"], progress=bar)
+    video = pipe.decode(latents, tiling=arguments["vae_tiling"])
     seconds = {
         "sampling_first_call": sampled - start,
         "denoising_step": _seconds_a_step(steps),
         "decoding_first_call": time.perf_counter() - sampled,
     }
-    return Run(latents=np.asarray(latents), video=requests.to_unit_range(video)[0], seconds=seconds)
+    return Run(latents=np.asarray(latents), video=video[0], seconds=seconds)
 
 
 def _seconds_a_step(steps: list[tuple[int, float]]) -> float | None:

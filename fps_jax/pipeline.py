@@ -189,10 +189,14 @@ class WanPipeline:
             )
         if output_type == "latent":
             return np.asarray(out)
-        with requests.progress_bar("decode", self.show_progress) as bar:
-            video = decode(self.config.vae, self.params["vae"], out, tiling=prepared.tiling, progress=bar)
-        video = requests.to_unit_range(video)
+        video = self.decode(out, tiling=prepared.tiling)
         return requests.to_pil(video) if output_type == "pil" else video
+
+    def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
+        """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
+        with requests.progress_bar("decode", self.show_progress) as bar:
+            video = decode(self.config.vae, self.params["vae"], latents, tiling=tiling, progress=bar)
+        return requests.to_unit_range(video)
 
     def prepare(
         self,
@@ -234,7 +238,7 @@ class WanPipeline:
         embeds = requests.image_embeds(self.config, image_embeds, batch)
         if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
             raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
-        tiling = vae_tiling or self._needs_tiling(height, width)
+        tiling = vae_tiling or self.needs_tiling(height, width)
 
         text = self._encode_prompts(prompts)
         negative = self._encode_prompts(negatives) if guidance_scale > 1 else None
@@ -295,7 +299,8 @@ class WanPipeline:
         condition = np.concatenate([mask, np.asarray(latents)], axis=1)
         return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
 
-    def _needs_tiling(self, height: int, width: int) -> bool:
+    def needs_tiling(self, height: int, width: int) -> bool:
+        """Whether frames of this size have to be decoded in spatial tiles to fit the device. Says so in the log."""
         stats = jax.local_devices()[0].memory_stats() or {}
         if "bytes_limit" not in stats:
             return False
