@@ -1,0 +1,165 @@
+"""Block-sparse attention forward for Hopper (sm_90a), in FP8 or bf16: Pallas Mosaic GPU.
+
+A thread block computes 128 query rows of one head over the key blocks that a table lists: one warpgroup copies (TMA), two compute
+64 rows each, and while their tensor cores multiply for one key block they exponentiate for another (FlashAttention-3's overlap,
+arXiv 2407.08608). The program of a thread block is `fwd_sm90_body`; docs/kernels.md explains the whole.
+
+Source: FPSAttention (arXiv 2506.04648) section 3 for what is computed; `pallas_kernels.reference.attention` is its specification.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import quantize_sm90, tuning
+from pallas_kernels.fwd_sm90_body import Problem, body, scratch
+from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
+
+
+def forward(
+    q: Float[Array, "B Sq N H"],
+    k: Float[Array, "B Sk N H"],
+    v: Float[Array, "B Sk N H"],
+    *,
+    key_tiles: Int[Array, "*N Tq K"],
+    counts: Int[Array, "*N Tq"],
+    q_valid: Bool[Array, "Sq"],
+    k_valid: Bool[Array, "Sk"],
+    tile_size: int,
+    tokens_per_scale: int | None,
+    config: ForwardConfig | None = None,
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
+    """As `pallas_kernels.reference.attention`, with P rounded against the running maximum, as `portable.forward` has it.
+
+    A key tile that is listed must hold a valid key (tile layouts always do): K of one without reads as 0, whose score could
+    become a row's maximum and cost P its precision.
+
+    Args:
+      config: tuning; None for the tuned one (`pallas_kernels.tuning`).
+    Raises: NotImplementedError for what the kernel doesn't do (`unsupported`); ValueError for a config that doesn't fit.
+    """
+    reason = unsupported(q.shape[3], q.dtype, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
+    if reason is not None:
+        raise NotImplementedError(f"implementation='sm90': {reason}")
+    valid = {"q_valid": q_valid, "k_valid": k_valid, "tile_size": tile_size}
+    if tokens_per_scale is None:
+        operands = quantize_sm90.unquantized(q, k, v, **valid)
+    else:
+        operands = quantize_sm90.quantize(q, k, v, **valid, tokens_per_scale=tokens_per_scale)
+    if config is None:
+        key = tuning.tuning_key(
+            head_dim=q.shape[3],
+            density=key_tiles.shape[-1] * tile_size / k.shape[1],
+            tokens_per_scale=tokens_per_scale,
+        )
+        config = tuning.choose_config(
+            key,
+            operand_bytes=operands.q.dtype.itemsize,
+            output_bytes=q.dtype.itemsize,
+            blocks_per_tile=tile_size // BLOCK_KV,
+        )
+    return attention(
+        operands,
+        key_tiles=key_tiles,
+        counts=counts,
+        batch=q.shape[0],
+        tile_size=tile_size,
+        dtype=q.dtype,
+        config=config,
+    )
+
+
+def unsupported(head_dim: int, dtype: Any, *, tile_size: int, tokens_per_scale: int | None) -> str | None:
+    """Why the kernel can't compute such a call; None where it can. Says nothing of the device (`missing_device`)."""
+    if head_dim not in (64, 128):
+        return f"head dim {head_dim} is not 64 or 128; use 'portable'"
+    if tile_size % BLOCK_KV:
+        return f"tiles of {tile_size} stored tokens are not whole blocks of {BLOCK_KV}; use tiles that store 128, 256 or 384"
+    if tokens_per_scale is None:
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+            return f"{jnp.dtype(dtype)} without quantization has no tensor-core matmul; pass bfloat16 or float16"
+    elif tokens_per_scale % BLOCK_Q:
+        return f"tokens_per_scale={tokens_per_scale} is not a multiple of {BLOCK_Q}, the rows of a matrix instruction"
+    return None
+
+
+def missing_device() -> str | None:
+    """Why the kernel can't run on JAX's default device; None on one of compute capability 9.0."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if device.platform != "gpu" or capability != "9.0":
+        found = device.platform if capability is None else f"{device.device_kind} ({capability})"
+        return f"needs an NVIDIA GPU of compute capability 9.0 (H100, H200), found {found}; use 'portable'"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "tile_size", "dtype", "config", "with_lse"))
+def attention(
+    operands: quantize_sm90.Operands,
+    *,
+    key_tiles: Int[Array, "*N Tq K"],
+    counts: Int[Array, "*N Tq"],
+    batch: int,
+    tile_size: int,
+    dtype: Any,
+    config: ForwardConfig,
+    with_lse: bool = True,
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"] | None]:
+    """The kernel itself, on operands that `quantize_sm90` made.
+
+    Args:
+      key_tiles, counts: as in `forward`; every index within the keys, every count at least 1. Not checked here.
+      dtype: of the output.
+      with_lse: False leaves the log-sum-exp out, and None in its place.
+    """
+    groups, seq, head_dim = operands.q.shape
+    scales = 0
+    if operands.k_scale is not None:
+        scales = operands.k_scale.shape[1] * BLOCK_KV // operands.k.shape[1]
+    problem = Problem(
+        batch=batch,
+        heads=groups // batch,
+        head_dim=head_dim,
+        query_blocks=seq // BLOCK_ROWS,
+        blocks_per_tile=tile_size // BLOCK_KV,
+        shared_table=key_tiles.ndim == 2,
+        scales=scales,
+        dtype=dtype,
+        operand=operands.q.dtype,
+        config=config,
+    )
+    if problem.blocks_per_tile % config.cluster:
+        raise ValueError(
+            f"cluster={config.cluster} doesn't divide the {problem.blocks_per_tile} blocks of a tile of {tile_size}; use 1"
+        )
+    tuning.check_fits(
+        config,
+        head_dim=head_dim,
+        operand_bytes=operands.q.dtype.itemsize,
+        output_bytes=jnp.dtype(dtype).itemsize,
+    )
+    table = key_tiles.reshape(-1, *key_tiles.shape[-2:])  # a single table where heads share it
+    out_types = [
+        jax.ShapeDtypeStruct((batch, seq, problem.heads, head_dim), dtype),
+        jax.ShapeDtypeStruct((batch, problem.heads, seq), jnp.float32),
+    ]
+    inputs = [x for x in operands if x is not None]
+    kernel = plgpu.kernel(
+        functools.partial(body, problem, len(inputs), with_lse),
+        out_type=out_types if with_lse else out_types[:1],
+        scratch_types=scratch(problem),
+        grid=(groups, problem.query_blocks // config.cluster),
+        grid_names=("group", "pair"),
+        cluster=(config.cluster,),
+        cluster_names=("member",),
+        num_threads=CONSUMERS + 1,
+        thread_name="wg",
+        # approx_math: exp2 as one instruction. The barriers are ours: the automatic ones would serialize the matmuls.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+    )
+    out, *lse = kernel(*inputs, table, counts.reshape(table.shape[:2]))
+    return out, lse[0] if with_lse else None

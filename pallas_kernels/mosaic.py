@@ -1,0 +1,335 @@
+"""Everything that needs more of Pallas Mosaic GPU than its public interface: one file to look at when jax changes.
+
+Checked on jax 0.11.2 and 0.12.0.1 (`VERSIONS_CHECKED`; tests/pallas_kernels/test_mosaic.py says so when another one breaks it):
+
+- `to_fp8_operand` hands a float32 accumulator to the next FP8 matmul without moving a register between threads;
+- `interpret` runs a kernel on a CPU, with gaps of jax's interpret mode filled. For tests only.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.reference import FP8
+
+VERSIONS_CHECKED = ("0.11.2", "0.12.0.1")
+
+# In each group of 16 columns a thread holds other columns of a float32 accumulator than of an 8-bit A operand: as an operand, its
+# k-th pair of registers means column _ORDER16[k] of the accumulator.
+_ORDER16 = np.array([8 * ((k % 4) // 2) + 2 * (k // 4) + k % 2 for k in range(16)])
+
+
+def kv_order(n: int) -> Int[np.ndarray, "n"]:
+    """The order in which `to_fp8_operand` leaves columns: its result equals p[:, kv_order(n)]. V's keys are stored in this order.
+
+    Raises: ValueError where n is not a multiple of 16.
+    """
+    if n % 16:
+        raise ValueError(f"{n} keys are no multiple of 16, the columns that are reordered together; pad them")
+    i = np.arange(n)
+    return i // 16 * 16 + _ORDER16[i % 16]
+
+
+def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
+    """p (float32, wgmma accumulator layout) as e4m3 in the layout of an 8-bit A operand, its columns in `kv_order`.
+
+    One conversion for each pair of values; no shuffle, no shared memory. Moving the values to the columns they belong to would
+    cost 32 stores and three barriers a step; relabelling the registers costs nothing, and V is written to match.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(p.shape, FP8, plgpu.Layout.WGMMA_8BIT)
+    )
+    def relabel_fp8(_, accumulator):
+        from jax.extend.mlir import ir
+
+        layout = mgpu.WGMMA_LAYOUT_8BIT
+        registers = np.empty(layout.registers_shape(accumulator.shape), dtype=object)
+        for row, column, *rest in np.ndindex(registers.shape):
+            pair = [accumulator.registers[(row, 2 * column + half, *rest)] for half in (0, 1)]
+            registers[(row, column, *rest)] = mgpu.utils.vector_concat(pair)
+        relabelled = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return relabelled.astype(ir.Float8E4M3FNType.get())
+
+    return relabel_fp8(p)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+
+
+def _emulated_relabel(p: Array) -> list[Array]:
+    """What `to_fp8_operand` computes. Clipped, as the hardware's conversion saturates and XLA's gives NaN."""
+    return [jnp.clip(p[:, kv_order(p.shape[1])], -448, 448).astype(FP8)]
+
+
+# `inline_mgpu` code, by the name of its function: what to compute instead of it in interpret mode.
+_EMULATED: dict[str, Callable[..., list[Array]]] = {"relabel_fp8": _emulated_relabel}
+
+
+# Where the simulated memory keeps the matmuls that were started and not waited for: thread -> places they read, oldest first.
+_IN_FLIGHT = "_fps_wgmmas_in_flight"
+
+
+@contextlib.contextmanager
+def interpret(*, detect_races: bool = True) -> Iterator[None]:
+    """Kernels called inside run on the CPU, one thread a warpgroup; a race is an error. Patches jax's classes while open.
+
+    A deadlock in a kernel is a hang here: run it in a process that can be ended. Clusters need as many threads as they have
+    warpgroups; on a machine with few cores set NPROC=12 in the environment before jax starts.
+    """
+    with contextlib.ExitStack() as stack:
+        for patch in _patches():
+            stack.enter_context(patch)
+        stack.enter_context(plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _private(name: str) -> Any:
+    """A private module of jax's Pallas; without types, since nothing in it is promised."""
+    return importlib.import_module(f"jax._src.{name}")
+
+
+def _patches() -> Sequence[contextlib.AbstractContextManager[None]]:
+    """jax's interpreter with wgmma's A operand in registers, run_state over accumulators, and our inline_mgpu code."""
+    primitives, discharge = _private("pallas.mosaic_gpu.primitives"), _private("state.discharge")
+    interpreter = _private("pallas.mosaic_gpu.interpret.jaxpr_interpret").JaxprInterpreter
+    plain_inline, plain = interpreter._interpret_inline_mgpu_p, interpreter.interpret
+
+    plain_load = interpreter._interpret_wgmma_accumulator_deref_p
+
+    def load_accumulator(self, eqn, token, get_invals):
+        return plain_load(self, eqn, _finish_wgmmas(self, eqn, token, eqn.params["wait_n"]), get_invals)
+
+    def inline(self, eqn, token, get_invals):
+        if "_run_state" in eqn.params:
+            return _run_state(self, eqn, token, get_invals)
+        emulated = _EMULATED.get(eqn.params["mgpu_fn"].__name__)
+        if emulated is None:
+            return plain_inline(self, eqn, token, get_invals)
+        return token, list(emulated(*get_invals()[: eqn.params["pytree_args"].num_leaves]))
+
+    def interpret_jaxpr(self, jaxpr, token, *args):
+        # The interpreter dispatches on primitives and has no entry for run_state: it travels as an inline_mgpu equation.
+        inner = jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+        if any(eqn.primitive is discharge.run_state_p for eqn in inner.eqns):
+            inner = inner.replace(
+                eqns=[
+                    eqn.replace(primitive=primitives.inline_mgpu_p, params={"_run_state": eqn.params})
+                    if eqn.primitive is discharge.run_state_p
+                    else eqn
+                    for eqn in inner.eqns
+                ]
+            )
+            jaxpr = jaxpr.replace(jaxpr=inner) if hasattr(jaxpr, "jaxpr") else inner
+        return plain(self, jaxpr, token, *args)
+
+    patches = [
+        _replaced(interpreter, "_interpret_wgmma_ref_p", _wgmma),
+        _replaced(interpreter, "_interpret_wgmma_accumulator_deref_p", load_accumulator),
+        _replaced(interpreter, "_interpret_inline_mgpu_p", inline),
+        _replaced(interpreter, "interpret", interpret_jaxpr),
+    ]
+    if jax.__version_info__ < (0, 12):
+        patches += _patches_for_0_11()
+    return patches
+
+
+def _patches_for_0_11() -> list[Any]:
+    barrier = _private("pallas.mosaic_gpu.interpret.shared_memory").Barrier
+    races = _private("pallas.mosaic.interpret.race_detection_state").RaceDetectionState
+
+    def deallocate(self):
+        """0.11 refuses to drop a barrier whose last phase nobody waited for, which is no error; pending arrivals are."""
+        with self.cv:
+            self.ref_count -= 1
+            if self.ref_count <= 0 and self.arrivals_count != 0:
+                raise ValueError(f"Barrier deallocated with {self.arrivals_count} arrivals pending.")
+
+    def raising(check):
+        """0.11 prints a race and goes on; 0.12 raises."""
+
+        def check_and_raise(self, *args, **kwargs):
+            check(self, *args, **kwargs)
+            if self.races_found:
+                raise RuntimeError("RACE DETECTED in a kernel; the two accesses are printed above")
+
+        return check_and_raise
+
+    return [
+        _replaced(barrier, "deallocate", deallocate),
+        _replaced(races, "check_read", raising(races.check_read)),
+        _replaced(races, "check_write", raising(races.check_write)),
+    ]
+
+
+def _wgmma(interpreter: Any, eqn: Any, token: Any, get_invals: Callable[[], Any]) -> Any:
+    """acc += A @ B as jax interprets it, and beyond that: A may be in registers, and its reads of shared memory can race."""
+    gpu_callbacks = _private("pallas.mosaic_gpu.interpret.gpu_callbacks")
+    shared_memory = _private("pallas.mosaic_gpu.interpret.shared_memory")
+    resolve_ref = _private("pallas.mosaic_gpu.interpret.jaxpr_interpret").resolve_ref
+    a_in_memory = isinstance(eqn.invars[1].aval, _private("state.types").AbstractRef)
+
+    operands = list(get_invals())
+    (acc, a, b), leaves = operands[:3], operands[3:]
+    trees = [eqn.params[f"{x}_transforms_tree"] or jax.tree.structure([]) for x in ("acc", "a", "b")]
+    acc_transforms, a_transforms, b_transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+    acc, acc_transforms = resolve_ref(eqn.invars[0].aval, acc, acc_transforms)
+    b, b_transforms = resolve_ref(eqn.invars[2].aval, b, b_transforms)
+    if a_in_memory:
+        a, a_transforms = resolve_ref(eqn.invars[1].aval, a, a_transforms)
+
+    @gpu_callbacks.fail_on_exception
+    def accumulate(*, token, mesh_location, thread, acc, a, b, acc_transforms, a_transforms, b_transforms):
+        memory = gpu_callbacks._get_shared_memory()
+        info = {"logging_info": shared_memory.GPULoggingInfo(mesh_location, thread, eqn.source_info)}
+
+        def locate(key, transforms):
+            key = gpu_callbacks.HostAllocationKey.from_array(key)
+            return key, memory.access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms)))
+
+        def read(key, transforms):
+            place = locate(key, transforms)
+            places.append(place)
+            return memory.get_buffer_content(*place, thread, **info)[0]
+
+        places = []
+        a = read(a, a_transforms) if a_in_memory else np.asarray(a)
+        place = locate(acc, acc_transforms)
+        total = memory.get_buffer_content(*place, thread, **info)[0]
+        total = total + np.matmul(a.astype(total.dtype), read(b, b_transforms).astype(total.dtype))
+        memory.store_buffer_content(*place, total, thread, **info)
+        _check_reads(memory, thread, places, eqn.source_info)
+        vars(memory).setdefault(_IN_FLIGHT, {}).setdefault(thread, []).append(places)
+        return token
+
+    token = _private("callback").io_callback(
+        accumulate,
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=interpreter.mesh_location,
+        thread=interpreter.thread,
+        acc=acc,
+        a=a,
+        b=b,
+        acc_transforms=acc_transforms,
+        a_transforms=a_transforms,
+        b_transforms=b_transforms,
+    )
+    return token, []
+
+
+def _finish_wgmmas(interpreter: Any, eqn: Any, token: Any, wait_n: int | None) -> Any:
+    """A wait for all but the last `wait_n` matmuls. Until then they may read shared memory: they are counted as reading it now.
+
+    So a slot that is handed back before the wait shows as a race with the copy that fills it again.
+    """
+    gpu_callbacks = _private("pallas.mosaic_gpu.interpret.gpu_callbacks")
+    if wait_n is None:
+        return token
+
+    @gpu_callbacks.fail_on_exception
+    def finish(*, token, thread):
+        memory = gpu_callbacks._get_shared_memory()
+        flying = vars(memory).setdefault(_IN_FLIGHT, {}).setdefault(thread, [])
+        while len(flying) > wait_n:
+            _check_reads(memory, thread, flying.pop(0), eqn.source_info)
+        return token
+
+    return _private("callback").io_callback(
+        finish, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, thread=interpreter.thread
+    )
+
+
+def _check_reads(memory: Any, thread: Any, places: list[Any], source_info: Any) -> None:
+    """Tells the race detector that the tensor cores read these places of shared memory, for this thread, now."""
+    if not memory.detect_races:
+        return
+    # Later than the copy that was waited for: equal clocks count as a race. `incr_clock` would advance one of the two clocks only.
+    with memory.lock:
+        memory.clocks[thread].inc(memory.thread_to_vc_position(thread))
+        clock = memory.clocks[thread].copy().async_smem_clock
+    races = _private("pallas.mosaic_gpu.interpret.gpu_callbacks").get_races()
+    for place in places:
+        races.check_read(thread, clock, *place, source_info=source_info)
+
+
+def _run_state(interpreter: Any, eqn: Any, token: Any, get_invals: Callable[[], Any]) -> Any:
+    """pl.run_state: a buffer for each initial value, the body over them, their last contents as the result."""
+    core, state_types = _private("pallas.mosaic_gpu.core"), _private("state.types")
+    gpu_callbacks = _private("pallas.mosaic_gpu.interpret.gpu_callbacks")
+    shared_memory = _private("pallas.mosaic_gpu.interpret.shared_memory")
+
+    @gpu_callbacks.fail_on_exception
+    def forget(token, key):
+        """Ids of registers are used again: to the race detector the next owner's accesses would be another thread's."""
+        if gpu_callbacks._get_shared_memory().detect_races:
+            races = gpu_callbacks.get_races()
+            with races.lock:
+                races.writes.pop(gpu_callbacks.HostAllocationKey.from_array(key), None)
+                races.reads.pop(gpu_callbacks.HostAllocationKey.from_array(key), None)
+        return token
+
+    params = eqn.params["_run_state"]
+    jaxpr = params["jaxpr"]
+    initialized = params.get("is_initialized", (True,) * len(jaxpr.invars))
+    where = {"mesh_location": interpreter.mesh_location, "thread": interpreter.thread}
+    given = iter(zip(get_invals(), eqn.invars, strict=True))
+    keys, ours = [], []
+    for variable, has_value in zip(jaxpr.invars, initialized, strict=True):
+        value, outer = next(given) if has_value else (None, None)
+        passed_on = outer is not None and isinstance(outer.aval, state_types.AbstractRef)
+        ours.append(isinstance(variable.aval, state_types.AbstractRef) and not passed_on)
+        if not ours[-1]:
+            keys.append(value)
+            continue
+        inner = variable.aval.inner_aval
+        token, request = gpu_callbacks.call_make_allocation_request_array(
+            token=token,
+            compute_unit=interpreter.thread,
+            memory_space_id=shared_memory.get_memory_space_idx(core.MemorySpace.REGS),
+            initial_ref_count=1,
+        )
+        token, key = gpu_callbacks.call_allocate_buffer(
+            token=token,
+            allocation_request_as_array=request,
+            value=jnp.zeros(inner.shape, inner.dtype) if value is None else value,
+            source_info=eqn.source_info,
+            **where,
+        )
+        keys.append(key)
+    token, _ = interpreter.interpret(jaxpr, token, *keys)
+    token = _finish_wgmmas(interpreter, eqn, token, 0)
+    results = []
+    for variable, key, own in zip(jaxpr.invars, keys, ours, strict=True):
+        if not own:
+            results.append(key)
+            continue
+        inner = variable.aval.inner_aval
+        token, value = gpu_callbacks.call_get(
+            token=token,
+            result_shape_and_dtype=jax.ShapeDtypeStruct(inner.shape, inner.dtype),
+            allocation_key_as_array=key,
+            transforms=(),
+            **where,
+        )
+        token = _private("callback").io_callback(forget, gpu_callbacks.TOKEN_SHAPE_DTYPE, token, key)
+        token = gpu_callbacks.call_deallocate_buffer(
+            token=token, allocation_key_as_array=key, source_info=eqn.source_info, **where
+        )
+        results.append(value)
+    return token, results

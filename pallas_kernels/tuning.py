@@ -1,0 +1,156 @@
+"""Tuning configs of the Hopper forward kernel: what may be varied, what fits a multiprocessor, and the tuned table.
+
+A config that would not fit shared memory fails to launch, and one that asks for more registers than the launch reserved hangs the
+GPU: both are refused here, before anything is launched.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+BLOCK_Q = 64  # query rows of a consumer warpgroup: one wgmma. 128 spill 948 bytes, and so do three consumers
+CONSUMERS = 2  # warpgroups that compute; a third feeds them
+BLOCK_ROWS = CONSUMERS * BLOCK_Q  # query rows of a thread block
+BLOCK_KV = 128  # keys of a step. 256 spill
+VALID_ROWS = 8  # rows of ones below V, whose product with P is the row sums; 8 is the granularity of wgmma's N
+
+SHARED_MEMORY = 227 * 1024  # bytes that one thread block may have on sm_90
+_REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
+_WARPGROUP = 128  # threads
+_BARRIER = 8  # bytes
+
+TUNED_TABLE = pathlib.Path(__file__).with_name("tuned_sm90.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+    """How `pallas_kernels.fwd_sm90` uses a multiprocessor.
+
+    Attributes:
+      stages: key blocks in flight, 2, 4 or 8 (another number costs 23 instructions a step for the remainder).
+      cluster: thread blocks that share their key blocks by multicast, 1 or 2.
+      skip_rescale: leave the accumulator as it is where no row's maximum moved, which most steps far from the first don't.
+      consumer_registers, producer_registers: of a thread after `setmaxnreg`.
+    Raises: ValueError for a value outside these, or registers that sum to more than the launch has: that would hang the GPU.
+    """
+
+    stages: int = 4
+    cluster: int = 1
+    consumer_registers: int = 232
+    producer_registers: int = 40
+
+    def __post_init__(self):
+        if self.stages not in (2, 4, 8):
+            raise ValueError(f"stages={self.stages} is not 2, 4 or 8; use 4, or 2 where shared memory is short")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"cluster={self.cluster} is not 1 or 2; use 1 where a tile is one block of {BLOCK_ROWS}")
+        for name in ("consumer_registers", "producer_registers"):
+            value = getattr(self, name)
+            if value % 8 or not 24 <= value <= 256:
+                raise ValueError(f"{name}={value} is not a multiple of 8 from 24 to 256, as setmaxnreg wants it")
+        launch = launch_registers()
+        wanted = CONSUMERS * self.consumer_registers + self.producer_registers
+        if wanted > launch * (CONSUMERS + 1):
+            raise ValueError(
+                f"consumer_registers={self.consumer_registers} twice and producer_registers={self.producer_registers} "
+                f"are {wanted}, more than the {launch * (CONSUMERS + 1)} of the launch, and would hang the GPU; "
+                "use 232 and 40, or 240 and 24"
+            )
+
+
+def launch_registers() -> int:
+    """Registers a thread that a launch of all warpgroups reserves: 168."""
+    return _REGISTER_FILE // (_WARPGROUP * (CONSUMERS + 1)) // 8 * 8
+
+
+def shared_memory_bytes(config: ForwardConfig, *, head_dim: int, operand_bytes: int, output_bytes: int) -> int:
+    """Shared memory of a thread block: queries, the ring of key blocks, the output's staging, log-sum-exp, barriers.
+
+    Args:
+      operand_bytes: bytes an element of q, k, v as the kernel reads them: 1 in FP8 mode, 2 in bf16 mode.
+      output_bytes: bytes an element of the output.
+    """
+    q = BLOCK_ROWS * head_dim * operand_bytes
+    k = BLOCK_KV * head_dim * operand_bytes
+    v = (head_dim + VALID_ROWS) * BLOCK_KV * operand_bytes
+    out = BLOCK_ROWS * head_dim * output_bytes
+    lse = BLOCK_ROWS * 4
+    barriers = (CONSUMERS + 4 * config.stages) * _BARRIER
+    aligned = [-(-n // 1024) * 1024 for n in (q, config.stages * k, config.stages * v, out, lse)]
+    return sum(aligned) + barriers
+
+
+def check_fits(config: ForwardConfig, *, head_dim: int, operand_bytes: int, output_bytes: int) -> None:
+    """Raises ValueError for a config that needs more shared memory than a thread block may have."""
+    need = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)
+    if need > SHARED_MEMORY:
+        raise ValueError(
+            f"stages={config.stages} at head dim {head_dim} needs {need} bytes of shared memory, a block has {SHARED_MEMORY}; "
+            "use fewer stages"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningKey:
+    """What a config is tuned for. `density`: 'sparse' or 'dense'; `scales`: of K in a key block, 0 without quantization."""
+
+    head_dim: int
+    density: str
+    scales: int
+
+
+def tuning_key(*, head_dim: int, density: float, tokens_per_scale: int | None) -> TuningKey:
+    """The key of an attention call. `density`: width of its table by the number of key tiles."""
+    scales = 0 if tokens_per_scale is None else scales_per_block(tokens_per_scale)
+    return TuningKey(head_dim=head_dim, density="dense" if density > 0.5 else "sparse", scales=scales)
+
+
+def scales_per_block(tokens_per_scale: int) -> int:
+    """Scales that a block of 128 keys has: 1 where groups are whole blocks, else 2, one for each half."""
+    return 1 if tokens_per_scale % BLOCK_KV == 0 else 2
+
+
+def choose_config(key: TuningKey, *, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> ForwardConfig:
+    """The tuned config of a key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4."""
+    tuned = tuned_table().get(key)
+    if tuned is not None and blocks_per_tile % tuned.cluster == 0:
+        return tuned
+    for stages in (4, 2):
+        config = ForwardConfig(stages=stages)
+        size = shared_memory_bytes(
+            config, head_dim=key.head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes
+        )
+        if size <= SHARED_MEMORY:
+            return config
+    raise ValueError(f"head dim {key.head_dim} with {operand_bytes}-byte operands doesn't fit shared memory")
+
+
+@functools.cache
+def tuned_table() -> Mapping[TuningKey, ForwardConfig]:
+    """The configs measured fastest, from tuned_sm90.json; empty until the autotuner has run on a GPU."""
+    entries = json.loads(TUNED_TABLE.read_text())["entries"]
+    return {TuningKey(**entry["key"]): ForwardConfig(**entry["config"]) for entry in entries}
+
+
+def write_tuned_table(table: Mapping[TuningKey, ForwardConfig], *, measured_on: str, path: pathlib.Path) -> None:
+    """Writes a tuned table, as `tuned_table` reads it. `measured_on`: the machine and versions."""
+    entries = [{"key": asdict(key), "config": asdict(config)} for key, config in table.items()]
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"measured_on": measured_on, "entries": entries}, indent=1) + "\n")
+    part.replace(path)
+
+
+def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> list[ForwardConfig]:
+    """Every config that fits: what the autotuner measures, and what is lowered and compiled in CI."""
+    found: list[ForwardConfig] = []
+    for cluster in (1, 2):
+        for stages in (2, 4, 8):
+            config = ForwardConfig(stages=stages, cluster=cluster)
+            size = shared_memory_bytes(
+                config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes
+            )
+            if size <= SHARED_MEMORY and blocks_per_tile % cluster == 0:
+                found.append(config)
+    return found

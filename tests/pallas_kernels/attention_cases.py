@@ -1,0 +1,224 @@
+"""Attention calls for the Hopper kernel's tests, and what they should give: softmax by blocks of 128 keys, a running maximum.
+
+`reference.attention` rounds P against the maximum of the whole row, the kernel against the maximum so far: e4m3 then rounds the
+same value on another grid, which alone is 1 to 2e-2 relative L2. `expected` rounds as the kernel does: its bound can be tight.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels import fwd_sm90, mosaic, reference
+from pallas_kernels.tuning import ForwardConfig
+from tests.reference import rel_l2
+
+BLOCK_KV = 128
+TWO_STAGES = ForwardConfig(stages=2)  # the ring wraps in small cases
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call. `padding` and `table`: see `_valid` and `_table`. `scales`: of a tile, None for no quantization."""
+
+    tile: int = 256
+    tiles: int = 2
+    query_tiles: int | None = None  # None: the same tokens as the keys
+    heads: int = 1
+    batch: int = 1
+    head_dim: int = 128
+    scales: int | None = 1
+    padding: str = "none"
+    table: str = "ragged"
+    inputs: str = "normal"
+    dtype: str = "bfloat16"
+    config: ForwardConfig = TWO_STAGES
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        return None if self.scales is None else self.tile // self.scales
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Arguments of `reference.attention`, NumPy. `q`, `k`, `v` in the case's dtype, NaN at padding."""
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    key_tiles: np.ndarray
+    counts: np.ndarray
+    q_valid: np.ndarray
+    k_valid: np.ndarray
+
+    def kwargs(self, case: Case) -> dict[str, Any]:
+        return {
+            "key_tiles": jnp.asarray(self.key_tiles),
+            "counts": jnp.asarray(self.counts),
+            "q_valid": jnp.asarray(self.q_valid),
+            "k_valid": jnp.asarray(self.k_valid),
+            "tile_size": case.tile,
+            "tokens_per_scale": case.tokens_per_scale,
+        }
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    rng = np.random.default_rng(seed)
+    query_tiles = case.tiles if case.query_tiles is None else case.query_tiles
+    k_valid, q_valid = _valid(case, case.tiles, rng), _valid(case, query_tiles, rng)
+    q, k, v = (
+        rng.standard_normal((case.batch, tiles * case.tile, case.heads, case.head_dim), np.float32)
+        for tiles in (query_tiles, case.tiles, case.tiles)
+    )
+    if case.inputs == "outliers":  # a few channels 20x, as trained models have them
+        for x in (q, k, v):
+            x[..., :3] *= 20
+    if case.inputs == "low":  # every score far below 0: a padded key that scored 0 would become the maximum
+        q[..., 0], k[..., 0] = 40, -40
+    if case.inputs == "broken":  # inf in a key of tile 0, NaN in a channel of V
+        k[0, 3, 0, 5], v[0, 1, 0, 7] = np.inf, np.nan
+    for x, valid in ((q, q_valid), (k, k_valid), (v, k_valid)):
+        x[:, ~valid] = np.nan
+    key_tiles, counts = _table(case, query_tiles, rng)
+    dtype = np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    return Inputs(q=q, k=k, v=v, key_tiles=key_tiles, counts=counts, q_valid=q_valid, k_valid=k_valid)
+
+
+def _valid(case: Case, tiles: int, rng: np.random.Generator) -> np.ndarray:
+    valid = np.ones((tiles, case.tile), bool)
+    if case.padding == "tail":
+        valid[:, -4:] = False
+    elif case.padding == "scattered":
+        valid = rng.random(valid.shape) < 0.7
+        valid[:, 5] = True
+    elif case.padding == "groups":  # the last group of 64 is all padding, and so is most of the last tile
+        valid[:, -64:] = False
+        valid[-1, 3:] = False
+    elif case.padding == "single":  # one token a tile, the last
+        valid[:, :-1] = False
+    else:
+        assert case.padding == "none"
+    return valid.reshape(-1)
+
+
+def _table(case: Case, query_tiles: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    rows = (case.heads, query_tiles) if case.table == "per_head" else (query_tiles,)
+    key_tiles = rng.permuted(np.broadcast_to(np.arange(case.tiles, dtype=np.int32), (*rows, case.tiles)), axis=-1)
+    counts = np.full(rows, case.tiles, np.int32)
+    if case.table in ("ragged", "per_head"):  # 1 to all
+        counts = (np.arange(counts.size).reshape(rows) % case.tiles + 1).astype(np.int32)
+    elif case.table == "one":
+        counts[:] = 1
+    else:
+        assert case.table == "all"
+    unused = np.arange(case.tiles) >= counts[..., None]
+    return np.where(unused, 10**6, key_tiles).astype(np.int32), counts  # reading an unused slot would leave the arrays
+
+
+def expected(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """(output float64 [B, Sq, N, H], log-sum-exp [B, N, Sq]) by a loop over rows of the table and blocks of keys."""
+    q, k, v = _dequantized(case, x)
+    batch, seq, heads, dim = q.shape
+    out, lse = np.zeros((batch, seq, heads, dim)), np.zeros((batch, heads, seq))
+    for b, n, row in np.ndindex(batch, heads, seq // case.tile):
+        tiles, count = x.key_tiles[..., row, :], x.counts[..., row]
+        if case.table == "per_head":
+            tiles, count = tiles[n], count[n]
+        rows = slice(row * case.tile, (row + 1) * case.tile)
+        top, total, acc = np.full(case.tile, -np.inf), np.zeros(case.tile), np.zeros((case.tile, dim))
+        for block in (tiles[:count, None] * case.tile + np.arange(0, case.tile, BLOCK_KV)).ravel():
+            keys = np.arange(block, block + BLOCK_KV)[x.k_valid[block : block + BLOCK_KV]]
+            if keys.size == 0:
+                continue
+            scores = q[b, rows, n] @ k[b, keys, n].T / np.sqrt(dim)
+            new_top = np.maximum(top, scores.max(1))
+            p = np.exp(scores - new_top[:, None])
+            if case.scales is not None:
+                p = (448 * p).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) / 448
+            shrink = np.exp(top - new_top)
+            top, total, acc = new_top, total * shrink + p.sum(1), acc * shrink[:, None] + p @ v[b, keys, n]
+        out[b, rows, n], lse[b, n, rows] = acc / total[:, None], top + np.log(total)
+    valid = x.q_valid
+    return np.where(valid[None, :, None, None], out, 0), np.where(valid[None, None], lse, 0)
+
+
+def _dequantized(case: Case, x: Inputs) -> tuple[np.ndarray, ...]:
+    """q, k, v in float64 as they are after the reference's quantization, 0 at padding."""
+    clean = [
+        np.where(ok[None, :, None, None], a.astype(np.float32), 0)
+        for a, ok in ((x.q, x.q_valid), (x.k, x.k_valid), (x.v, x.k_valid))
+    ]
+    if case.tokens_per_scale is None:
+        return tuple(a.astype(np.float64) for a in clean)
+    q, k, v = (jnp.asarray(a) for a in clean)
+    per = case.tokens_per_scale
+    return tuple(
+        np.asarray(a, np.float64)
+        for a in (
+            reference.fake_quant(q, tokens_per_scale=per, valid=jnp.asarray(x.q_valid)),
+            reference.fake_quant(k, tokens_per_scale=per, valid=jnp.asarray(x.k_valid)),
+            reference.fake_quant_channels(v, valid=jnp.asarray(x.k_valid)),
+        )
+    )
+
+
+def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """(output, log-sum-exp) of the kernel in interpret mode, races an error."""
+    with mosaic.interpret(detect_races=True):
+        out, lse = fwd_sm90.forward(
+            jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case), config=case.config
+        )
+        return np.asarray(out), np.asarray(lse)
+
+
+def errors(case: Case) -> dict[str, Any]:
+    """The kernel against `expected` and against the specification. Runs in `interpreted.run`."""
+    x = make_inputs(case)
+    out, lse = call_kernel(case, x)
+    want, want_lse = expected(case, x)
+    spec, spec_lse = reference.attention(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
+    return {
+        "dtype": str(out.dtype),
+        "out": rel_l2(out, want),
+        "lse": rel_l2(lse, want_lse),
+        "reference": rel_l2(out, spec),
+        "reference_lse": rel_l2(lse, spec_lse),
+        "padding_is_0": not (out[:, ~x.q_valid].any() or lse[..., ~x.q_valid].any()),
+    }
+
+
+def broken_inputs() -> dict[str, Any]:
+    """Where the output is NaN for inf in a key and NaN in V: (kernel, specification)."""
+    case = Case(tile=128, tiles=3, heads=2, inputs="broken", padding="tail")
+    x = make_inputs(case)
+    out, _ = call_kernel(case, x)
+    spec, _ = reference.attention(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
+    return {"kernel": np.isnan(out.astype(np.float32)), "spec": np.isnan(np.asarray(spec, np.float32))}
+
+
+def repeated() -> bool:
+    case = Case(tile=256, tiles=2, config=ForwardConfig(stages=4))
+    x = make_inputs(case)
+    first, again = call_kernel(case, x), call_kernel(case, x)
+    return all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def without_lse() -> bool:
+    """The same output with the log-sum-exp left out."""
+    import jax
+
+    from pallas_kernels import quantize_sm90
+
+    case = Case(tile=128, tiles=2)
+    x = make_inputs(case)
+    with mosaic.interpret():
+        kwargs = x.kwargs(case)
+        table = {name: kwargs.pop(name) for name in ("key_tiles", "counts")}
+        operands = quantize_sm90.quantize(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **kwargs)
+        fixed = {"batch": 1, "tile_size": case.tile, "dtype": jnp.dtype(jnp.bfloat16), "config": case.config}
+        out, lse = jax.block_until_ready(fwd_sm90.attention(operands, **table, **fixed))
+        alone, nothing = fwd_sm90.attention(operands, **table, **fixed, with_lse=False)
+        return nothing is None and lse is not None and bool((out == alone).all())

@@ -1,0 +1,74 @@
+"""Interpret mode in a process with a deadline: a deadlock in a kernel is a hang there, and must become a test that fails."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# Importing jax and the first trace take some 5 s, a case 1 to 5 s; ten times that on a busy machine.
+CASE_SECONDS = 100
+
+
+class _Process:
+    """A process that runs functions one after the other. Started once, since importing jax takes longer than most cases."""
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        # Six warpgroups of a cluster wait for each other in XLA's thread pool, which has as many threads as the machine cores.
+        before, os.environ["NPROC"] = os.environ.get("NPROC"), "12"
+        try:
+            self.process = context.Process(target=_serve, args=(other,), daemon=True)
+            self.process.start()
+        finally:
+            if before is None:
+                del os.environ["NPROC"]
+            else:
+                os.environ["NPROC"] = before
+        other.close()
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+_started: list[_Process] = []
+
+
+def run(fn: Callable[..., Any], *args: Any, seconds: float = CASE_SECONDS) -> Any:
+    """fn(*args) in the other process. Raises AssertionError with its traceback, or TimeoutError after `seconds`."""
+    if not _started:
+        _started.append(_Process())
+    worker = _started[0]
+    worker.pipe.send((fn, args))
+    try:
+        if not worker.pipe.poll(seconds):
+            raise TimeoutError(f"{fn.__name__}{args} gave no answer in {seconds} s: a deadlock in the kernel?")
+        ok, result = worker.pipe.recv()
+    except (TimeoutError, EOFError):
+        _started.clear()
+        worker.end()
+        raise
+    if not ok:
+        _started.clear()  # an exception inside a kernel leaves threads of the interpreter behind
+        worker.end()
+        raise AssertionError(result)
+    return result
+
+
+def _serve(pipe: Any) -> None:
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, fn(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))

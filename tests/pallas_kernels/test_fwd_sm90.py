@@ -1,0 +1,192 @@
+"""The Hopper forward kernel without a GPU: numerics and races in interpret mode, layouts by lowering for CUDA."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fps_jax.plan import AttentionPlan
+from pallas_kernels import fwd_sm90, tuning
+from pallas_kernels.tuning import ForwardConfig
+from tests.pallas_kernels import attention_cases, interpreted
+from tests.pallas_kernels.attention_cases import Case
+
+CASES = {
+    # Coverage, and the tile sizes and granularities: groups of 64, 128, 192, 256 and 384 tokens.
+    "one_scale": Case(padding="tail"),
+    "two_scales": Case(scales=2, padding="tail"),
+    "four_scales": Case(scales=4, padding="scattered", inputs="outliers"),
+    "tile_128": Case(tile=128, tiles=4, padding="tail"),
+    "tile_128_two_scales": Case(tile=128, tiles=3, scales=2, padding="groups"),
+    "tile_384": Case(tile=384, padding="scattered"),
+    "tile_384_two_scales": Case(tile=384, scales=2, padding="tail"),
+    "tile_384_three_scales": Case(tile=384, scales=3, tiles=1, padding="groups"),
+    "tile_384_six_scales": Case(tile=384, scales=6, tiles=1, padding="tail"),
+    # Padding of every kind, NaN in all of it.
+    "one_token_a_tile": Case(tile=128, tiles=3, padding="single"),
+    "padding_by_groups": Case(scales=4, padding="groups"),
+    "scores_far_below_zero": Case(scales=2, padding="groups", inputs="low"),
+    # Tables.
+    "one_block_a_row": Case(tile=128, tiles=3, table="one", padding="tail"),
+    "every_tile": Case(tile=128, tiles=5, table="all"),
+    "table_per_head": Case(tile=128, tiles=3, heads=3, table="per_head"),
+    "more_keys_than_queries": Case(tile=128, tiles=4, query_tiles=2, table="all", padding="tail"),
+    # The ring of stages: longer than the work, just as long, wrapping.
+    "four_stages": Case(tile=128, tiles=5, config=ForwardConfig(stages=4)),
+    "four_stages_wrapping": Case(tile=128, tiles=6, table="all", config=ForwardConfig(stages=4)),
+    "eight_stages": Case(tile=128, tiles=2, head_dim=64, config=ForwardConfig(stages=8)),
+    # Shapes.
+    "head_dim_64": Case(head_dim=64, scales=4, padding="tail"),
+    "batch_and_heads": Case(tile=128, tiles=2, batch=2, heads=3, scales=2, padding="scattered"),
+    "float32": Case(tile=128, tiles=2, dtype="float32"),
+    "float16": Case(tile=128, tiles=2, dtype="float16"),
+    # Without quantization.
+    "bf16": Case(scales=None, padding="scattered"),
+    "bf16_wrapping": Case(scales=None, tile=128, tiles=5, table="all", padding="tail"),
+    "bf16_scores_far_below_zero": Case(scales=None, padding="groups", inputs="low"),
+    "bf16_head_dim_64": Case(
+        scales=None, tile=128, tiles=3, head_dim=64, heads=2, table="per_head", config=ForwardConfig(stages=4)
+    ),
+    "bf16_cluster": Case(scales=None, padding="tail", config=ForwardConfig(stages=2, cluster=2)),
+    "f16": Case(scales=None, tile=128, tiles=2, dtype="float16", batch=2),
+    # Clusters: two blocks of a tile share K and V.
+    "cluster": Case(padding="tail", config=ForwardConfig(stages=2, cluster=2)),
+    "cluster_two_scales_per_block": Case(scales=4, padding="groups", config=ForwardConfig(stages=2, cluster=2)),
+    "cluster_wrapping": Case(tiles=3, table="all", heads=1, config=ForwardConfig(stages=2, cluster=2)),
+    "cluster_head_dim_64": Case(head_dim=64, heads=2, table="per_head", config=ForwardConfig(stages=4, cluster=2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_computes_the_specification(name):
+    case = CASES[name]
+    got = interpreted.run(attention_cases.errors, case)
+    # bf16 and f16 outputs round by up to 2**-9 and 2**-12, float32 by nothing; exp2 and the order of sums do the rest. P rounds to
+    # another e4m3 number where the two float32 scores straddle a rounding boundary: 4e-3 leaves room for that.
+    assert got["out"] <= 4e-3
+    assert got["lse"] <= 1e-3  # one such P in a row of three keys moves its sum by up to 2**-4 / 3
+    # The specification rounds P against the row's own maximum, on another grid of e4m3: up to 2**-4 apart, a key.
+    assert got["reference"] <= (4e-3 if case.scales is None else 2.5e-2)
+    assert got["reference_lse"] <= (1e-3 if case.scales is None else 1e-2)
+    assert got["padding_is_0"]
+    assert got["dtype"] == case.dtype
+
+
+def test_rows_of_one_block_match_the_specification_itself():
+    """With a single block of keys the running maximum is the row's."""
+    got = interpreted.run(attention_cases.errors, CASES["one_block_a_row"])
+    assert got["reference"] <= 4e-3
+    assert got["reference_lse"] <= 1e-5
+
+
+def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them():
+    got = interpreted.run(attention_cases.broken_inputs)
+    assert got["spec"].any()
+    assert not got["spec"].all()
+    np.testing.assert_array_equal(got["kernel"], got["spec"])
+
+
+def test_repeated_runs_are_bitwise_equal():
+    assert interpreted.run(attention_cases.repeated)
+
+
+def test_log_sum_exp_can_be_left_out():
+    assert interpreted.run(attention_cases.without_lse)
+
+
+def test_a_kernel_that_hangs_fails_by_name():
+    with pytest.raises(TimeoutError, match=r"sleep.*gave no answer in 0.2 s: a deadlock in the kernel"):
+        interpreted.run(time.sleep, 5, seconds=0.2)
+
+
+GRIDS = {"720p": ((21, 45, 80), (7, 9, 4)), "480p": ((21, 30, 52), (7, 6, 6)), "480p_384": ((21, 30, 52), (7, 6, 9))}
+
+
+def lowered(plan: AttentionPlan, heads: int, head_dim: int, config: ForwardConfig | None, dtype=jnp.bfloat16) -> str:
+    valid = jnp.asarray(plan.layout.valid)
+    fn = functools.partial(
+        fwd_sm90.forward,
+        key_tiles=jnp.asarray(plan.key_tiles),
+        counts=jnp.asarray(plan.counts),
+        q_valid=valid,
+        k_valid=valid,
+        tile_size=plan.layout.stored,
+        tokens_per_scale=plan.tokens_per_scale,
+        config=config,
+    )
+    spec = jax.ShapeDtypeStruct((1, plan.layout.num_stored, heads, head_dim), dtype)
+    return jax.jit(fn).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("heads", [40, 12])  # Wan 14B and 1.3B
+@pytest.mark.parametrize("scales", [1, 2, 4])
+@pytest.mark.parametrize("grid", ["720p", "480p"])
+def test_every_candidate_lowers_at_real_shapes(grid, scales, heads):
+    """Mosaic's layout inference, swizzles and shared memory limit, as on a GPU."""
+    plan = AttentionPlan.build(
+        grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=(3, 3, 4), scales_per_tile=scales, quantize=True
+    )
+    fits = tuning.candidates(head_dim=128, operand_bytes=1, output_bytes=2, blocks_per_tile=plan.layout.stored // 128)
+    assert {c.cluster for c in fits} == {1, 2}
+    for config in (None, *(fits if heads == 40 else fits[-1:])):
+        assert "mosaic_gpu" in lowered(plan, heads, 128, config)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "scales", "dtype"),
+    [(64, 2, jnp.bfloat16), (128, 6, jnp.float32), (128, None, jnp.bfloat16), (64, None, jnp.float16)],
+)
+def test_other_shapes_lower(head_dim, scales, dtype):
+    grid, tile = GRIDS["480p_384"]
+    plan = AttentionPlan.build(
+        grid=grid, tile=tile, window=None, scales_per_tile=scales or 1, quantize=scales is not None
+    )
+    assert "mosaic_gpu" in lowered(plan, 4, head_dim, None, dtype)
+
+
+@pytest.mark.parametrize("grid", ["720p", "480p"])
+def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
+    plan = AttentionPlan.build(grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=None, scales_per_tile=1, quantize=False)
+    for config in tuning.candidates(head_dim=128, operand_bytes=2, output_bytes=2, blocks_per_tile=2):
+        assert "mosaic_gpu" in lowered(plan, 40, 128, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"head_dim": 96}, "head dim 96 is not 64 or 128; use 'portable'"),
+        (
+            {"tile_size": 64},
+            "tiles of 64 stored tokens are not whole blocks of 128; use tiles that store 128, 256 or 384",
+        ),
+        ({"tokens_per_scale": 32}, "tokens_per_scale=32 is not a multiple of 64"),
+        ({"tokens_per_scale": None, "dtype": jnp.float32}, "float32 without quantization has no tensor-core matmul"),
+    ],
+)
+def test_what_the_kernel_does_not_do_has_a_reason(change, words):
+    call = {"head_dim": 128, "dtype": jnp.bfloat16, "tile_size": 256, "tokens_per_scale": 256}
+    assert fwd_sm90.unsupported(**call) is None
+    assert words in fwd_sm90.unsupported(**{**call, **change})
+
+
+def test_unsupported_calls_are_refused_with_the_reason():
+    x = jnp.zeros((1, 128, 1, 96), jnp.bfloat16)
+    ok = jnp.ones(128, bool)
+    with pytest.raises(NotImplementedError, match="implementation='sm90': head dim 96 is not 64 or 128"):
+        fwd_sm90.forward(
+            x, x, x, key_tiles=jnp.zeros((1, 1), jnp.int32), counts=jnp.ones(1, jnp.int32), q_valid=ok, k_valid=ok,
+            tile_size=128, tokens_per_scale=128,
+        )  # fmt: skip
+
+
+def test_a_cluster_wider_than_a_tile_is_refused():
+    plan = AttentionPlan.build(grid=(7, 9, 4), tile=(7, 9, 2), window=None, scales_per_tile=1, quantize=True)
+    with pytest.raises(ValueError, match="cluster=2 doesn't divide the 1 blocks of a tile of 128; use 1"):
+        lowered(plan, 1, 128, ForwardConfig(cluster=2))
+
+
+def test_a_machine_without_a_hopper_gpu_is_named():
+    assert "compute capability 9.0 (H100, H200), found cpu" in str(fwd_sm90.missing_device())

@@ -1,0 +1,134 @@
+"""The one file that leans on jax's private interfaces stands on the installed jax; `make newest` runs this on the newest."""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import mosaic
+from tests.pallas_kernels import attention_cases, interpreted
+
+
+def test_the_installed_jax_was_checked():
+    assert jax.__version__ in mosaic.VERSIONS_CHECKED, (
+        f"jax {jax.__version__} is new to pallas_kernels/mosaic.py: run tests/pallas_kernels on it, then add it to VERSIONS_CHECKED"
+    )
+
+
+def test_kv_order_permutes_within_groups_of_16():
+    order = mosaic.kv_order(48)
+    np.testing.assert_array_equal(np.sort(order.reshape(3, 16), axis=1), np.arange(48).reshape(3, 16))
+    with pytest.raises(ValueError, match="24 keys are no multiple of 16"):
+        mosaic.kv_order(24)
+
+
+def elements(layout, shape) -> np.ndarray:
+    """Which element each thread holds in each place of its registers: the array's flat indices, tiled as the layout says."""
+    index = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        lead, suffix = index.shape[: -len(tile)], index.shape[-len(tile) :]
+        split = [part for size, t in zip(suffix, tile, strict=True) for part in (size // t, t)]
+        index = index.reshape(*lead, *split)
+        first = len(lead)
+        outer, inner = range(first, index.ndim, 2), range(first + 1, index.ndim, 2)
+        index = index.transpose(*range(first), *outer, *inner)
+    return index
+
+
+def test_kv_order_is_what_mosaics_layouts_say_for_every_element():
+    """The register that the relabelling fills holds, read as an operand, column j for column kv_order(n)[j] of the accumulator."""
+    from jax.experimental.mosaic import gpu as mgpu
+
+    shape = (64, 128)
+    accumulator, operand = elements(mgpu.WGMMA_LAYOUT, shape), elements(mgpu.WGMMA_LAYOUT_8BIT, shape)
+    for name in (
+        "warp_dims",
+        "lane_dims",
+    ):  # the same dimensions of both tilings are threads: registers stay in their thread
+        assert getattr(mgpu.WGMMA_LAYOUT, name) == getattr(mgpu.WGMMA_LAYOUT_8BIT, name)
+    # As to_fp8_operand does it: registers of neighbouring column tiles joined.
+    relabelled = np.concatenate([accumulator[:, 0::2], accumulator[:, 1::2]], axis=-1)
+    assert relabelled.shape == operand.shape
+    row, column = np.divmod(operand, shape[1])
+    np.testing.assert_array_equal(relabelled, row * shape[1] + mosaic.kv_order(shape[1])[column])
+
+
+def relabel_then_multiply(order: str = "right"):
+    """P @ V + 1: P through `to_fp8_operand`, V copied into one slot twice, the second time after its use.
+
+    `order` "early": the slot is filled again before the matmul was waited for. "unwaited": V is read before it has arrived.
+    """
+    rng = np.random.default_rng(0)
+    p = rng.random((64, 128), np.float32)
+    v = rng.standard_normal((128, 64)).astype(jnp.float8_e4m3fn)
+
+    def body(p_ref, v_ref, out_ref, v_smem, out_smem, barrier, again):
+        plgpu.copy_gmem_to_smem(v_ref, v_smem, barrier)
+        if order != "unwaited":
+            plgpu.barrier_wait(barrier)
+        p = mosaic.to_fp8_operand(plgpu.load(p_ref, layout=plgpu.Layout.WGMMA, optimized=False))
+
+        def multiply(acc):
+            plgpu.wgmma(acc, p, v_smem.transpose((1, 0)))
+            if order == "early":
+                plgpu.copy_gmem_to_smem(v_ref, v_smem, again)
+
+        start = plgpu.layout_cast(jnp.ones((64, 64), jnp.float32), plgpu.Layout.WGMMA)
+        out_smem[...] = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(start))
+        if order == "right":
+            plgpu.copy_gmem_to_smem(v_ref, v_smem, again)
+        if order == "unwaited":
+            plgpu.barrier_wait(barrier)
+        else:
+            plgpu.barrier_wait(again)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    def smem(shape, dtype, columns):
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        scratch_types=[
+            smem((64, 128), jnp.float8_e4m3fn, 128),
+            smem((64, 64), jnp.float32, 32),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
+        ],
+    )
+    in_order = np.ascontiguousarray(v[mosaic.kv_order(128)].T)
+    jax.jit(kernel).trace(p, in_order).lower(lowering_platforms=("cuda",))
+    with mosaic.interpret():
+        got = np.asarray(kernel(p, in_order))
+    want = p.astype(jnp.float8_e4m3fn).astype(np.float64) @ v.astype(np.float64) + 1
+    return float(np.abs(got - want).max())
+
+
+def test_relabelled_registers_multiply_a_permuted_v():
+    assert interpreted.run(relabel_then_multiply) <= 1e-5
+
+
+@pytest.mark.parametrize("order", ["early", "unwaited"])
+def test_reads_of_the_tensor_cores_race_with_copies(order):
+    """jax's interpret mode knows neither: its matmul reads at once, and unseen by the race detector."""
+    with pytest.raises(AssertionError, match="RACE DETECTED"):
+        interpreted.run(relabel_then_multiply, order)
+
+
+def test_interpret_leaves_jax_as_it_was():
+    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
+
+    interpreter = jaxpr_interpret.JaxprInterpreter
+    before = dict(vars(interpreter))
+    with mosaic.interpret():
+        assert dict(vars(interpreter)) != before
+    assert dict(vars(interpreter)) == before
+
+
+def test_the_forward_kernel_runs_on_this_jax():
+    case = attention_cases.Case(tile=128, tiles=2, scales=2, padding="tail")
+    assert interpreted.run(attention_cases.errors, case)["out"] <= 4e-3
