@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from fps_jax.plan import AttentionPlan
 from fps_jax.tiles import TileLayout
-from pallas_kernels.block_sparse import block_sparse_attention, check_operands, choose
+from pallas_kernels.block_sparse import block_sparse_attention, check_operands
 from pallas_kernels.platform import target_platform
 
 # Scores held at a time off the GPU: memory stays linear in tokens, and more gains nothing (2 to 128 MB are alike on a CPU).
@@ -115,7 +115,7 @@ def attend(
         counts=plan.counts,
         valid=layout.valid,
         tokens_per_scale=plan.tokens_per_scale,
-        implementation=choose(implementation),
+        implementation=implementation,
     )
 
 

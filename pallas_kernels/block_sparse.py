@@ -63,7 +63,9 @@ def block_sparse_attention(
         raise ValueError(
             f"tokens_per_scale={tokens_per_scale} doesn't divide the {tile_size} stored tokens of a tile; use a divisor"
         )
-    chosen = choose(implementation)
+    chosen = choose(
+        implementation, head_dim=q.shape[3], dtype=q.dtype, tile_size=tile_size, tokens_per_scale=tokens_per_scale
+    )
     return _attention(
         q,
         k,
@@ -78,24 +80,35 @@ def block_sparse_attention(
     )
 
 
-def choose(implementation: str) -> Literal["reference", "portable"]:
-    """The implementation that runs. Raises ValueError for an unknown one, NotImplementedError for one that can't run here."""
-    if implementation == "auto":
-        _log_choice("portable")
-        return "portable"
-    if implementation == "sm90":
-        raise NotImplementedError(
-            "implementation='sm90': the Hopper kernel isn't part of this version yet; use 'portable', or 'auto'"
-        )
-    if implementation not in ("reference", "portable"):
+def choose(
+    implementation: str, *, head_dim: int, dtype: Any, tile_size: int, tokens_per_scale: int | None
+) -> Literal["reference", "portable", "sm90"]:
+    """The implementation that runs such a call.
+
+    Raises: ValueError for an unknown one, NotImplementedError, with the reason, for one that can't run here.
+    """
+    if implementation not in get_args(Implementation):
         names = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation={implementation!r} is not one of {names}")
-    return implementation
+    if implementation in ("reference", "portable"):
+        return implementation  # pyright: ignore[reportReturnType]
+    if implementation == "auto" and target_platform() != "gpu":
+        return _logged("portable", f"no GPU, but {target_platform()}")
+    from pallas_kernels import fwd_sm90  # late: importing Mosaic GPU takes a second, and only GPUs need it
+
+    shape = {"tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
+    reason = fwd_sm90.missing_device() or fwd_sm90.unsupported(head_dim, dtype, **shape)
+    if reason is None:
+        return _logged("sm90", "the Hopper kernel") if implementation == "auto" else "sm90"
+    if implementation == "auto":
+        return _logged("portable", reason)
+    raise NotImplementedError(f"implementation='sm90': {reason}")
 
 
-@functools.cache  # said once
-def _log_choice(name: str) -> None:
-    log.info("block-sparse attention runs as %r on %s", name, target_platform())
+@functools.cache  # said once for each reason
+def _logged(name: Any, why: str) -> Any:
+    log.info("block-sparse attention runs as %r: %s", name, why)
+    return name
 
 
 def check_operands(q: Any, k: Any, v: Any) -> None:
@@ -169,24 +182,31 @@ def _attention(q, k, v, key_tiles, counts, q_valid, k_valid, *, tile_size, token
             tile_size=tile_size,
             tokens_per_scale=tokens_per_scale,
         )[0]
-    return _portable(tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid)
+    return _differentiable(implementation, tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _portable(tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid):
-    return _portable_fwd(tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable(implementation, tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid):
+    arguments = (q, k, v, key_tiles, counts, q_valid, k_valid)
+    return _forward(implementation, tile_size, tokens_per_scale, *arguments)[0]
 
 
-def _portable_fwd(tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid):
+def _forward(implementation, tile_size, tokens_per_scale, q, k, v, key_tiles, counts, q_valid, k_valid):
+    if implementation == "sm90":
+        from pallas_kernels import fwd_sm90 as kernels
+    else:
+        kernels = portable
     table = {"key_tiles": key_tiles, "counts": counts, "q_valid": q_valid, "k_valid": k_valid}
-    out, lse = portable.forward(q, k, v, **table, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
+    out, lse = kernels.forward(q, k, v, **table, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
     return out, (q, k, v, out, lse, table)
 
 
-def _portable_bwd(tile_size, tokens_per_scale, saved, d_out):
-    q, k, v, out, lse, table = saved
+def _backward(implementation, tile_size, tokens_per_scale, saved, d_out):
+    q, k, v, out, lse, table = (
+        saved  # portable, whatever computed the forward: the same gradient from its output and lse
+    )
     grads = portable.backward(q, k, v, out, lse, d_out, **table, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
     return (*grads, None, None, None, None)
 
 
-_portable.defvjp(_portable_fwd, _portable_bwd)
+_differentiable.defvjp(_forward, _backward)

@@ -1,0 +1,140 @@
+"""The public op: what it refuses, what 'auto' picks, and the Hopper kernel through it (interpreted, and lowered for CUDA)."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from fps_jax import AttentionPlan, attend
+from pallas_kernels import block_sparse, fwd_sm90, mosaic, platform
+from pallas_kernels.block_sparse import block_sparse_attention
+from tests.pallas_kernels import interpreted
+from tests.reference import rel_l2
+
+PLAN = AttentionPlan.build((4, 8, 16), (4, 8, 8), (1, 1, 1))  # two tiles of 256 slots
+TABLE = {"key_tiles": PLAN.key_tiles, "counts": PLAN.counts, "valid": PLAN.layout.valid}
+X = jnp.zeros((1, 512, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_tiles": np.zeros((2, 0), np.int32)}, r"key_tiles \(2, 0\) and counts \(2,\) must be"),
+        ({"key_tiles": np.zeros((3, 2, 1), np.int32), "counts": np.ones((3, 2), np.int32)}, "tables for 3 heads, q has 2 heads"),
+        ({"counts": np.ones((3,), np.int32)}, r"counts \(3,\) must be \[Tq, K\] and \[Tq\]"),
+        ({"counts": np.ones((2,), np.float32)}, "counts is float32; pass int32"),
+        ({"counts": np.array([1, 0], np.int32)}, r"counts lie in \[0, 1\]; each must be in \[1, 1\]"),
+        ({"counts": np.array([1, 2], np.int32)}, r"counts lie in \[1, 2\]"),
+        ({"key_tiles": np.array([[0], [2]], np.int32)}, "key_tiles holds tile 2; k has 2 tiles, numbered from 0"),
+        ({"key_tiles": np.array([[0], [-1]], np.int32)}, "key_tiles holds tile -1"),
+        ({"valid": np.ones(100, bool)}, r"valid \(100,\) .* must be one bool for each of 512 keys"),
+        ({"valid": np.arange(512) < 256}, "valid has no valid key in tile 1"),
+        ({"tokens_per_scale": 100}, "tokens_per_scale=100 doesn't divide the 256 stored tokens of a tile"),
+        ({"tokens_per_scale": 0}, "tokens_per_scale=0 doesn't divide"),
+        ({"key_tiles": np.zeros((3, 1), np.int32), "counts": np.ones(3, np.int32)}, "q has 512 tokens for 3 rows of key_tiles"),
+        ({"implementation": "fast"}, "implementation='fast' is not one of 'auto', 'reference', 'portable', 'sm90'"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        block_sparse_attention(X, X, X, **{**TABLE, **change})
+
+
+def test_queries_and_keys_may_be_different_tokens():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 16), np.float32)) for n in (64, 192, 192))
+    table = {"key_tiles": np.array([[0, 2]], np.int32), "counts": np.array([2], np.int32), "valid": np.ones(192, bool)}
+    outs = [
+        block_sparse_attention(q, k, v, **table, q_valid=np.ones(64, bool), implementation=name)
+        for name in ("portable", "reference")
+    ]
+    assert rel_l2(*outs) <= 2e-6
+    with pytest.raises(ValueError, match="q has 64 tokens and k 192; pass q_valid"):
+        block_sparse_attention(q, k, v, **table)
+
+
+def test_the_hopper_kernel_is_refused_with_the_reason():
+    with pytest.raises(
+        NotImplementedError, match=r"implementation='sm90': needs an NVIDIA GPU .*found cpu; use 'portable'"
+    ):
+        block_sparse_attention(X, X, X, **TABLE, tokens_per_scale=256, implementation="sm90")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """This machine, taken for one with a Hopper GPU. Programs are only lowered, never run."""
+    monkeypatch.setattr(block_sparse, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(platform, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(fwd_sm90, "missing_device", lambda: None)
+    block_sparse._logged.cache_clear()
+
+
+def lowered(function, *specs) -> str:
+    return jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "quantize", "picked", "why"),
+    [
+        (128, jnp.bfloat16, True, "sm90", "the Hopper kernel"),
+        (64, jnp.float32, True, "sm90", "the Hopper kernel"),
+        (128, jnp.bfloat16, False, "sm90", "the Hopper kernel"),
+        (128, jnp.float32, False, "portable", "float32 without quantization"),
+        (32, jnp.bfloat16, True, "portable", "head dim 32 is not 64 or 128"),
+    ],
+)
+def test_auto_picks_the_kernel_where_it_can_run_and_says_so(hopper, caplog, head_dim, dtype, quantize, picked, why):
+    plan = AttentionPlan.build(PLAN.grid, PLAN.tile, PLAN.window, quantize=quantize)
+    spec = jax.ShapeDtypeStruct((1, 512, 2, head_dim), dtype)
+    with caplog.at_level(logging.INFO):
+        text = lowered(functools.partial(attend, plan=plan), spec, spec, spec)
+    assert ("mosaic_gpu" in text) == (picked == "sm90")
+    assert f"block-sparse attention runs as {picked!r}: {why}" in caplog.text
+
+
+def test_the_kernel_lowers_under_scan_grad_and_shard_map(hopper):
+    spec = jax.ShapeDtypeStruct((2, 512, 4, 64), jnp.bfloat16)
+    one = functools.partial(attend, plan=PLAN, implementation="sm90")
+
+    def scanned(q, k, v):
+        return jax.lax.scan(lambda q, _: (one(q, k, v), None), q, None, length=3)[0]
+
+    def loss(q, k, v):
+        return one(q, k, v).astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in lowered(scanned, spec, spec, spec)
+    assert "mosaic_gpu" in lowered(jax.grad(loss, argnums=(0, 1, 2)), spec, spec, spec)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("batch", "heads"))
+    axes = PartitionSpec("batch", None, "heads", None)
+    sharded = jax.shard_map(one, mesh=mesh, in_specs=(axes,) * 3, out_specs=axes, check_vma=False)
+    text = lowered(sharded, spec, spec, spec)
+    assert "mosaic_gpu" in text
+    assert "1x512x1x64" in text, "each device computes its own sample and head"
+
+
+def _attend_interpreted(scales) -> tuple[float, float]:
+    """Errors of output and gradients of 'sm90' against 'portable', in interpret mode. Runs in a process of its own."""
+    plan = AttentionPlan.build((4, 8, 15), (4, 8, 8), (1, 1, 2), scales)  # the second tile has 32 padded slots
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (plan.to_tiles(jnp.asarray(rng.standard_normal((1, 480, 1, 64)), jnp.bfloat16)) for _ in range(4))
+    fwd_sm90.missing_device = lambda: None
+    results = []
+    for implementation in ("sm90", "portable"):
+        with mosaic.interpret():
+            out, vjp = jax.vjp(functools.partial(attend, plan=plan, implementation=implementation), q, k, v)
+        results.append([np.asarray(x, np.float32) for x in (out, *vjp(d_out))])
+    out, *grads = (rel_l2(a, b) for a, b in zip(*results, strict=True))
+    return out, max(grads)
+
+
+@pytest.mark.parametrize("scales", [2, None])
+def test_the_kernel_through_attend_forward_and_backward(scales):
+    out, grads = interpreted.run(_attend_interpreted, scales)
+    # Each rounds P against its own running maximum (steps of 128 keys, a chunk of 512) and so lies within 2e-2 of the
+    # specification; test_fwd_sm90 holds the kernel to its own rounding. Without FP8 the difference is bf16's.
+    assert out <= (4e-2 if scales else 5e-3)
+    assert grads <= 2e-2
