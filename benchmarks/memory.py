@@ -132,7 +132,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         "denoise, T2V-1.3B, 480 x 832 x 81": lambda: denoise(WAN_T2V_1_3B, 480, 832),
         "denoise, T2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_T2V_14B, 720, 1280),
         "denoise, I2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_I2V_14B, 720, 1280),
-        "denoise, T2V-14B, 720 x 1280 x 81, FPSAttention (portable)": lambda: denoise(WAN_T2V_14B, 720, 1280, fps=True),
+        "denoise, T2V-14B, 720 x 1280 x 81, FPSAttention": lambda: denoise(WAN_T2V_14B, 720, 1280, fps=True),
         "FPSAttention (portable), forward and backward, 14B, 720 x 1280 x 81": lambda: attention(40, 720, 1280),
         "VAE decode, one chunk, 480 x 832": lambda: vae(
             decode_chunk, 480, 832, (1, 1, 60, 104, 16), (1, 1, 60, 104, 16)

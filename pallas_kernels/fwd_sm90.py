@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantize_sm90, tuning
 from pallas_kernels.fwd_sm90_body import Problem, body, scratch
+from pallas_kernels.platform import target_device, target_platform
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
 
 
@@ -89,9 +90,9 @@ def unsupported(head_dim: int, dtype: Any, *, tile_size: int, tokens_per_scale: 
 
 def missing_device() -> str | None:
     """Why the kernel can't run on JAX's default device; None on one of compute capability 9.0."""
-    device = jax.devices()[0]
+    device = target_device()
     capability = getattr(device, "compute_capability", None)
-    if device.platform != "gpu" or capability != "9.0":
+    if target_platform() != "gpu" or capability != "9.0":
         found = device.platform if capability is None else f"{device.device_kind} ({capability})"
         return f"needs an NVIDIA GPU of compute capability 9.0 (H100, H200), found {found}; use 'portable'"
     return None

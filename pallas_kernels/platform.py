@@ -1,10 +1,17 @@
-"""Which kind of device a program is being built for."""
+"""The device that a program is being built for."""
+
+from typing import Any
 
 import jax
 
 
-def target_platform() -> str:
-    """'cpu', 'gpu', ... of the default device, which may only be described, when a program is compiled ahead of time for it."""
+def target_device() -> Any:
+    """The default device. It may only be described: a program can be compiled ahead of time for a device that isn't there."""
     device = jax.config.jax_default_device
-    name = device if isinstance(device, str) else device.platform if device is not None else jax.default_backend()
-    return "gpu" if name == "cuda" else name
+    return jax.devices(device)[0] if device is None or isinstance(device, str) else device
+
+
+def target_platform() -> str:
+    """Its kind: 'cpu', 'gpu', ..."""
+    platform = target_device().platform
+    return "gpu" if platform == "cuda" else platform
