@@ -1,5 +1,6 @@
 """fps-calibrate: measures the attention error of every candidate on your prompts, writes the fastest schedule within a budget."""
 
+import os
 import pathlib
 import sys
 import time
@@ -164,15 +165,18 @@ def _read_errors(path: pathlib.Path, plans: Any) -> tuple[Any, dict[str, Any]]:
 def _check_output(output: pathlib.Path) -> None:
     if output.suffix != ".json" or output.name == ".json":
         raise ValueError(f"output={str(output)!r} must end in .json")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output folder {str(output.absolute().parent)!r} doesn't exist; make it first")
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
     if output.is_dir():
         raise IsADirectoryError(f"output={str(output)!r} is a folder; name a file")
 
 
 def _read_prompts(path: pathlib.Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise FileNotFoundError(
             f"prompts={str(path)!r} doesn't exist; it is a text file with one prompt a line"

@@ -48,10 +48,12 @@ class AttentionPlan:
           quantize: False for sparse attention without FP8.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
         """
+        if not isinstance(quantize, bool | np.bool_):
+            raise ValueError(f"quantize={quantize!r} is not True or False")
         layout = TileLayout(grid, propose_tiles(grid)[0].tile if tile is None else tile)
         if scales_per_tile is not None:
             layout.tokens_per_scale(scales_per_tile)
-        return cls(layout, _window(window, layout), scales_per_tile if quantize else None)
+        return cls(layout, _window(window, layout), int(scales_per_tile) if quantize and scales_per_tile else None)
 
     def dense(self) -> "AttentionPlan":
         """Whole-grid, unquantized attention in the same token order."""

@@ -87,6 +87,10 @@ class FPSSchedule:
         if not isinstance(self.regimes, tuple | list) or not self.regimes:
             raise ValueError(f"regimes={self.regimes!r} is not a non-empty list of regimes")
         object.__setattr__(self, "regimes", tuple(self.regimes))
+        if not all(isinstance(regime, Regime) for regime in self.regimes):
+            raise ValueError(
+                f"regimes={self.regimes!r} are not all Regime(...); FPSSchedule.from_dict takes dictionaries"
+            )
         ends = [regime.until for regime in self.regimes]
         if any(b <= a for a, b in zip([0.0, *ends], ends, strict=False)) or ends[-1] != 1:
             raise ValueError(f"regimes end at {ends}; until must rise, and the last must be exactly 1")
@@ -140,14 +144,14 @@ class FPSSchedule:
     def load(cls, path: str | os.PathLike) -> "FPSSchedule":
         """Read a JSON file. Raises FileNotFoundError, or ValueError that names the file and what is wrong in it."""
         try:
-            text = pathlib.Path(path).read_text()
+            text = pathlib.Path(path).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise FileNotFoundError(f"schedule={str(path)!r} doesn't exist; fps-calibrate makes one") from None
         except (IsADirectoryError, UnicodeDecodeError):
             raise ValueError(f"schedule={str(path)!r} is not a JSON file") from None
         try:
             return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"schedule={str(path)!r} is not JSON: {error}") from None
         except ValueError as error:
             raise ValueError(f"schedule={str(path)!r}: {error}") from None
@@ -244,7 +248,8 @@ def _proposed_layout(grid: Shape3) -> TileLayout:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # compared, not converted: JSON may hold an int that no float can
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_count(value: Any) -> bool:

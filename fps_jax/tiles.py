@@ -101,7 +101,8 @@ class TileLayout:
 
     def tokens_per_scale(self, scales_per_tile: int) -> int:
         """Slots that share a scale. Raises ValueError, naming the allowed numbers, for one that the tile doesn't allow."""
-        if isinstance(scales_per_tile, bool) or scales_per_tile not in self.allowed_scales:
+        whole = isinstance(scales_per_tile, int | np.integer) and not isinstance(scales_per_tile, bool)
+        if not whole or scales_per_tile not in self.allowed_scales:
             allowed = ", ".join(map(str, self.allowed_scales))
             raise ValueError(
                 f"scales_per_tile={scales_per_tile!r} doesn't cut the {self.stored} stored tokens of tile {self.tile} into equal "
@@ -240,8 +241,8 @@ def _proposals(grid: Shape3) -> tuple[TileProposal, ...]:
 
 
 def _candidates(grid: Shape3) -> Iterator[TileProposal]:
-    for f in range(1, grid[0] + 1):
-        for y in range(1, grid[1] + 1):
+    for f in range(1, min(grid[0], 384) + 1):
+        for y in range(1, min(grid[1], 384 // f) + 1):
             for x in range(1, min(grid[2], 384 // (f * y)) + 1):
                 stored = -(-f * y * x // GROUP) * GROUP
                 counts = (-(-grid[0] // f), -(-grid[1] // y), -(-grid[2] // x))

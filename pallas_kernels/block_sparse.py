@@ -160,6 +160,11 @@ def _check_table(q: Any, k: Any, key_tiles: Any, counts: Any, valid: Any, q_vali
         if counts.min() < 1 or counts.max() > key_shape[-1]:
             raise ValueError(f"counts lie in [{counts.min()}, {counts.max()}]; each must be in [1, {key_shape[-1]}]")
         used = np.arange(key_shape[-1]) < counts[..., None]
+        ordered = np.sort(np.where(used, key_tiles, -1 - np.arange(key_shape[-1])), axis=-1)
+        if (ordered[..., 1:] == ordered[..., :-1]).any():
+            raise ValueError(
+                "key_tiles lists a tile twice in a row; list each once, and let counts leave the other slots out"
+            )
         bad = used & ((key_tiles < 0) | (key_tiles >= k.shape[1] // tile_size))
         if bad.any():
             raise ValueError(

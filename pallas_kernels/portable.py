@@ -4,7 +4,8 @@ For each query tile, its key tiles are gathered and reduced a chunk at a time wi
 recurrence, arXiv 2205.14135), so no scores are ever held but those of one query tile and one chunk of keys, a head.
 
 Padding is masked as data, at no pass over the scores: a padded key repeats a valid key of its tile, so that it can't move a
-maximum, its V is 0, and a weight of 0 keeps it out of the row sums.
+maximum, its V is 0, and a weight of 0 keeps it out of the row sums. (Exact for scores below about 1e8: beyond, float32 sums
+of the copy and of its source, taken in another order, may differ by more than exp can bear, and the row is NaN.)
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8, token_scales
+from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
@@ -94,6 +95,7 @@ def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale
             return new_top, total * shrink + p.sum(1), acc * shrink[:, None] + pv
 
         start = (jnp.full(tile_size, -jnp.inf), jnp.zeros(tile_size), jnp.zeros((tile_size, head_dim)))
+        start = _varying_as((q, head.k, head.v), start)
         top, total, acc = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
         out = acc / total[:, None]
         if head.v_scale is not None:
@@ -159,7 +161,8 @@ def _backward_head(
             key_index, value_index = _slots(tiles, count, i, chunk, num_tiles)
             keys, values = head.k[key_index].reshape(-1, head_dim), head.v[value_index].reshape(-1, head_dim)
             scores = _scores(scaled_q, None, head, key_index, scale_left)
-            p = jnp.exp(scores - lse[:, None]) * weights[value_index].reshape(1, -1)
+            # At most 1 (the row sum holds the maximum's P whole); computed again, large scores may differ in their last bits.
+            p = jnp.exp(jnp.minimum(scores - lse[:, None], 0)) * weights[value_index].reshape(1, -1)
             dp = matmul(d_out, values, ((1,), (1,)))
             ds = (p * (dp - delta[:, None])).astype(q.dtype)
             p = p.astype(q.dtype)
@@ -172,13 +175,20 @@ def _backward_head(
             )
             return dq + matmul(ds, keys, ((1,), (0,))), dk, dv
 
-        start = (jnp.zeros((tile_size, head_dim)), *grads)
+        start = (_varying_as((head, rows), jnp.zeros((tile_size, head_dim))), *grads)
         dq, dk, dv = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
         return (dk, dv), dq * scale
 
-    zeros = jnp.zeros((num_tiles, tile_size, head_dim))
+    zeros = _varying_as((head, rows), jnp.zeros((num_tiles, tile_size, head_dim)))
     (dk, dv), dq = lax.scan(row, (zeros, zeros), (head.q, *table, *rows))
     return dq, dk * scale, dv
+
+
+def _varying_as(operands: Any, start: Any) -> Any:
+    """Initial float32 values of a loop, varying over the axes of an enclosing `shard_map` as what the loop makes of them does."""
+    parts = [x.reshape(-1)[0].astype(jnp.float32) for x in jax.tree.leaves(operands)]
+    nothing = jnp.where(False, sum(parts), 0.0)  # a zero that depends on the operands in type only, NaN or not
+    return jax.tree.map(lambda x: x + nothing, start)
 
 
 def _slots(tiles: Array, count: Array, step: Array, chunk: int, num_tiles: int) -> tuple[Array, Array]:
@@ -208,7 +218,7 @@ def _scores(q: Array, q_scale: Array | None, head: Head, index: Array, scale: fl
         return scores if scale == 1 else scores * scale
     rows = jnp.repeat(q_scale * scale, q.shape[0] // q_scale.shape[0])
     columns = jnp.repeat(head.k_scale[index].reshape(-1), q.shape[0] // head.k_scale.shape[-1])
-    return scores * (rows[:, None] * columns[None])
+    return (scores * rows[:, None]) * columns[None]  # in turn: the product of two large scales alone could overflow
 
 
 def _chunked_table(key_tiles: Array, counts: Array, tile_size: int) -> tuple[Table, int]:
@@ -234,38 +244,34 @@ def _heads(
     batch, _, num_heads, _ = q.shape
     # Padding may hold anything, NaN too: it is replaced, not multiplied away.
     q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
-    source, has_scale = _repeated_keys(k_valid, tile_size, tokens_per_scale or tile_size)
-    k = jnp.take(k, source, axis=1)
+    source = _key_sources(k_valid, tile_size, tokens_per_scale or tile_size)
     q_scale = k_scale = v_scale = None
     if tokens_per_scale is not None:
         q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
-        k_scale = token_scales(k, has_scale, tokens_per_scale)
-        k = round_to_fp8(k.astype(jnp.float32) / jnp.repeat(k_scale, tokens_per_scale, axis=1)[..., None])
+        k, k_scale = quantize_tokens(k, k_valid, tokens_per_scale)
+        # A group of padding alone takes its source's scale with its values: the copy's scores are then exactly the source's.
+        k_scale = jnp.take(k_scale, source[::tokens_per_scale] // tokens_per_scale, axis=1)
         v, v_scale = quantize_channels(v, k_valid)
         groups = tile_size // tokens_per_scale
         q_scale, k_scale = (s.transpose(0, 2, 1).reshape(batch * num_heads, -1, groups) for s in (q_scale, k_scale))
         v_scale = v_scale.reshape(batch * num_heads, -1)
+    k = jnp.take(k, source, axis=1)
     dtype = _matmul_dtype(q.dtype)
     q, k, v = (_head_major(x.astype(dtype), tile_size) for x in (q, k, v))
     v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return Head(q, k, v, q_scale, k_scale, v_scale)
 
 
-def _repeated_keys(k_valid: Array, tile_size: int, group: int) -> tuple[Int[Array, "Sk"], Bool[Array, "Sk"]]:
-    """(the key that each slot holds, which slots enter a scale): a padded slot repeats a valid key that shares its scale.
+def _key_sources(k_valid: Bool[Array, "Sk"], tile_size: int, group: int) -> Int[Array, "Sk"]:
+    """The slot whose key each slot holds: its own where valid, else the first valid one of its group, else of its tile."""
 
-    A group of padding alone repeats a key of its tile, and has that key's scale for its own.
-    """
-    slots = jnp.arange(k_valid.shape[0])
-
-    def first_of(size):  # the first valid slot of each run of `size` slots
+    def first_of(size):
         runs = k_valid.reshape(-1, size)
-        return jnp.repeat(jnp.argmax(runs, axis=1) + jnp.arange(0, k_valid.shape[0], size), size), jnp.repeat(
-            runs.any(1), size
-        )
+        first = jnp.argmax(runs, axis=1) + jnp.arange(0, k_valid.shape[0], size)
+        return jnp.repeat(first, size), jnp.repeat(runs.any(1), size)
 
     (in_group, some), (in_tile, _) = first_of(group), first_of(tile_size)
-    return jnp.where(k_valid, slots, jnp.where(some, in_group, in_tile)), k_valid | ~some
+    return jnp.where(k_valid, jnp.arange(k_valid.shape[0]), jnp.where(some, in_group, in_tile))
 
 
 def _matmul_dtype(dtype: Any) -> Any:

@@ -171,6 +171,34 @@ def test_a_bad_token_is_never_silent(bad, operand, quantize, implementation):
     assert np.isfinite(np.asarray(out[0, :, 0])).all(), "and other heads"
 
 
+@pytest.mark.parametrize("implementation", ["portable", "reference"])
+@pytest.mark.parametrize("size", [1e-30, 12.0, 1e3])
+def test_finite_inputs_give_finite_outputs_and_gradients(implementation, size):
+    """Logits of 0, some thousand, and some ten million. The last tile is short: three of its four groups are padding alone."""
+    plan = AttentionPlan.build((1, 1, 280), (1, 1, 256), None, 4)
+    q, k, v, d_out = arrays(plan, dim=64, batch=1)
+    for x in run(plan, implementation, size * q, size * k, v, d_out):
+        assert np.isfinite(x).all()
+
+
+def test_inside_shard_map_over_batch_and_heads():
+    from jax.sharding import Mesh, PartitionSpec
+
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("batch", "heads"))
+    axes = PartitionSpec("batch", None, "heads", None)
+    for quantize in (False, True):
+        plan = AttentionPlan.build((2, 4, 8), (2, 4, 4), (1, 1, 1), quantize=quantize)
+        operands = [plan.to_tiles(x) for x in arrays(plan, heads=4)]
+
+        def both(q, k, v, d_out, plan=plan):
+            out, vjp = jax.vjp(functools.partial(attend, plan=plan, implementation="portable"), q, k, v)
+            return out, *vjp(d_out)
+
+        sharded = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(axes,) * 4, out_specs=(axes,) * 4))
+        for a, b in zip(sharded(*operands), both(*operands), strict=True):
+            assert rel_l2(a, b) <= ROUNDING
+
+
 def test_under_jit_vmap_and_scan():
     plan = AttentionPlan.build((2, 4, 8), (2, 4, 4), (1, 1, 2))
     q, k, v, _ = (plan.to_tiles(x) for x in arrays(plan))

@@ -148,6 +148,8 @@ WHOLE = Regime(until=1.0)
         (lambda: FPSSchedule(regimes=(WHOLE,), grid=(5, 5, 5), tile=(6, 1, 1)), "larger than the grid .*good tiles"),
         (lambda: DEFAULT.resolve((21, 45, 80)), r"is for a grid of \(21, 30, 52\).*this video has \(21, 45, 80\)"),
         (lambda: FPSSchedule(regimes=(Regime(until=1.0, scales_per_tile=3),)).plans(GRID), "scales_per_tile=3 .*allowed: 1, 2, 4"),
+        (lambda: FPSSchedule(regimes=({"until": 1},)), "are not all Regime"),
+        (lambda: Regime(until=10**400), "until=1000.* is not a number in"),
         (lambda: DEFAULT.setting("flash"), "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
         (lambda: FPSSchedule.from_dict({"version": 2}), "version=2 is not 1"),
         (lambda: FPSSchedule.from_dict([1]), "version=None is not 1"),
@@ -167,6 +169,9 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"s.json' doesn't exist; fps-calibrate makes one"):
         FPSSchedule.load(path)
     path.write_text("{")
+    with pytest.raises(ValueError, match=r"s.json' is not JSON"):
+        FPSSchedule.load(path)
+    path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"s.json' is not JSON"):
         FPSSchedule.load(path)
     path.write_text('{"version": 1, "regimes": [{"until": 0.5}]}')

@@ -89,6 +89,8 @@ def test_proposed_windows_come_near_the_target_density(grid, density):
         ({"window": [(1, 1, 1), (1, 0, 1)]}, r"window=\(1, 0, 1\) is not three positive"),
         ({"scales_per_tile": 3}, "scales_per_tile=3 doesn't cut the 256 stored tokens .*allowed: 1, 2, 4"),
         ({"scales_per_tile": 0}, "scales_per_tile=0 doesn't cut"),
+        ({"scales_per_tile": 1.0}, "scales_per_tile=1.0 doesn't cut"),
+        ({"quantize": "no"}, "quantize='no' is not True or False"),
         ({"grid": (0, 3, 3)}, r"grid=\(0, 3, 3\) is not three positive whole numbers"),
     ],
 )

@@ -31,6 +31,7 @@ X = jnp.zeros((1, 512, 2, 64))
         ({"counts": np.array([1, 2], np.int32)}, r"counts lie in \[1, 2\]"),
         ({"key_tiles": np.array([[0], [2]], np.int32)}, "key_tiles holds tile 2; k has 2 tiles, numbered from 0"),
         ({"key_tiles": np.array([[0], [-1]], np.int32)}, "key_tiles holds tile -1"),
+        ({"key_tiles": np.array([[0, 0], [0, 1]], np.int32), "counts": np.array([2, 2], np.int32)}, "lists a tile twice in a row"),
         ({"valid": np.ones(100, bool)}, r"valid \(100,\) .* must be one bool for each of 512 keys"),
         ({"valid": np.arange(512) < 256}, "valid has no valid key in tile 1"),
         ({"tokens_per_scale": 100}, "tokens_per_scale=100 doesn't divide the 256 stored tokens of a tile"),

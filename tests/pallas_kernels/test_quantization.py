@@ -19,17 +19,21 @@ def quantize(x, valid=ALL, tokens_per_scale=4):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, 2**32 - 1), st.floats(1e-30, 1e30))
-def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size):
+@given(st.integers(0, 2**32 - 1), st.floats(1e-30, 1e30), st.booleans(), st.booleans())
+def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf16, jit):
     x = np.random.default_rng(seed).standard_normal((2, 8, 3, 16)).astype(np.float32) * np.float32(size)
-    values, scales = quantize(x)
+    if bf16:
+        x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
+    values, scales = jax.jit(quantize)(x) if jit else quantize(x)
     amax = np.abs(x.reshape(2, 2, 4, 3, 16)).max((2, 4))
-    np.testing.assert_allclose(scales, amax / np.float32(448), rtol=ULP)
-    # XLA may divide by multiplying with the reciprocal: a value at the middle of two e4m3 numbers can fall to either side.
+    np.testing.assert_array_equal(
+        scales, amax / np.float32(448)
+    )  # to the bit: of bf16 values many lie between two codes
+    # XLA's float32 division is off by a bit on a CPU: what lies that near to the middle of two codes may take either.
     scaled = x / np.repeat(np.asarray(scales), 4, axis=1)[..., None]
     nearest = [np.clip(scaled * (1 + d), -448, 448).astype(ml_dtypes.float8_e4m3fn) for d in (-2 * ULP, 0, 2 * ULP)]
     assert np.logical_or.reduce([np.asarray(values) == n for n in nearest]).all()
-    assert (np.asarray(values) == nearest[1]).mean() > 0.999
+    assert (np.asarray(values) == nearest[1]).mean() > 0.98
     back = np.asarray(values, np.float32) * np.repeat(np.asarray(scales), 4, axis=1)[..., None]
     assert (np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-6)).all()
 
@@ -101,6 +105,15 @@ def test_a_scale_of_its_own_keeps_small_tokens_from_underflow():
         back = np.asarray(reference.fake_quant(jnp.asarray(x), tokens_per_scale=tokens_per_scale))[:, 4:]
         error = np.linalg.norm(back - x[:, 4:]) / np.linalg.norm(x[:, 4:])
         assert (error < 0.05) == kept
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-39, 1e-30, 1e30])
+def test_the_gradient_is_the_identity_at_any_size(size):
+    x = jnp.full((1, 8, 1, 16), size)
+    grad = jax.grad(
+        lambda x: reference.fake_quant(x, tokens_per_scale=4).sum() + reference.fake_quant_channels(x).sum()
+    )
+    assert (np.asarray(grad(x)) == 2).all()
 
 
 @pytest.mark.parametrize("tokens_per_scale", [0, 3, 16])
