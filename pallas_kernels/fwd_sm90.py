@@ -143,11 +143,14 @@ def attention(
         operand_bytes=operands.q.dtype.itemsize,
         output_bytes=jnp.dtype(dtype).itemsize,
     )
+    k_tiles = operands.k.shape[1] // tile_size
     table = key_tiles.reshape(-1, *key_tiles.shape[-2:])  # a single table where heads share it
     out_types = [
         jax.ShapeDtypeStruct((batch, seq, problem.heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, problem.heads, seq), jnp.float32),
     ]
+    if operands.k_scale is not None:
+        operands = operands._replace(k_scale=_scales_by_step(operands.k_scale, key_tiles, k_tiles, batch))
     inputs = [x for x in operands if x is not None]
     kernel = plgpu.kernel(
         functools.partial(body, problem, len(inputs), with_lse),
@@ -164,3 +167,15 @@ def attention(
     )
     out, *lse = kernel(*inputs, table, counts.reshape(table.shape[:2]))
     return out, lse[0] if with_lse else None
+
+
+def _scales_by_step(k_scale: Array, key_tiles: Array, k_tiles: int, batch: int) -> Array:
+    """Scales of K in the order in which the rows of the table use them: [G, Tq, K * scales of a tile].
+
+    A consumer would otherwise read the table and then the scale that it points to, and wait for both between two matmuls.
+    """
+    tiles = k_scale.reshape(batch, -1, k_tiles, k_scale.shape[1] // k_tiles)
+    take = jax.vmap(
+        lambda scales, table: jnp.take(scales, table, axis=1, mode="clip"), (1, 0 if key_tiles.ndim == 3 else None), 1
+    )
+    return take(tiles, key_tiles).reshape(k_scale.shape[0], key_tiles.shape[-2], -1)
