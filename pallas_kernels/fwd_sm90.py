@@ -113,7 +113,7 @@ def attention(
     """The kernel itself, on operands that `quantize_sm90` made.
 
     Args:
-      key_tiles, counts: as in `forward`; every index within the keys, every count at least 1. Not checked here.
+      key_tiles, counts: as in `forward`; what lies outside is clipped, to the keys there are and to counts of 1 and more.
       dtype: of the output.
       with_lse: False leaves the log-sum-exp out, and None in its place.
     """
@@ -144,6 +144,8 @@ def attention(
         output_bytes=jnp.dtype(dtype).itemsize,
     )
     k_tiles = operands.k.shape[1] // tile_size
+    # A copy from beyond the keys, or a row without a key, would hang the GPU. Tables that are traced can't be refused.
+    key_tiles, counts = jnp.clip(key_tiles, 0, k_tiles - 1), jnp.clip(counts, 1, key_tiles.shape[-1])
     table = key_tiles.reshape(-1, *key_tiles.shape[-2:])  # a single table where heads share it
     out_types = [
         jax.ShapeDtypeStruct((batch, seq, problem.heads, head_dim), dtype),

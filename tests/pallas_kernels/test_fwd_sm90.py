@@ -97,6 +97,11 @@ def test_log_sum_exp_can_be_left_out():
     assert interpreted.run(attention_cases.without_lse)
 
 
+def test_a_table_out_of_range_reaches_no_copy():
+    """Neither an error of the interpreter nor a hang: on a GPU it would be one or the other."""
+    assert interpreted.run(attention_cases.table_out_of_range)
+
+
 def test_a_kernel_that_hangs_fails_by_name():
     with pytest.raises(TimeoutError, match=r"sleep.*gave no answer in 0.2 s: a deadlock in the kernel"):
         interpreted.run(time.sleep, 5, seconds=0.2)
@@ -152,6 +157,36 @@ def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
     plan = AttentionPlan.build(grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=None, scales_per_tile=1, quantize=False)
     for config in tuning.candidates(head_dim=128, operand_bytes=2, output_bytes=2, blocks_per_tile=2):
         assert "mosaic_gpu" in lowered(plan, 40, 128, config)
+
+
+def plain_call(tokens_per_scale):
+    """The kernel on two tiles of 256 tokens, each attending both."""
+    valid, tiles = jnp.ones(512, bool), jnp.asarray([[0, 1], [0, 1]], jnp.int32)
+    return functools.partial(
+        fwd_sm90.forward, key_tiles=tiles, counts=jnp.full(2, 2, jnp.int32), q_valid=valid, k_valid=valid,
+        tile_size=256, tokens_per_scale=tokens_per_scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens_per_scale", [64, None])
+def test_lowers_inside_shard_map_over_batch_and_heads(tokens_per_scale):
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    by_head = jax.P("data", None, "heads")
+    sharded = jax.shard_map(
+        plain_call(tokens_per_scale), mesh=mesh, in_specs=(by_head,) * 3, out_specs=(by_head, jax.P("data", "heads"))
+    )
+    spec = jax.ShapeDtypeStruct((2, 512, 4, 128), jnp.bfloat16)
+    text = jax.jit(sharded).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "tensor<1x512x2x128xbf16>" in text  # what one device sees
+
+
+def test_lowers_inside_scan():
+    def denoise(q, k, v):
+        return jax.lax.scan(lambda x, _: (plain_call(256)(x, k, v)[0], None), q, None, length=3)[0]
+
+    spec = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+    assert "mosaic_gpu" in jax.jit(denoise).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(
