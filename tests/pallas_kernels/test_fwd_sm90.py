@@ -4,12 +4,15 @@ import functools
 import time
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, tuning
+from pallas_kernels.fwd_sm90_body import Problem, scratch
+from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import attention_cases, interpreted
 from tests.pallas_kernels.attention_cases import Case
@@ -221,6 +224,19 @@ def test_a_cluster_wider_than_a_tile_is_refused():
     plan = AttentionPlan.build(grid=(7, 9, 4), tile=(7, 9, 2), window=None, scales_per_tile=1, quantize=True)
     with pytest.raises(ValueError, match="cluster=2 doesn't divide the 1 blocks of a tile of 128; use 1"):
         lowered(plan, 1, 128, ForwardConfig(cluster=2))
+
+
+def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
+    """Interpret mode simulates a multicast copy as one that all blocks wait for, so it can't see this missing."""
+    problem = Problem(
+        batch=1, heads=1, head_dim=128, query_blocks=2, blocks_per_tile=2, shared_table=True, scales=1,
+        dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(cluster=2),
+    )  # fmt: skip
+    memory = scratch(problem)
+    for barrier in (memory.k_consumed_barriers, memory.v_consumed_barriers):
+        assert isinstance(barrier, plgpu.ClusterBarrier)
+        assert barrier.collective_axes == ("member",)
+        assert barrier.num_arrivals == tuning.CONSUMERS  # of each block
 
 
 def test_a_machine_without_a_hopper_gpu_is_named():
