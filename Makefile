@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint types unit memory newest clean
+.PHONY: venv demo test lint types unit memory newest offline-gpu kernel-report clean
 
 venv: $(STAMP)
 
@@ -33,13 +33,28 @@ unit: $(STAMP)
 newest:
 	@sh .ci/make_venv .venv-newest
 	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' --upgrade --upgrade-strategy eager
-	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py
+	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py tests/pallas_kernels/test_mosaic.py
 
 # Bytes per device at real size, compiled for an H200 on this machine (no GPU needed).
 memory:
 	@sh .ci/make_venv .venv-offline-gpu
 	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
 	.venv-offline-gpu/bin/python -m benchmarks.memory
+
+# Machine code of the Hopper kernels, compiled on this machine (no GPU needed): fails where it broke a limit or got worse.
+offline-gpu:
+	@sh .ci/make_venv .venv-offline-gpu
+	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
+	.venv-offline-gpu/bin/python -m benchmarks.kernel_report --check
+
+# Writes the report anew, with the newest ptxas beside the pinned one.
+kernel-report:
+	@sh .ci/make_venv .venv-offline-gpu
+	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
+	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target .venv-offline-gpu/newest-nvcc nvidia-cuda-nvcc
+	.venv-offline-gpu/bin/python -m benchmarks.kernel_report \
+		--newest-ptxas .venv-offline-gpu/newest-nvcc/nvidia/cu13/bin
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-offline-gpu outputs build *.egg-info

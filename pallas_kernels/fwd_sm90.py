@@ -113,7 +113,7 @@ def attention(
     """The kernel itself, on operands that `quantize_sm90` made.
 
     Args:
-      key_tiles, counts: as in `forward`; every index within the keys, every count at least 1. Not checked here.
+      key_tiles, counts: as in `forward`; what lies outside is clipped, to the keys there are and to counts of 1 and more.
       dtype: of the output.
       with_lse: False leaves the log-sum-exp out, and None in its place.
     """
@@ -143,11 +143,16 @@ def attention(
         operand_bytes=operands.q.dtype.itemsize,
         output_bytes=jnp.dtype(dtype).itemsize,
     )
+    k_tiles = operands.k.shape[1] // tile_size
+    # A copy from beyond the keys, or a row without a key, would hang the GPU. Tables that are traced can't be refused.
+    key_tiles, counts = jnp.clip(key_tiles, 0, k_tiles - 1), jnp.clip(counts, 1, key_tiles.shape[-1])
     table = key_tiles.reshape(-1, *key_tiles.shape[-2:])  # a single table where heads share it
     out_types = [
         jax.ShapeDtypeStruct((batch, seq, problem.heads, head_dim), dtype),
         jax.ShapeDtypeStruct((batch, problem.heads, seq), jnp.float32),
     ]
+    if operands.k_scale is not None:
+        operands = operands._replace(k_scale=_scales_by_step(operands.k_scale, key_tiles, k_tiles, batch))
     inputs = [x for x in operands if x is not None]
     kernel = plgpu.kernel(
         functools.partial(body, problem, len(inputs), with_lse),
@@ -164,3 +169,15 @@ def attention(
     )
     out, *lse = kernel(*inputs, table, counts.reshape(table.shape[:2]))
     return out, lse[0] if with_lse else None
+
+
+def _scales_by_step(k_scale: Array, key_tiles: Array, k_tiles: int, batch: int) -> Array:
+    """Scales of K in the order in which the rows of the table use them: [G, Tq, K * scales of a tile].
+
+    A consumer would otherwise read the table and then the scale that it points to, and wait for both between two matmuls.
+    """
+    tiles = k_scale.reshape(batch, -1, k_tiles, k_scale.shape[1] // k_tiles)
+    take = jax.vmap(
+        lambda scales, table: jnp.take(scales, table, axis=1, mode="clip"), (1, 0 if key_tiles.ndim == 3 else None), 1
+    )
+    return take(tiles, key_tiles).reshape(k_scale.shape[0], key_tiles.shape[-2], -1)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.mosaic import to_fp8_operand
+from pallas_kernels.mosaic import swizzled, to_fp8_operand
 from pallas_kernels.quantize_sm90 import Operands
 from pallas_kernels.reference import FP8_MAX
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS, ForwardConfig
@@ -30,8 +30,6 @@ _LOG2E = math.log2(math.e)
 # Below any score, and finite: the first step's exp2(start - max) is then 0, not NaN, even where a score is -inf.
 _START = -1e30
 
-_tiling: Any = plgpu.TilingTransform  # Any: declared abstract, instantiated everywhere
-_swizzle: Any = plgpu.SwizzleTransform
 _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=f32)
 
 
@@ -71,34 +69,29 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread block is: batch entry, head, both together, block of query rows, its row of the table, steps."""
+    """Where a thread block is: batch entry, head, both together, block of query rows, its row of table and scales, steps."""
 
     batch: Array
     head: Array
     group: Array
     block: Array
     row: tuple[Array, Array]
+    scales: tuple[Array, Array]
     steps: Array
 
 
 def scratch(problem: Problem) -> Memory:
     """Types of `Memory`."""
-
-    def smem(shape, dtype):
-        size = jnp.dtype(dtype).itemsize
-        swizzle = min(128, shape[-1] * size)
-        return plgpu.SMEM(shape, dtype, transforms=(_tiling((8, swizzle // size)), _swizzle(swizzle)))
-
     config, dim = problem.config, problem.head_dim
     if config.cluster == 1:
         consumed = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=config.stages)
     else:  # a slot is free when the consumers of both blocks are done: each block's copies write to both
         consumed = plgpu.ClusterBarrier(collective_axes=("member",), num_arrivals=CONSUMERS, num_barriers=config.stages)
     return Memory(
-        q_smem=smem((CONSUMERS, BLOCK_Q, dim), problem.operand),
-        k_smem=smem((config.stages, BLOCK_KV, dim), problem.operand),
-        v_smem=smem((config.stages, dim + VALID_ROWS, BLOCK_KV), problem.operand),
-        o_smem=smem((CONSUMERS, BLOCK_Q, dim), problem.dtype),
+        q_smem=swizzled((CONSUMERS, BLOCK_Q, dim), problem.operand),
+        k_smem=swizzled((config.stages, BLOCK_KV, dim), problem.operand),
+        v_smem=swizzled((config.stages, dim + VALID_ROWS, BLOCK_KV), problem.operand),
+        o_smem=swizzled((CONSUMERS, BLOCK_Q, dim), problem.dtype),
         lse_smem=plgpu.SMEM((CONSUMERS, BLOCK_Q), f32),
         q_barriers=plgpu.Barrier(num_barriers=CONSUMERS),
         k_barriers=plgpu.Barrier(num_barriers=config.stages),
@@ -118,20 +111,22 @@ def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
     group, wg = lax.axis_index("group"), lax.axis_index("wg")
     block = lax.axis_index("pair") * problem.config.cluster + lax.axis_index("member")
     head = lax.rem(group, i32(problem.heads))
-    row = (i32(0) if problem.shared_table else head, lax.div(block, i32(problem.blocks_per_tile)))
+    tile = lax.div(block, i32(problem.blocks_per_tile))
+    row = (i32(0) if problem.shared_table else head, tile)
     place = Place(
         batch=lax.div(group, i32(problem.heads)),
         head=head,
         group=group,
         block=block,
         row=row,
+        scales=(group, tile),
         steps=counts[row] * problem.blocks_per_tile,
     )
 
     @pl.when(wg < CONSUMERS)
     def _():
         plgpu.set_max_registers(problem.config.consumer_registers, action="increase")
-        _consume(problem, place, operands, table, memory, out, lse, wg)
+        _consume(problem, place, operands, memory, out, lse, wg)
 
     @pl.when(wg == CONSUMERS)
     def _():
@@ -178,9 +173,7 @@ def _produce(problem: Problem, place: Place, operands: Any, table: Any, memory: 
         plgpu.barrier_wait(memory.v_consumed_barriers.at[step & (stages - 1)])
 
 
-def _consume(
-    problem: Problem, place: Place, operands: Any, table: Any, memory: Memory, out: Any, lse: Any, wg: Array
-) -> None:
+def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out: Any, lse: Any, wg: Array) -> None:
     """64 query rows: scores, softmax and output of every step, then the division by the row sums."""
     dim, stages = problem.head_dim, problem.config.stages
     row = place.block * BLOCK_ROWS + wg * BLOCK_Q
@@ -195,8 +188,8 @@ def _consume(
         """Factors that take products of q and k to scores in log2, one for each group of the key block."""
         if not problem.scales:
             return [to_log2]
-        first = _key_block(problem, place, table, step) * problem.scales
-        return [operands.k_scale[place.group, first + i] * to_log2 for i in range(problem.scales)]
+        first = step * problem.scales
+        return [operands.k_scale[(*place.scales, first + i)] * to_log2 for i in range(problem.scales)]
 
     def slot_of(step):
         return step & (stages - 1)

@@ -62,6 +62,15 @@ def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
     return relabel_fp8(p)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
 
 
+def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory for TMA copies and matrix instructions, in the widest swizzle that a row fills."""
+    size = jnp.dtype(dtype).itemsize
+    width = min(128, shape[-1] * size)
+    tiling: Any = plgpu.TilingTransform  # Any: declared abstract, instantiated everywhere
+    swizzle: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, width // size)), swizzle(width)))
+
+
 def _emulated_relabel(p: Array) -> list[Array]:
     """What `to_fp8_operand` computes. Clipped, as the hardware's conversion saturates and XLA's gives NaN."""
     return [jnp.clip(p[:, kv_order(p.shape[1])], -448, 448).astype(FP8)]

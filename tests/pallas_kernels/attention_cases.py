@@ -115,7 +115,7 @@ def _table(case: Case, query_tiles: int, rng: np.random.Generator) -> tuple[np.n
     else:
         assert case.table == "all"
     unused = np.arange(case.tiles) >= counts[..., None]
-    return np.where(unused, 10**6, key_tiles).astype(np.int32), counts  # reading an unused slot would leave the arrays
+    return np.where(unused, 10**6, key_tiles).astype(np.int32), counts
 
 
 def expected(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -222,3 +222,14 @@ def without_lse() -> bool:
         out, lse = jax.block_until_ready(fwd_sm90.attention(operands, **table, **fixed))
         alone, nothing = fwd_sm90.attention(operands, **table, **fixed, with_lse=False)
         return nothing is None and lse is not None and bool((out == alone).all())
+
+
+def table_out_of_range() -> bool:
+    """Whether a table that reaches beyond the keys, with a count of 0, computes as the table clipped to them does."""
+    case = Case(tile=128, tiles=3)
+    x = make_inputs(case)
+    outside = np.array([[0, 9, 0], [-4, 1, 2], [1, 0, 0]], np.int32)
+    clipped = np.array([[0, 2, 0], [0, 1, 2], [1, 0, 0]], np.int32)
+    wrong = dataclasses.replace(x, key_tiles=outside, counts=np.array([2, 7, 0], np.int32))
+    right = dataclasses.replace(x, key_tiles=clipped, counts=np.array([2, 3, 1], np.int32))
+    return all((a == b).all() for a, b in zip(call_kernel(case, wrong), call_kernel(case, right), strict=True))

@@ -4,12 +4,15 @@ import functools
 import time
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, tuning
+from pallas_kernels.fwd_sm90_body import Problem, scratch
+from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import attention_cases, interpreted
 from tests.pallas_kernels.attention_cases import Case
@@ -97,6 +100,11 @@ def test_log_sum_exp_can_be_left_out():
     assert interpreted.run(attention_cases.without_lse)
 
 
+def test_a_table_out_of_range_reaches_no_copy():
+    """Neither an error of the interpreter nor a hang: on a GPU it would be one or the other."""
+    assert interpreted.run(attention_cases.table_out_of_range)
+
+
 def test_a_kernel_that_hangs_fails_by_name():
     with pytest.raises(TimeoutError, match=r"sleep.*gave no answer in 0.2 s: a deadlock in the kernel"):
         interpreted.run(time.sleep, 5, seconds=0.2)
@@ -154,6 +162,36 @@ def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
         assert "mosaic_gpu" in lowered(plan, 40, 128, config)
 
 
+def plain_call(tokens_per_scale):
+    """The kernel on two tiles of 256 tokens, each attending both."""
+    valid, tiles = jnp.ones(512, bool), jnp.asarray([[0, 1], [0, 1]], jnp.int32)
+    return functools.partial(
+        fwd_sm90.forward, key_tiles=tiles, counts=jnp.full(2, 2, jnp.int32), q_valid=valid, k_valid=valid,
+        tile_size=256, tokens_per_scale=tokens_per_scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens_per_scale", [64, None])
+def test_lowers_inside_shard_map_over_batch_and_heads(tokens_per_scale):
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    by_head = jax.P("data", None, "heads")
+    sharded = jax.shard_map(
+        plain_call(tokens_per_scale), mesh=mesh, in_specs=(by_head,) * 3, out_specs=(by_head, jax.P("data", "heads"))
+    )
+    spec = jax.ShapeDtypeStruct((2, 512, 4, 128), jnp.bfloat16)
+    text = jax.jit(sharded).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "tensor<1x512x2x128xbf16>" in text  # what one device sees
+
+
+def test_lowers_inside_scan():
+    def denoise(q, k, v):
+        return jax.lax.scan(lambda x, _: (plain_call(256)(x, k, v)[0], None), q, None, length=3)[0]
+
+    spec = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+    assert "mosaic_gpu" in jax.jit(denoise).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -186,6 +224,19 @@ def test_a_cluster_wider_than_a_tile_is_refused():
     plan = AttentionPlan.build(grid=(7, 9, 4), tile=(7, 9, 2), window=None, scales_per_tile=1, quantize=True)
     with pytest.raises(ValueError, match="cluster=2 doesn't divide the 1 blocks of a tile of 128; use 1"):
         lowered(plan, 1, 128, ForwardConfig(cluster=2))
+
+
+def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
+    """Interpret mode simulates a multicast copy as one that all blocks wait for, so it can't see this missing."""
+    problem = Problem(
+        batch=1, heads=1, head_dim=128, query_blocks=2, blocks_per_tile=2, shared_table=True, scales=1,
+        dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(cluster=2),
+    )  # fmt: skip
+    memory = scratch(problem)
+    for barrier in (memory.k_consumed_barriers, memory.v_consumed_barriers):
+        assert isinstance(barrier, plgpu.ClusterBarrier)
+        assert barrier.collective_axes == ("member",)
+        assert barrier.num_arrivals == tuning.CONSUMERS  # of each block
 
 
 def test_a_machine_without_a_hopper_gpu_is_named():

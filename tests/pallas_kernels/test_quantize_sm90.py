@@ -1,11 +1,15 @@
 """What the Hopper kernel reads: values and scales as the specification has them, laid out, padding made harmless."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import quantize_sm90, reference
+from pallas_kernels import mosaic, quantize_sm90, reference
 from pallas_kernels.mosaic import kv_order
+from tests.pallas_kernels import interpreted
 
 TILE, SEQ = 256, 768
 
@@ -26,7 +30,7 @@ def quantized(tokens_per_scale: int, valid: np.ndarray, dtype=jnp.bfloat16):
     q, k, v = (tokens(i, dtype) for i in range(3))
     ok = jnp.asarray(valid)
     poisoned = [jnp.where(ok[None, :, None, None], x, jnp.asarray(jnp.nan, x.dtype)) for x in (q, k, v)]
-    got = quantize_sm90.quantize(*poisoned, q_valid=ok, k_valid=ok, tile_size=TILE, tokens_per_scale=tokens_per_scale)
+    got = quantize_sm90.by_xla(*poisoned, q_valid=ok, k_valid=ok, tile_size=TILE, tokens_per_scale=tokens_per_scale)
     return got, (q, k, v)
 
 
@@ -93,3 +97,93 @@ def test_without_quantization_values_stay_and_only_the_layout_changes():
     np.testing.assert_array_equal(np.asarray(got.v, np.float32), (by_head(v) * valid[None, :, None]).transpose(0, 2, 1))
     assert got.q_scale is got.k_scale is got.v_scale is None
     assert got.q.dtype == got.key_valid.dtype == jnp.bfloat16
+
+
+def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim: int, broken: bool = False):
+    """Operands of both ways, as float32 NumPy; padding holds NaN. Runs in `interpreted.run`."""
+    rng = np.random.default_rng(3)
+    seq = 2 * tile_size
+    valid = rng.random(seq) < 0.8
+    valid[tokens_per_scale : 2 * tokens_per_scale] = (
+        tile_size == tokens_per_scale
+    )  # a group of padding, where a tile has two
+    valid[5] = valid[tile_size + 7] = True
+    q, k, v = (
+        (rng.standard_normal((2, seq, 2, head_dim)) * np.exp(2 * rng.standard_normal((1, seq, 1, 1)))).astype(
+            np.float32
+        )
+        for _ in range(3)
+    )
+    v[0, 5, 1, 3] = np.inf if broken else 0  # not NaN: XLA on a CPU drops it in a maximum
+    q[1, :tokens_per_scale, 0] = 0  # a group of zeros, and one of denormals
+    k[1, :tokens_per_scale, 1] = 1e-40
+    if broken:
+        k[0, 5, 0, 1], q[0, 5, 1, 2] = np.inf, -np.inf
+    for x in (q, k, v):
+        x[:, ~valid] = np.nan
+    args = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    ok = jnp.asarray(valid)
+    call = {"q_valid": ok, "k_valid": ok, "tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
+    with mosaic.interpret():
+        fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, **call)]
+    # Compiled, as the product does it: XLA then makes the division by 448 a multiplication, in the interpreted kernel too.
+    by_xla = jax.jit(functools.partial(quantize_sm90.by_xla, **call))(*args)
+    by_xla = [np.asarray(x, np.float32) for x in by_xla]
+    # What is rounded, in float64, padding as the operands have it.
+    source = np.asarray(quantize_sm90.key_sources(ok, tile_size=tile_size, tokens_per_scale=tokens_per_scale))
+    q, k, v = (np.nan_to_num(np.asarray(x, np.float64)).transpose(0, 2, 1, 3).reshape(4, seq, -1) for x in args)
+    q_scale, k_scale = (np.repeat(by_xla[i], seq // by_xla[i].shape[1], axis=1)[..., None] for i in (5, 6))
+    order = kv_order(seq)
+    v = (v / by_xla[7][:, None])[:, order].transpose(0, 2, 1) * valid[order]
+    exact = [q / q_scale * valid[:, None], k[:, source] / k_scale, v]
+    return fused, by_xla, exact
+
+
+@pytest.mark.parametrize(
+    ("tile_size", "tokens_per_scale", "dtype", "head_dim"),
+    [
+        (256, 256, "bfloat16", 128),
+        (256, 128, "bfloat16", 64),
+        (256, 64, "bfloat16", 128),
+        (128, 128, "float16", 128),
+        (384, 192, "bfloat16", 128),
+    ],
+)
+def test_the_fused_pass_gives_the_same_operands(tile_size, tokens_per_scale, dtype, head_dim):
+    fused, by_xla, exact = interpreted.run(fused_and_by_xla, tile_size, tokens_per_scale, dtype, head_dim)
+    for name, got, want in zip(quantize_sm90.Operands._fields[3:], fused[3:], by_xla[3:], strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+        assert np.isfinite(want).all(), name
+    for got, want, quotient in zip(fused, by_xla, exact, strict=False):
+        # bf16 values of which one is the largest of its group land on the edge between two e4m3 numbers often enough; on a GPU the
+        # division is exact there (fused multiply-add), on a CPU it may be off in float32's last place, and falls on either side.
+        edge = np.abs(quotient - (got.astype(np.float64) + want) / 2) <= 1e-6 * np.abs(quotient)
+        assert ((got == want) | edge).all()
+        assert (got != want).mean() <= 1e-3
+
+
+def test_the_fused_pass_shows_what_is_not_finite():
+    fused, by_xla, _ = interpreted.run(fused_and_by_xla, 128, 64, "bfloat16", 64, True)
+    for name, got, want in zip(quantize_sm90.Operands._fields, fused, by_xla, strict=True):
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=name)
+    for scales in fused[5:]:
+        assert np.isnan(scales).any()
+        assert np.isfinite(scales).any()
+
+
+@pytest.mark.parametrize(("tokens_per_scale", "dtype"), [(64, jnp.bfloat16), (256, jnp.float16), (384, jnp.bfloat16)])
+def test_the_fused_pass_lowers_at_real_size(tokens_per_scale, dtype):
+    x = jax.ShapeDtypeStruct((1, 76800, 40, 128), dtype)
+    ok = jax.ShapeDtypeStruct((76800,), jnp.bool_)
+    tile = max(256, tokens_per_scale)
+    fn = functools.partial(quantize_sm90.quantize, tile_size=tile, tokens_per_scale=tokens_per_scale)
+    traced = jax.jit(lambda q, k, v, a, b: fn(q, k, v, q_valid=a, k_valid=b)).trace(x, x, x, ok, ok)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize(("tokens_per_scale", "dtype"), [(64, jnp.float32), (1024, jnp.bfloat16)])
+def test_what_the_fused_pass_cannot_hold_goes_by_xla(tokens_per_scale, dtype):
+    """32-bit inputs, and groups larger than shared memory."""
+    x, ok = jnp.ones((1, 1024, 1, 128), dtype), jnp.ones(1024, bool)
+    got = quantize_sm90.quantize(x, x, x, q_valid=ok, k_valid=ok, tile_size=1024, tokens_per_scale=tokens_per_scale)
+    assert (np.asarray(got.q, np.float32) == 448).all()

@@ -21,8 +21,8 @@ FP8_BLOCK = {"operand_bytes": 1, "output_bytes": 2}
         ({"producer_registers": 16}, "producer_registers=16 is not a multiple of 8 from 24 to 256"),
         # 240 twice and 40 pass ptxas and interpret mode, and wait for ever on a GPU.
         (
-            {"consumer_registers": 240},
-            "are 520, more than the 504 of the launch, and would hang the GPU; use 232 and 40",
+            {"producer_registers": 40},
+            "are 520, more than the 504 of the launch, and would hang the GPU; use 240 and 24",
         ),
     ],
 )

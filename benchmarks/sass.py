@@ -1,0 +1,134 @@
+"""Reads what ptxas and nvdisasm say of a Hopper attention kernel: spills, registers, and its main loop, instruction by instruction.
+
+The main loop is the shortest backward branch whose body issues at least six warpgroup matmuls: one step over a block of keys. In it
+the order decides about speed and about correctness, and only machine code shows it: a compiler may move what the source has in
+order.
+"""
+
+import re
+from collections import Counter
+from typing import NamedTuple
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+# P of a step: 64 x 128 exponentials for the 128 threads of a warpgroup.
+_EXPONENTIALS = 64
+
+
+class Instruction(NamedTuple):
+    """One line of SASS, its predicate left out. `op` is 'QGMMA.64x136x32.F32.E4M3.E4M3', `operands` the rest."""
+
+    op: str
+    operands: str
+
+
+def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions of nvdisasm's listing, and the index that each label stands before."""
+    instructions, labels = [], {}
+    for line in sass.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        if found := _INSTRUCTION.search(line):
+            instructions.append(Instruction(found[1], found[2]))
+    return instructions, labels
+
+
+def main_loop(sass: str) -> list[Instruction]:
+    """One step of a consumer; empty where no loop has matmuls enough."""
+    instructions, labels = parse(sass)
+    loops = []
+    for i, (op, operands) in enumerate(instructions):
+        target = re.search(r"(\.L_x_\d+)", operands) if op.startswith("BRA") else None
+        if target and labels.get(target[1], i + 1) <= i:
+            body = instructions[labels[target[1]] : i + 1]
+            if sum("GMMA" in x.op for x in body) >= 6:
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def order_problems(loop: list[Instruction]) -> list[str]:
+    """What is out of order in a step; empty where all is well.
+
+    Matmuls of both products; a wait for the first; its slot handed back; the exponentials; a wait for the second; its slot handed
+    back. A slot that is handed back before its wait is overwritten while it is read; exponentials after the second wait don't
+    overlap anything.
+    """
+    marks = []
+    for op, operands in loop:
+        if "GMMA" in op:
+            marks.append("matmul")
+        elif op.startswith("WARPGROUP.DEPBAR"):
+            marks.append("wait for all" if operands.rstrip().endswith("0x0") else "wait for the first")
+        elif op.startswith("MUFU.EX2"):
+            marks.append("exponential")
+        elif op.startswith("SYNCS.ARRIVE"):
+            marks.append("hand back")
+    if "matmul" not in marks:
+        return ["no matmul in the loop"]
+    start = marks.index("matmul")
+    marks = marks[start:] + marks[:start]  # a loop may be rotated by the compiler
+    if marks.count("wait for the first") != 1 or marks.count("wait for all") != 1:
+        counts = Counter(m for m in marks if m.startswith("wait"))
+        return [f"waits of a step are {dict(counts)}, not one for each product: matmuls are serialized"]
+    first, last = marks.index("wait for the first"), marks.index("wait for all")
+    problems = []
+    if not first < last:
+        problems.append("the wait for P V comes before the wait for Q K")
+    if "matmul" in marks[first:]:
+        problems.append("a matmul is issued after the wait for Q K: the tensor cores idle meanwhile")
+    between = marks[first:last].count("exponential")
+    if between < _EXPONENTIALS:
+        problems.append(f"{between} of {_EXPONENTIALS} exponentials lie between the waits: the others overlap nothing")
+    handed = [i for i, mark in enumerate(marks) if mark == "hand back"]
+    if len(handed) != 2 or not (first < handed[0] < last < handed[1]):
+        problems.append("slots are not handed back one after each wait")
+    return problems
+
+
+def loop_facts(sass: str) -> dict[str, object]:
+    """Numbers of the main loop."""
+    loop = main_loop(sass)
+    ops = Counter(x.op.split(".")[0] for x in loop)
+    return {
+        "main_loop_instructions": len(loop),
+        "main_loop_matmuls": sorted({x.op for x in loop if "GMMA" in x.op}),
+        "main_loop_exponentials": sum(x.op.startswith("MUFU.EX2") for x in loop),
+        "main_loop_most": dict(ops.most_common(8)),
+        "order_problems": order_problems(loop),
+    }
+
+
+def register_facts(sass: str, live: str) -> dict[str, object]:
+    """Registers that warpgroups ask for (`setmaxnreg`) and the most that are live at once.
+
+    Args:
+      sass: nvdisasm's listing.
+      live: the same with `-lrm count`.
+    """
+    asked: dict[str, int] = {}
+    for op, operands in parse(sass)[0]:
+        if op.startswith("USETMAXREG") and (value := re.search(r"0x([0-9a-f]+)", operands)):
+            asked["producer" if "DEALLOC" in op else "consumer"] = int(value[1], 16)
+    counts = [int(n) for n in re.findall(r"//\s*\|\s*(\d+)\s*\|", live)]
+    return {"setmaxnreg": asked, "live_registers": max(counts, default=0)}
+
+
+def ptxas_facts(log: str) -> dict[str, object]:
+    """What ptxas -v says of a kernel, and its notes on matmuls that it serialized (C7510 to C7514)."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        return int(found[1]) if found else 0
+
+    notes = [
+        line.split(":", 1)[-1].strip()
+        for line in log.splitlines()
+        # Dynamic shared memory is declared with one byte: an access beyond that is no error.
+        if re.search(r"\(C\d+\)|warning|Potential", line) and "'__dynamic_shmem" not in line
+    ]
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "static_shared_memory": number(r"(\d+) bytes smem"),
+        "notes": notes,
+    }

@@ -1,0 +1,141 @@
+"""The report on machine code: what it reads, what it refuses, and that the committed one is in order.
+
+`make offline-gpu` makes the machine code and compares; it needs CUDA's compiler, and so its own environment.
+"""
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import kernel_report, sass
+from pallas_kernels import tuning
+
+COMMITTED = json.loads((kernel_report.RESULTS / "kernel_report.json").read_text())["kernels"]
+
+
+def listing(*ops: str) -> str:
+    """A loop in nvdisasm's format."""
+    lines = [f"        /*{16 * i:04x}*/                   {op} ;" for i, op in enumerate(ops)]
+    branch = f"        /*{16 * len(ops):04x}*/              @P1 BRA `(.L_x_3) ;"
+    return "\n".join([".L_x_3:", *lines, branch])
+
+
+SCORES = ["QGMMA.64x128x32.F32.E4M3.E4M3 R88, R24, gdesc[UR8], !UPT"] * 4
+OUTPUT = ["QGMMA.64x136x32.F32.E4M3.E4M3 R24, R4, gdesc[UR8], R24, gsb0"] * 4
+FIRST, ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+FREE = "SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR7], RZ"
+EXP = ["MUFU.EX2 R3, R4"] * 64
+GOOD = [*SCORES, *OUTPUT, FIRST, FREE, *EXP, ALL, FREE]
+
+
+def test_a_step_in_order_has_no_problems():
+    loop = sass.main_loop(listing(*GOOD))
+    assert len(loop) == len(GOOD) + 1
+    assert sass.order_problems(loop) == []
+    rotated = GOOD[-1:] + GOOD[:-1]
+    assert sass.order_problems(sass.main_loop(listing(*rotated))) == []
+
+
+@pytest.mark.parametrize(
+    ("ops", "words"),
+    [
+        ([*SCORES, *OUTPUT, FREE, FIRST, *EXP, ALL, FREE], "slots are not handed back one after each wait"),
+        ([*SCORES, *OUTPUT, FIRST, FREE, *EXP, FREE, ALL], "slots are not handed back one after each wait"),
+        ([*SCORES, *OUTPUT, FIRST, FREE, ALL, *EXP, FREE], "0 of 64 exponentials lie between the waits"),
+        ([*SCORES, FIRST, *OUTPUT, FREE, *EXP, ALL, FREE], "a matmul is issued after the wait for Q K"),
+        ([*SCORES, ALL, *OUTPUT, FIRST, FREE, *EXP, ALL, FREE], "matmuls are serialized"),
+    ],
+)
+def test_a_step_out_of_order_is_told(ops, words):
+    [problem] = sass.order_problems(sass.main_loop(listing(*ops)))
+    assert words in problem
+
+
+def test_code_without_matmuls_is_told():
+    assert sass.order_problems(sass.main_loop(listing("MUFU.EX2 R3, R4"))) == ["no matmul in the loop"]
+
+
+def test_the_shortest_loop_with_matmuls_is_the_main_loop():
+    inner = listing(*GOOD)
+    outer = ".L_x_1:\n        /*0000*/   MOV R1, R2 ;\n" + inner + "\n        /*9000*/   @P0 BRA `(.L_x_1) ;"
+    assert len(sass.main_loop(outer)) == len(GOOD) + 1
+
+
+def test_registers_and_ptxas_logs_are_read():
+    text = "/*0010*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;\n/*0020*/ USETMAXREG.DEALLOC.CTAPOOL 0x18 ;"
+    facts = sass.register_facts(text, "// | 12 |\n// | 225 |\n")
+    assert facts == {"setmaxnreg": {"consumer": 240, "producer": 24}, "live_registers": 225}
+    log = (
+        "ptxas info    : (C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized\n"
+        "    0 bytes stack frame, 4 bytes spill stores, 24 bytes spill loads\n"
+        "ptxas warning : Potential out of bound access while accessing symbol '__dynamic_shmem__0' of type '.b8'\n"
+        "ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem\n"
+    )
+    facts = sass.ptxas_facts(log)
+    assert (facts["registers"], facts["spill_bytes"], facts["static_shared_memory"]) == (168, 28, 1)
+    assert facts["notes"] == ["(C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized"]
+
+
+ANY = next(iter(COMMITTED))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"spill_bytes": 28}, "28 bytes of registers are spilled"),
+        ({"notes": ["(C7512) serialized"]}, "ptxas notes: (C7512) serialized"),
+        ({"shared_memory": 232449}, "232449 bytes of shared memory, a block has 232448"),
+        ({"setmaxnreg": {"consumer": 240, "producer": 40}}, "setmaxnreg asks for 520, the launch has 504: a GPU hangs"),
+        ({"live_registers": 241}, "241 registers are live, a consumer has 240"),
+        ({"order_problems": ["out of order"]}, "out of order"),
+    ],
+)
+def test_limits(change, words):
+    facts = copy.deepcopy(COMMITTED[ANY])
+    assert kernel_report.limits_broken(facts) == []
+    assert words in kernel_report.limits_broken({**facts, **change})
+
+
+def test_a_number_that_grows_by_more_than_2_percent_fails():
+    facts = {**COMMITTED[ANY], "main_loop_instructions": 400}
+    assert kernel_report.got_worse(facts, {**facts, "main_loop_instructions": 408}) == []
+    assert kernel_report.got_worse(facts, {**facts, "main_loop_instructions": 409}) == [
+        "main_loop_instructions was 400, is 409"
+    ]
+    assert kernel_report.got_worse(facts, {**facts, "main_loop_instructions": 300}) == []
+
+
+def test_cases_that_are_new_or_gone_are_told():
+    wrong = kernel_report.check({"new": COMMITTED[ANY]}, {"gone": COMMITTED[ANY]})
+    assert [line.split(";")[0] for line in wrong] == [
+        "gone: is in the committed report only",
+        "new: is not in the committed report",
+    ]
+
+
+def test_the_committed_report_is_of_the_shipped_kernels_and_in_order():
+    assert list(COMMITTED) == [name for *_, names in kernel_report.programs().values() for name in names]
+    assert kernel_report.check(COMMITTED, COMMITTED) == []
+    for name in kernel_report.cases():
+        facts = COMMITTED[name]
+        assert facts["main_loop_matmuls"][0].startswith("HGMMA" if "bf16" in name else "QGMMA"), name
+        assert facts["shared_memory"] <= tuning.SHARED_MEMORY
+
+
+def test_the_default_config_keeps_the_goal_of_410_instructions_a_step():
+    assert COMMITTED["14B 720p, 1 scale"]["main_loop_instructions"] <= 410
+    assert COMMITTED["14B 720p, 1 scale, cluster"]["main_loop_instructions"] <= 410
+
+
+def test_shared_memory_is_what_tuning_estimates():
+    for name, case in kernel_report.cases().items():
+        estimate = tuning.shared_memory_bytes(
+            case.config, head_dim=case.head_dim, operand_bytes=1 if case.scales else 2, output_bytes=2
+        )
+        assert estimate == COMMITTED[name]["shared_memory"], name
+
+
+def test_the_table_in_the_docs_is_the_committed_report():
+    docs = (kernel_report.RESULTS.parents[1] / "docs" / "kernels.md").read_text()
+    assert kernel_report.table(COMMITTED) in docs
