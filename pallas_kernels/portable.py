@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.padding import key_sources
 from pallas_kernels.platform import target_platform
 from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8
 
@@ -244,7 +245,7 @@ def _heads(
     batch, _, num_heads, _ = q.shape
     # Padding may hold anything, NaN too: it is replaced, not multiplied away.
     q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
-    source = _key_sources(k_valid, tile_size, tokens_per_scale or tile_size)
+    source = key_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale or tile_size)
     q_scale = k_scale = v_scale = None
     if tokens_per_scale is not None:
         q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
@@ -260,18 +261,6 @@ def _heads(
     q, k, v = (_head_major(x.astype(dtype), tile_size) for x in (q, k, v))
     v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return Head(q, k, v, q_scale, k_scale, v_scale)
-
-
-def _key_sources(k_valid: Bool[Array, "Sk"], tile_size: int, group: int) -> Int[Array, "Sk"]:
-    """The slot whose key each slot holds: its own where valid, else the first valid one of its group, else of its tile."""
-
-    def first_of(size):
-        runs = k_valid.reshape(-1, size)
-        first = jnp.argmax(runs, axis=1) + jnp.arange(0, k_valid.shape[0], size)
-        return jnp.repeat(first, size), jnp.repeat(runs.any(1), size)
-
-    (in_group, some), (in_tile, _) = first_of(group), first_of(tile_size)
-    return jnp.where(k_valid, jnp.arange(k_valid.shape[0]), jnp.where(some, in_group, in_tile))
 
 
 def _matmul_dtype(dtype: Any) -> Any:

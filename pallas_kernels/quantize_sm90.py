@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.mosaic import kv_order, swizzled, to_fp8_operand
+from pallas_kernels.padding import group_sources, key_sources
 from pallas_kernels.reference import FP8, FP8_MAX, SMALLEST_NORMAL, channel_scales, quantize_channels, quantize_tokens
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, SHARED_MEMORY, VALID_ROWS, scales_per_block
 
@@ -126,27 +127,6 @@ def unquantized(
     )
 
 
-def group_sources(k_valid: Bool[Array, "Sk"], *, tile_size: int, tokens_per_scale: int) -> Int[Array, "Sk/group"]:
-    """For each group, the slot whose key its padded slots repeat, int32: its first valid one, else the tile's; -1 for neither."""
-
-    def first(size: int) -> Array:  # of each run of `size` slots: its first valid slot, or -1
-        runs = k_valid.reshape(-1, size)
-        slot = jnp.argmax(runs, axis=1) + jnp.arange(runs.shape[0]) * size
-        return jnp.where(runs.any(1), slot, -1).astype(jnp.int32)
-
-    of_group, of_tile = first(tokens_per_scale), first(tile_size)
-    return jnp.where(of_group >= 0, of_group, jnp.repeat(of_tile, tile_size // tokens_per_scale))
-
-
-def key_sources(k_valid: Bool[Array, "Sk"], *, tile_size: int, tokens_per_scale: int) -> Int[Array, "Sk"]:
-    """For each key slot the slot whose key it holds, int32: itself where valid, and where nothing of its tile is."""
-    own = jnp.arange(k_valid.shape[0], dtype=jnp.int32)
-    copied = jnp.repeat(
-        group_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale), tokens_per_scale
-    )
-    return jnp.where(k_valid | (copied < 0), own, copied)
-
-
 @functools.partial(jax.jit, static_argnames="tokens_per_scale")
 def quantize_groups(
     x: Float[Array, "B S N H"],
@@ -193,8 +173,8 @@ def quantize_groups(
         for part in range(parts):
             largest = jnp.maximum(largest, where(counted[part], jnp.abs(load(part)), 0.0))
         amax = largest.max(axis=1).max(axis=0)
-        # As reference.scale_of has it; written so that inf and NaN fail the comparison.
-        scale = amax / FP8_MAX
+        # As reference.scale_of has it, the divisor that is no constant too; written so that inf and NaN fail the comparison.
+        scale = amax / jnp.where(amax < 0, f32(1), f32(FP8_MAX))
         scale = jnp.where(scale < SMALLEST_NORMAL, f32(1), scale)
         scale = jnp.where(amax < jnp.inf, scale, f32(jnp.nan))
         scale_ref[out_head, group] = scale

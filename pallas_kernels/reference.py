@@ -42,13 +42,20 @@ def token_scales(
         raise ValueError(
             f"tokens_per_scale={tokens_per_scale} doesn't divide {seq} tokens; use a divisor (a part of the stored tile)"
         )
-    magnitude = jnp.where(valid[None, :, None, None], jnp.abs(x.astype(jnp.float32)), 0)
+    magnitude = _magnitude(x, valid)
     return scale_of(magnitude.reshape(batch, -1, tokens_per_scale, heads, dim).max((2, 4)))
 
 
 def channel_scales(v: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B N H"]:
     """One scale for every head and channel, of the valid tokens."""
-    return scale_of(jnp.where(valid[None, :, None, None], jnp.abs(v.astype(jnp.float32)), 0).max(1))
+    return scale_of(_magnitude(v, valid).max(1))
+
+
+def _magnitude(x: Array, valid: Array) -> Array:
+    """|x| in float32; 0 at padding; inf for NaN too, which some backends' maxima pass over."""
+    magnitude = jnp.abs(x.astype(jnp.float32))
+    magnitude = jnp.where(jnp.isfinite(magnitude), magnitude, jnp.inf)
+    return jnp.where(valid[None, :, None, None], magnitude, 0)
 
 
 def quantize_tokens(

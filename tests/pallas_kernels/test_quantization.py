@@ -26,16 +26,17 @@ def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf1
         x = x.astype(ml_dtypes.bfloat16).astype(np.float32)
     values, scales = jax.jit(quantize)(x) if jit else quantize(x)
     amax = np.abs(x.reshape(2, 2, 4, 3, 16)).max((2, 4))
-    np.testing.assert_array_equal(
-        scales, amax / np.float32(448)
-    )  # to the bit: of bf16 values many lie between two codes
+    # To the bit: of bf16 values many lie just between two codes.
+    np.testing.assert_array_equal(scales, amax / np.float32(448))
     # XLA's float32 division is off by a bit on a CPU: what lies that near to the middle of two codes may take either.
     scaled = x / np.repeat(np.asarray(scales), 4, axis=1)[..., None]
     nearest = [np.clip(scaled * (1 + d), -448, 448).astype(ml_dtypes.float8_e4m3fn) for d in (-2 * ULP, 0, 2 * ULP)]
     assert np.logical_or.reduce([np.asarray(values) == n for n in nearest]).all()
     assert (np.asarray(values) == nearest[1]).mean() > 0.98
     back = np.asarray(values, np.float32) * np.repeat(np.asarray(scales), 4, axis=1)[..., None]
-    assert (np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-6)).all()
+    assert (
+        np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-5)
+    ).all()  # a bit of 448: 2e-6 of half a step
 
 
 @pytest.mark.parametrize("x", [448.0, 460.0, 464.0, 465.0, 1e9, np.inf])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, quantize_sm90, reference
+from pallas_kernels import mosaic, padding, quantize_sm90, reference
 from pallas_kernels.mosaic import kv_order
 from tests.pallas_kernels import interpreted
 
@@ -130,7 +130,7 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     by_xla = jax.jit(functools.partial(quantize_sm90.by_xla, **call))(*args)
     by_xla = [np.asarray(x, np.float32) for x in by_xla]
     # What is rounded, in float64, padding as the operands have it.
-    source = np.asarray(quantize_sm90.key_sources(ok, tile_size=tile_size, tokens_per_scale=tokens_per_scale))
+    source = np.asarray(padding.key_sources(ok, tile_size=tile_size, tokens_per_scale=tokens_per_scale))
     q, k, v = (np.nan_to_num(np.asarray(x, np.float64)).transpose(0, 2, 1, 3).reshape(4, seq, -1) for x in args)
     q_scale, k_scale = (np.repeat(by_xla[i], seq // by_xla[i].shape[1], axis=1)[..., None] for i in (5, 6))
     order = kv_order(seq)
