@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import time
@@ -31,6 +32,7 @@ from benchmarks.gpu_cases.runner import Case, run
 
 STAGES = ("facts", "correct", "speed", "peers", "tune")
 _LEAST = 30  # seconds in which a case can end: no other starts with less left
+_HOPELESS = 3  # hangs in a row
 _AGAIN = 35  # seconds kept for the baseline's repetition
 
 
@@ -77,13 +79,13 @@ def is_due(case: Case, chosen: Sequence[Case], results: Results, call: str, agai
 def work(cases: Sequence[Case], results: Results, call: str, *, toy: bool, budget: float, again: bool = False) -> None:
     """Runs the cases that are due, until `budget` seconds are over."""
     end = time.monotonic() + budget
+    in_a_row = 0
     first: Case | None = None  # the baseline that this call began with
     for case in cases:
         if not is_due(case, cases, results, call, again):
             continue
-        hung = results.hung()
-        banned = [kernel for kernel in case.kernels if kernel in hung and not (again and hung[kernel] == case.name)]
-        if banned and hung[banned[0]] != case.name:
+        hung = {kernel: where for kernel, where in results.hung().items() if where != case.name}
+        if banned := [kernel for kernel in case.kernels if kernel in hung]:
             results.add(_not_run(case, call, f"not run: {banned[0]} hung in '{hung[banned[0]]}'"))
             _say(results.records[-1])
             continue
@@ -95,6 +97,10 @@ def work(cases: Sequence[Case], results: Results, call: str, *, toy: bool, budge
         results.add(result)
         _say(result)
         first = first or (case if case.baseline else None)
+        in_a_row = in_a_row + 1 if result.get("hung") else 0
+        if in_a_row == _HOPELESS:
+            print(f"{_HOPELESS} cases in a row hung: the GPU itself may. Stopped.", flush=True)
+            return
     if first and end - time.monotonic() > _LEAST:  # what clocks did meanwhile
         repeat = dataclasses.replace(first, name=f"{first.name} again")
         results.add({**run(repeat, toy=toy, seconds=end - time.monotonic()), "call": call})
@@ -137,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = "gpu_toy.json" if toy else "gpu.json"
     results = Results(out / name, toy=toy, earlier=record.RESULTS / name)
     call = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    environment = {**record.environment(), "command": " ".join(["python -m benchmarks.gpu", *options.what])}
+    environment = {**record.environment(), "command": shlex.join(["python", "-m", "benchmarks.gpu", *options.what])}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     work(chosen, results, call, toy=toy, budget=options.budget, again=options.again)
     best = tune.fastest(results.records)

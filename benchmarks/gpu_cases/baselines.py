@@ -10,7 +10,7 @@ from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, median_seco
 
 def torch_seconds(call: Callable[[], Any]) -> dict[str, Any]:
     """As `timing.median_seconds`, with CUDA events."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     for _ in range(2):
         call()
@@ -91,8 +91,8 @@ def torch_sdpa(toy: bool, *, size: str, backend: str) -> dict[str, Any]:
     """torch's scaled_dot_product_attention, bf16. `backend`: CUDNN_ATTENTION or FLASH_ATTENTION."""
     if toy:
         return {"not available": "needs a GPU"}
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
     shape = size_of(size, toy)
     q, k, v = torch_normal(shape)
@@ -103,7 +103,7 @@ def torch_sdpa(toy: bool, *, size: str, backend: str) -> dict[str, Any]:
 
 def torch_normal(size: Size, tokens_first: bool = False) -> list[Any]:
     """q, k, v [1, N, S, H], or [1, S, N, H]."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     axes = (size.tokens, size.heads) if tokens_first else (size.heads, size.tokens)
     return [torch.randn(1, *axes, size.head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]

@@ -73,7 +73,7 @@ def torch_matmuls(toy: bool) -> Iterator[dict[str, Any]]:
     if toy:
         yield {"part": "fp8 matmul", "not available": "needs a GPU"}
         return
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from benchmarks.gpu_cases.baselines import torch_seconds
 

@@ -19,8 +19,8 @@ def flash_attention_3(toy: bool, *, size: str, dtype: str) -> dict[str, Any]:
     """FlashAttention-3, dense; in FP8 with a scale a tensor, quantization not included."""
     if missing := _missing(toy, "flash_attn_interface"):
         return missing
-    import flash_attn_interface
-    import torch
+    import flash_attn_interface  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     shape = size_of(size, toy)
     q, k, v = (x.to(getattr(torch, dtype)) for x in torch_normal(shape, tokens_first=True))
@@ -32,7 +32,7 @@ def sage_attention(toy: bool, *, size: str) -> dict[str, Any]:
     """SageAttention, dense: INT8 QK and FP8 PV on Hopper."""
     if missing := _missing(toy, "sageattention"):
         return missing
-    import sageattention
+    import sageattention  # pyright: ignore[reportMissingImports]
 
     shape = size_of(size, toy)
     q, k, v = torch_normal(shape)
@@ -43,7 +43,7 @@ def sparge_attention(toy: bool, *, size: str, density: float) -> dict[str, Any]:
     """SpargeAttn with the share of keys kept as a top-k: INT8 QK and FP8 PV."""
     if missing := _missing(toy, "spas_sage_attn"):
         return missing
-    import spas_sage_attn
+    import spas_sage_attn  # pyright: ignore[reportMissingImports]
 
     shape = size_of(size, toy)
     q, k, v = torch_normal(shape)
@@ -57,7 +57,7 @@ def sliding_tile_attention(toy: bool) -> dict[str, Any]:
         return missing
     import dataclasses
 
-    import st_attn
+    import st_attn  # pyright: ignore[reportMissingImports]
 
     shape = dataclasses.replace(size_of("14B", toy), grid=(18, 48, 80))
     window, density = (3, 3, 5), 3 * 3 * 5 / (3 * 6 * 10)

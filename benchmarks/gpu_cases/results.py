@@ -51,5 +51,9 @@ class Results:
         return {kernel: case for case, r in last.items() if r.get("hung") for kernel in r["kernels"][-1:]}
 
     def latest(self) -> dict[str, dict[str, Any]]:
-        """Case -> its newest record."""
-        return {r["case"]: r for r in self.records}
+        """Case -> its newest record; one that the budget cut short only where there is no other."""
+        found: dict[str, dict[str, Any]] = {}
+        for r in self.records:
+            if not r.get("unfinished") or r["case"] not in found:
+                found[r["case"]] = r
+        return found
