@@ -108,7 +108,10 @@ def _same_bytes(a: Any, b: Any) -> bool:
 
 
 def quantization(toy: bool) -> Iterator[dict[str, Any]]:
-    """The fused passes against plain XLA, bit by bit."""
+    """The fused passes against plain XLA: bit by bit on a GPU.
+
+    A CPU has no fused multiply-add in the interpreted division: there, a value on the edge of two e4m3 numbers may fall on either.
+    """
     for tile, scales, dim, padding in (
         (256, 1, 128, "tail"),
         (256, 4, 128, "groups"),
@@ -130,13 +133,10 @@ def quantization(toy: bool) -> Iterator[dict[str, Any]]:
         different = {}
         for name, a, b in zip(quantize_sm90.Operands._fields, fused, map(np.asarray, plain), strict=True):
             if not _same_bytes(a, b):
-                changed = np.asarray(a, np.float32) != np.asarray(b, np.float32)
-                different[name] = {"share": float(changed.mean()), "of": int(changed.size)}
-        yield {
-            "part": f"tile {tile}, {scales} scales, head dim {dim}, {padding}",
-            "ok": not different,
-            "different": different,
-        }
+                a, b = a.astype(np.float32), b.astype(np.float32)
+                different[name] = {"share": float((a != b).mean()), "of": int(a.size), "rel_l2": _rel_l2(a, b)}
+        ok = all(toy and d["rel_l2"] <= BAR for d in different.values())
+        yield {"part": f"tile {tile}, {scales} scales, head dim {dim}, {padding}", "ok": ok, "different": different}
 
 
 def portable(toy: bool, *, implementation: str) -> Iterator[dict[str, Any]]:
