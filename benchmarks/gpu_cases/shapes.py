@@ -1,0 +1,208 @@
+"""Attention calls whose results are checked: random data, every kind of padding, table and granularity."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import reference
+from pallas_kernels.tuning import BLOCK_KV, ForwardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One call. `scales`: of a tile, None for none. `padding`, `table`: see below. `query_tiles`: None for the keys' own."""
+
+    tile: int = 256
+    tiles: int = 8
+    query_tiles: int | None = None
+    heads: int = 2
+    batch: int = 1
+    head_dim: int = 128
+    scales: int | None = 1
+    padding: str = "tail"
+    table: str = "ragged"
+    dtype: str = "bfloat16"
+    low: bool = False  # every score far below 0
+    stages: int = 2
+    cluster: int = 1
+
+    @property
+    def tokens_per_scale(self) -> int | None:
+        return None if self.scales is None else self.tile // self.scales
+
+    @property
+    def config(self) -> ForwardConfig:
+        return ForwardConfig(stages=self.stages, cluster=self.cluster)
+
+
+_BF16: dict[str, Any] = {"scales": None}
+_PAIR: dict[str, Any] = {"cluster": 2}
+# Groups are processes: what one holds is lost together where a shape of it hangs.
+SHAPES: dict[str, dict[str, Shape]] = {
+    "first": {"one tile": Shape(tile=128, tiles=2, heads=1, padding="none", table="one")},
+    "tables": {
+        "ragged": Shape(tiles=12),
+        "every tile": Shape(table="all"),
+        "one tile a row": Shape(table="one"),
+        "per head": Shape(heads=5, table="per head"),
+        "more keys than queries": Shape(query_tiles=3, table="all"),
+        "four stages": Shape(tiles=16, stages=4),
+        "batch and heads": Shape(batch=3, heads=5, scales=2),
+        "many tiles": Shape(tiles=24, heads=1, stages=4),
+    },
+    "padding": {
+        "none": Shape(padding="none"),
+        "scattered": Shape(padding="scattered", scales=2),
+        "whole groups": Shape(padding="groups", scales=4),
+        "one token a tile": Shape(padding="single"),
+        "low scores": Shape(padding="groups", scales=4, low=True),
+    },
+    "granularity": {
+        f"tile {tile}, {scales} scales": Shape(tile=tile, tiles=6, scales=scales, padding="scattered")
+        for tile, numbers in ((128, (1, 2)), (256, (1, 2, 4)), (384, (1, 2, 3, 6)))
+        for scales in numbers
+    },
+    "head dim 64": {
+        "two stages": Shape(head_dim=64, scales=4),
+        "eight stages": Shape(head_dim=64, stages=8, tiles=12),
+        "float16": Shape(head_dim=64, dtype="float16"),
+        "float32": Shape(dtype="float32", tiles=4),
+    },
+    "clusters": {
+        "ragged": Shape(**_PAIR, tiles=12),
+        "every tile": Shape(**_PAIR, table="all", stages=4),
+        "two scales a block": Shape(**_PAIR, scales=4, padding="groups"),
+        "per head": Shape(**_PAIR, table="per head", heads=5),
+        "head dim 64": Shape(**_PAIR, head_dim=64, stages=4),
+    },
+    "bf16": {
+        "ragged": Shape(**_BF16, tiles=12),
+        "every tile": Shape(**_BF16, table="all", padding="scattered"),
+        "per head": Shape(**_BF16, table="per head", heads=5, batch=2),
+        "low scores": Shape(**_BF16, padding="groups", low=True),
+        "head dim 64": Shape(**_BF16, head_dim=64, stages=4),
+    },
+    "bf16 clusters": {
+        "ragged": Shape(**_BF16, **_PAIR, tiles=12),
+        "head dim 64": Shape(**_BF16, **_PAIR, head_dim=64, stages=4),
+    },
+}
+
+
+def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], dict[str, Any]]:
+    """([q, k, v], the other arguments of `reference.attention`). Padding holds NaN, unused slots of the table nonsense."""
+    rng = np.random.default_rng(seed)
+    query_tiles = shape.tiles if shape.query_tiles is None else shape.query_tiles
+    k_valid, q_valid = _valid(shape, shape.tiles, rng), _valid(shape, query_tiles, rng)
+    x = []
+    for tiles in (query_tiles, shape.tiles, shape.tiles):
+        values = rng.standard_normal((shape.batch, tiles * shape.tile, shape.heads, shape.head_dim), np.float32)
+        values[..., :2] *= 4  # outlier channels, as trained models have them
+        x.append(values)
+    if shape.low:
+        # A padded key that scored 0 would become the maximum. -22 only: a tensor core's sums carry some 13 bits.
+        x[0][..., 0], x[1][..., 0] = 16, -16
+    for values, valid in zip(x, (q_valid, k_valid, k_valid), strict=True):
+        values[:, ~valid] = np.nan
+    x = [jnp.asarray(values, shape.dtype) for values in x]
+    key_tiles, counts = _table(shape, query_tiles, rng)
+    return x, {
+        "key_tiles": jnp.asarray(key_tiles),
+        "counts": jnp.asarray(counts),
+        "q_valid": jnp.asarray(q_valid),
+        "k_valid": jnp.asarray(k_valid),
+        "tile_size": shape.tile,
+        "tokens_per_scale": shape.tokens_per_scale,
+    }
+
+
+def _valid(shape: Shape, tiles: int, rng: np.random.Generator) -> np.ndarray:
+    valid = np.ones((tiles, shape.tile), bool)
+    if shape.padding == "tail":
+        valid[:, -4:] = False
+    elif shape.padding == "scattered":
+        valid = rng.random(valid.shape) < 0.7
+        valid[:, 5] = True
+    elif shape.padding == "groups":  # the last 64 slots of each tile, and most of the last tile
+        valid[:, -64:] = False
+        valid[-1, 3:] = False
+    elif shape.padding == "single":
+        valid[:, :-1] = False
+    return valid.reshape(-1)
+
+
+def _table(shape: Shape, query_tiles: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    rows = (shape.heads, query_tiles) if shape.table == "per head" else (query_tiles,)
+    tiles = rng.permuted(np.broadcast_to(np.arange(shape.tiles, dtype=np.int32), (*rows, shape.tiles)), axis=-1)
+    counts = np.full(rows, shape.tiles, np.int32)
+    if shape.table in ("ragged", "per head"):  # 1 to all
+        counts = (np.arange(counts.size).reshape(rows) % shape.tiles + 1).astype(np.int32)
+    elif shape.table == "one":
+        counts[:] = 1
+    unused = np.arange(shape.tiles) >= counts[..., None]
+    return np.where(unused, 10**6, tiles).astype(np.int32), counts
+
+
+def by_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    key_tiles: jax.Array,
+    counts: jax.Array,
+    q_valid: jax.Array,
+    k_valid: jax.Array,
+    tile_size: int,
+    tokens_per_scale: int | None,
+) -> jax.Array:
+    """`reference.attention`'s output in float32, P rounded against the maximum so far, block by block, as the kernel does.
+
+    The maximum of the whole row, which the reference has, puts P on another grid of e4m3: 1 to 2e-2 of relative L2 by itself, more
+    than a wrong kernel's error may be.
+    """
+    with jax.default_matmul_precision("highest"):
+        q, k, v = (
+            jnp.where(ok[None, :, None, None], x, 0).astype(jnp.float32)
+            for x, ok in ((q, q_valid), (k, k_valid), (v, k_valid))
+        )
+        if tokens_per_scale is not None:
+            q = reference.fake_quant(q, tokens_per_scale=tokens_per_scale, valid=q_valid)
+            k = reference.fake_quant(k, tokens_per_scale=tokens_per_scale, valid=k_valid)
+            v = reference.fake_quant_channels(v, valid=k_valid)
+        batch, seq, heads, dim = q.shape
+
+        def blocks(x, size):  # [B, N, blocks, size, H]
+            return x.transpose(0, 2, 1, 3).reshape(batch, heads, -1, size, dim)
+
+        q, k, v = blocks(q, tile_size), blocks(k, BLOCK_KV), blocks(v, BLOCK_KV)
+        per_tile, head = tile_size // BLOCK_KV, jnp.arange(heads)[:, None]
+        table = jnp.broadcast_to(key_tiles, (heads, *key_tiles.shape[-2:]))
+        used = jnp.arange(table.shape[-1])[None, None] < jnp.broadcast_to(counts, table.shape[:2])[..., None]
+        index = jnp.where(used, table, 0)[..., None] * per_tile + jnp.arange(per_tile)[None, None, None]
+        index = jnp.moveaxis(index.reshape(*index.shape[:2], -1), -1, 0)  # [steps, N, Tq]
+        used = jnp.moveaxis(jnp.repeat(used, per_tile, axis=-1), -1, 0)
+        valid = k_valid.reshape(-1, BLOCK_KV)
+
+        def step(carry, slot):
+            top, total, acc = carry
+            block, is_used = slot
+            mask = (valid[block] & is_used[..., None])[None, :, :, None]  # [1, N, Tq, 1, keys]
+            scores = jnp.einsum("bntqh,bntkh->bntqk", q, k[:, head, block]) * dim**-0.5
+            scores = jnp.where(mask, scores, -jnp.inf)
+            new_top = jnp.maximum(top, scores.max(-1))
+            shift = jnp.where(jnp.isfinite(new_top), new_top, 0)  # nothing yet: exp(-inf - 0) is 0
+            p = jnp.exp(scores - shift[..., None])
+            if tokens_per_scale is not None:
+                p = reference.round_to_fp8(p * reference.FP8_MAX).astype(jnp.float32) / reference.FP8_MAX
+            shrink = jnp.exp(top - shift)
+            acc = acc * shrink[..., None] + jnp.einsum("bntqk,bntkh->bntqh", p, v[:, head, block])
+            return (new_top, total * shrink + p.sum(-1), acc), None
+
+        start = (jnp.full(q.shape[:-1], -jnp.inf), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape))
+        (_, total, acc), _ = lax.scan(step, start, (index, used))
+        out = (acc / total[..., None]).reshape(batch, heads, seq, dim).transpose(0, 2, 1, 3)
+        return jnp.where(q_valid[None, :, None, None], out, 0)

@@ -1,0 +1,91 @@
+"""Seconds of a call on a GPU, and the sizes that are measured."""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.gpu_cases.results import NOT_MEASURED
+
+BF16_LIMIT, FP8_LIMIT = 989e12, 1979e12  # FLOP/s of an H100 or H200, dense, by datasheet
+_ROUNDS = 7
+_ROUND_SECONDS = 0.06  # calls are queued for that long, so that the host's 50 us a call hide behind the GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Self-attention of a model at a resolution. `tile`: None for the proposed one."""
+
+    heads: int
+    grid: tuple[int, int, int]
+    head_dim: int = 128
+    tile: tuple[int, int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Without padding: what a dense baseline has to do."""
+        return math.prod(self.grid)
+
+    def flop(self, density: float = 1.0) -> float:
+        """Useful floating-point operations forward: QK and PV of the attended pairs of real tokens."""
+        return 4 * self.tokens**2 * density * self.head_dim * self.heads
+
+
+SIZES = {
+    "14B": Size(heads=40, grid=(21, 45, 80)),  # Wan 14B, 720p, 81 frames
+    "1.3B": Size(heads=12, grid=(21, 30, 52)),  # Wan 1.3B, 480p, 81 frames
+    "head64": Size(heads=24, grid=(21, 30, 52), head_dim=64),  # for tuning: no Wan model has it
+}
+_TOY = Size(heads=1, grid=(4, 8, 16), head_dim=64, tile=(2, 8, 16))
+
+
+def size_of(name: str, toy: bool) -> Size:
+    return _TOY if toy else SIZES[name]
+
+
+def median_seconds(call: Callable[[], Any], toy: bool) -> dict[str, Any]:
+    """{'seconds': median of rounds, 'spread': (slowest - fastest) / median} of a call, after two that warm up.
+
+    A round queues the call often enough to fill 60 ms and waits once. At toy size the call runs once, and isn't timed.
+    """
+    import jax
+
+    jax.block_until_ready(call())
+    if toy:
+        return {"seconds": NOT_MEASURED}
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    repeats = max(1, min(50, round(_ROUND_SECONDS / (time.perf_counter() - start))))
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = call()
+        jax.block_until_ready(result)
+        rounds.append((time.perf_counter() - start) / repeats)
+    return summary(rounds, repeats)
+
+
+def summary(rounds: list[float], repeats: int) -> dict[str, Any]:
+    median = statistics.median(rounds)
+    return {"seconds": median, "spread": (max(rounds) - min(rounds)) / median, "calls": len(rounds) * repeats}
+
+
+def rates(timing: dict[str, Any], flop: float, limit: float) -> dict[str, Any]:
+    """The timing with TFLOP/s of useful work and their share of the tensor cores' datasheet limit."""
+    seconds = timing["seconds"]
+    if isinstance(seconds, str):
+        return {**timing, "tflops": NOT_MEASURED, "share_of_limit": NOT_MEASURED}
+    return {**timing, "tflops": flop / seconds / 1e12, "share_of_limit": flop / seconds / limit}
+
+
+def kernels(toy: bool) -> contextlib.AbstractContextManager[None]:
+    """Open around calls of Hopper kernels: interpret mode at toy size, nothing on a GPU."""
+    if not toy:
+        return contextlib.nullcontext()
+    from pallas_kernels import mosaic
+
+    return mosaic.interpret(detect_races=False)
