@@ -219,8 +219,8 @@ def test_stages_and_words_select_cases():
 def test_the_expected_output_is_that_of_the_definition(scales):
     """`shapes.by_blocks`, which decides on a GPU, against the loop over blocks that the kernel's own tests use."""
     case = attention_cases.Case(
-        tile=128, tiles=3, heads=2, batch=2, scales=scales, padding="scattered", table="per_head"
-    )
+        tile=128, tiles=3, heads=2, batch=2, scales=scales, padding="scattered", table="per_head", dtype="float32"
+    )  # float32: of bf16 inputs many lie between two codes, and fall where the division of the day puts them
     x = attention_cases.make_inputs(case)
     want, _ = attention_cases.expected(case, x)
     got = shapes.by_blocks(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
