@@ -9,6 +9,7 @@ of the copy and of its source, taken in another order, may differ by more than e
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,10 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.padding import key_sources
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8
+from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8, row_top
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
+# Un-rounded P by the sum of rounded P: at most 1, but for the largest one's own rounding, a half step of e4m3. Scores that are
+# computed again may differ in their last bits, which is a lot where they are large, and must not make more of it.
+_LARGEST_LOG_P = math.log(17 / 16)
 # Scores held at a time off the CPU, where heads are taken together; on a CPU one head after the other is fastest.
 _SCORE_BYTES = 256 * 2**20
 
@@ -60,7 +64,10 @@ def forward(
     tile_size: int,
     tokens_per_scale: int | None,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
-    """As `pallas_kernels.reference.attention`. P is rounded against the running maximum of its chunk, not the row's."""
+    """As `pallas_kernels.reference.attention`, but for P below 2**-15 of the maximum so far, where e4m3 has a fixed step.
+
+    Such a P is rounded against the running maximum of its chunk, not the row's.
+    """
     batch, seq, num_heads, head_dim = q.shape
     table, chunk = _chunked_table(key_tiles, counts, tile_size)
     heads = _heads(q, k, v, q_valid, k_valid, tile_size, tokens_per_scale)
@@ -84,7 +91,7 @@ def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale
             top, total, acc = carry
             key_index, value_index = _slots(tiles, count, i, chunk, weights.shape[0] - 1)
             scores = _scores(q, q_scale, head, key_index, scale_left)
-            new_top = jnp.maximum(top, scores.max(1))
+            new_top = jnp.maximum(top, row_top(scores.max(1)))
             p = jnp.exp(scores - new_top[:, None])
             if quantized:
                 p = round_to_fp8(p * FP8_MAX)
@@ -162,8 +169,7 @@ def _backward_head(
             key_index, value_index = _slots(tiles, count, i, chunk, num_tiles)
             keys, values = head.k[key_index].reshape(-1, head_dim), head.v[value_index].reshape(-1, head_dim)
             scores = _scores(scaled_q, None, head, key_index, scale_left)
-            # At most 1 (the row sum holds the maximum's P whole); computed again, large scores may differ in their last bits.
-            p = jnp.exp(jnp.minimum(scores - lse[:, None], 0)) * weights[value_index].reshape(1, -1)
+            p = jnp.exp(jnp.minimum(scores - lse[:, None], _LARGEST_LOG_P)) * weights[value_index].reshape(1, -1)
             dp = matmul(d_out, values, ((1,), (1,)))
             ds = (p * (dp - delta[:, None])).astype(q.dtype)
             p = p.astype(q.dtype)

@@ -5,6 +5,8 @@ Every kernel here is tested against this file. It holds scores for all pairs of 
 Source: FPSAttention (arXiv 2506.04648) sections 3.2 and 3.3; what the paper leaves open is decided here and said so.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -31,6 +33,17 @@ def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def round_to_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x as e4m3fn: nearest even, saturating at +-448 as the hardware does (XLA's own cast gives NaN from 465 up); NaN stays NaN."""
     return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(FP8)
+
+
+def row_top(maximum: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """What is subtracted from scores before exp: the log of the smallest power of two at or above exp(maximum).
+
+    Not the maximum itself: where the maximum moves, P then moves by whole powers of two, and e4m3 rounds it alike whatever keys
+    came first. So an implementation with a running maximum computes what this file does, and rescales earlier sums exactly and
+    rarely. It costs the lowest bit of e4m3's range (the largest P lies in (1/2, 1]), and no precision above that.
+    """
+    # In float32, the product and back may end a bit below the maximum, whose P would then be more than 1.
+    return jnp.maximum(jnp.ceil(maximum * math.log2(math.e)) * math.log(2), maximum)
 
 
 def token_scales(
@@ -147,8 +160,9 @@ def attention(
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
     """(output in q's dtype, log-sum-exp in float32) of attention over the listed key tiles, softmax scale H**-0.5.
 
-    With `tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - max) stored as
-    e4m3 of 448 P. Row sums, and so the log-sum-exp, are those of the rounded P: numerator and denominator then round alike.
+    With `tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - top) stored as
+    e4m3 of 448 P, where top is the row's maximum rounded up (`row_top`). Row sums, and so the log-sum-exp, are those of the
+    rounded P: numerator and denominator then round alike.
     Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries.
 
     Its derivative is the training rule, not that of the rounding: straight-through for Q, K and V, un-rounded P normalised by the
@@ -168,7 +182,7 @@ def attention(
             v32 = fake_quant_channels(v32, valid=k_valid)
         scores = jnp.einsum("bqnh,bknh->bnqk", q32, k32) * q.shape[-1] ** -0.5
         scores = jnp.where(mask, scores, -jnp.inf)
-        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        top = jax.lax.stop_gradient(row_top(scores.max(-1, keepdims=True)))
         p = jax.lax.stop_gradient(jnp.exp(scores - top))
         if tokens_per_scale is not None:
             p = round_to_fp8(p * FP8_MAX).astype(jnp.float32) / FP8_MAX

@@ -77,10 +77,9 @@ def test_sparse_attention_and_its_gradients_are_the_definitions(plan, seed):
 def test_portable_fp8_agrees_with_the_specification(plan, seed, scale):
     operands = arrays(plan, seed=seed, scale=scale)
     got, want = run(plan, "portable", *operands), run(plan, "reference", *operands)
-    # P is rounded against the row's maximum in one and a chunk's running maximum in the other.
-    assert rel_l2(got[0], want[0]) <= 2e-2
+    assert rel_l2(got[0], want[0]) <= 2e-3  # a value at the middle of two e4m3 numbers may fall to either side
     for gradient, wanted in zip(got[1:], want[1:], strict=True):
-        assert np.abs(gradient - wanted).max() <= 2e-2 * max(1, np.abs(wanted).max())
+        assert np.abs(gradient - wanted).max() <= 2e-3 * max(1, np.abs(wanted).max())
 
 
 def test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone():
@@ -90,13 +89,13 @@ def test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone():
         assert rel_l2(a, b) <= 2e-3  # a value at the middle of two e4m3 numbers may fall to either side
 
 
-def test_portable_fp8_with_many_chunks_of_keys_stays_within_the_bound():
+def test_portable_fp8_with_many_chunks_of_keys_rounds_alike():
+    """Maxima are rounded up to powers of two, so a chunk's running maximum puts P on the same grid of e4m3 as the row's."""
     plan = AttentionPlan.build((6, 16, 32), (3, 8, 8), None, 3)  # 16 tiles of 192 slots: two chunks
     operands = arrays(plan, heads=1, dim=64, batch=1, scale=1.5)
     got, want = run(plan, "portable", *operands), run(plan, "reference", *operands)
     errors = [rel_l2(a, b) for a, b in zip(got, want, strict=True)]
-    assert errors[0] <= 2e-2, "P is rounded against the running maximum"
-    assert max(errors[1:]) <= 2e-2
+    assert max(errors) <= 2e-3
 
 
 def test_fp8_attention_rounds_and_stays_near_exact_attention():
