@@ -21,14 +21,12 @@ from jaxtyping import Array
 from pallas_kernels.mosaic import swizzled, to_fp8_operand
 from pallas_kernels.quantize_sm90 import Operands
 from pallas_kernels.reference import FP8_MAX
+from pallas_kernels.softmax_sm90 import ROWS, START, no_sums, online_softmax, over_rows, rescaled
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS, ForwardConfig
 
 f32, i32 = jnp.float32, jnp.int32
-_ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _LOG2E = math.log2(math.e)
-# Below any score, and finite: the first step's exp2(start - max) is then 0, not NaN, even where a score is -inf.
-_START = -1e30
 
 _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=f32)
 
@@ -195,7 +193,7 @@ def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out:
         return step & (stages - 1)
 
     def softmax(s, scales, top):
-        return _softmax(s, scales, top, problem.log2_p)
+        return online_softmax(s, scales, top, problem.log2_p)
 
     def to_operand(p):
         return to_fp8_operand(p) if problem.scales else p.astype(problem.operand)
@@ -208,62 +206,41 @@ def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out:
     plgpu.barrier_wait(memory.k_barriers.at[0])
     s = pl.run_scoped(first_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
     plgpu.barrier_arrive(memory.k_consumed_barriers.at[0])
-    p, top, shrink = softmax(s, scales, plgpu.layout_cast(jnp.full((BLOCK_Q,), _START, f32), _ROWS))
+    p, top, shrink = softmax(s, scales, plgpu.layout_cast(jnp.full((BLOCK_Q,), START, f32), ROWS))
     pl.when(place.steps > 1)(lambda: plgpu.barrier_wait(memory.k_barriers.at[slot_of(i32(1))]))
-    acc = plgpu.layout_cast(jnp.zeros((BLOCK_Q, dim + VALID_ROWS), f32), plgpu.Layout.WGMMA)
+    sums = no_sums(dim, promoting=problem.scales > 0)
 
     def step_body(step, carry):
         """Scores and softmax of this step beside P V of the one before."""
-        acc, top, p, shrink = carry
+        sums, top, p, shrink = carry
         k_slot, v_slot = slot_of(step), slot_of(step - 1)
         scales = score_scales(step)
+        sums = rescaled(sums, shrink, step, problem.config.promote_every)
 
-        def start_output(o_acc):
+        def with_output(s_acc, state):
+            o_acc, *results = state
             plgpu.wgmma(o_acc, p, memory.v_smem.at[v_slot].transpose((1, 0)))
-
-        def softmax_meanwhile(s_acc):
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(memory.k_consumed_barriers.at[k_slot])
-            results = softmax(s, scales, top)
+            values = softmax(s, scales, top)
             # The branch ends a basic block: without it ptxas moves the wait for P V above the exponentials it should overlap.
             pl.when(step + 1 < place.steps)(lambda: plgpu.barrier_wait(memory.k_barriers.at[slot_of(step + 1)]))
-            return lax.optimization_barrier(results)
-
-        def fresh_output(s_acc, o_acc):
-            start_output(o_acc)
-            results = softmax_meanwhile(s_acc)
-            pv = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
-            plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
-            return *results, pv
-
-        def running_output(s_acc, state):
-            o_acc, *results = state
-            start_output(o_acc)
-            for ref, value in zip(results, softmax_meanwhile(s_acc), strict=True):
+            for ref, value in zip(results, lax.optimization_barrier(values), strict=True):
                 ref[...] = value
 
         def with_scores(s_acc):
             plgpu.wgmma(s_acc, q_smem, memory.k_smem.at[k_slot].transpose((1, 0)))
-            if not problem.scales:
-                start = plgpu.WGMMAAccumulatorRef.init(acc * _over_rows(shrink, acc.shape))
-                plgpu.barrier_wait(memory.v_barriers.at[v_slot])
-                blank = plgpu.layout_cast(jnp.zeros((BLOCK_Q, BLOCK_KV), f32), plgpu.Layout.WGMMA)
-                return pl.run_state(functools.partial(running_output, s_acc))((start, blank, top, shrink))
+            start = plgpu.WGMMAAccumulatorRef.init(sums.recent)
             plgpu.barrier_wait(memory.v_barriers.at[v_slot])
-            # Allocated after the wait, so that its zeros fold into the first wgmma (34 instructions a step less).
-            return pl.run_scoped(functools.partial(fresh_output, s_acc), _accumulator((BLOCK_Q, dim + VALID_ROWS)))
+            blank = plgpu.layout_cast(jnp.zeros((BLOCK_Q, BLOCK_KV), f32), plgpu.Layout.WGMMA)
+            return pl.run_state(functools.partial(with_output, s_acc))((start, blank, top, shrink))
 
-        if not problem.scales:
-            acc, p, top, shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
-            plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
-            return acc, top, to_operand(p), shrink
-        p, top, new_shrink, pv = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
-        # Summed in float32 registers, a fresh accumulator a step: the tensor core's own sum of FP8 products is short.
-        acc = acc * _over_rows(shrink, acc.shape) + pv
+        recent, p, top, shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
+        plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
         # Converted after the wait for P V: before it, ptxas serializes every wgmma (C7513).
-        return acc, top, to_operand(p), new_shrink
+        return sums._replace(recent=recent), top, to_operand(p), shrink
 
-    acc, top, p, shrink = lax.fori_loop(1, place.steps, step_body, (acc, top, to_operand(p), shrink))
+    sums, top, p, shrink = lax.fori_loop(1, place.steps, step_body, (sums, top, to_operand(p), shrink))
     last = slot_of(place.steps - 1)
 
     def last_output(o_acc):
@@ -272,20 +249,9 @@ def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out:
 
     plgpu.barrier_wait(memory.v_barriers.at[last])
     pv = pl.run_scoped(last_output, _accumulator((BLOCK_Q, dim + VALID_ROWS)))
-    acc = acc * _over_rows(shrink, acc.shape) + pv
+    acc = sums.total() * over_rows(shrink, pv.shape) + pv
     plgpu.barrier_arrive(memory.v_consumed_barriers.at[last])
     _finish(problem, place, operands, memory, acc, top, row, out, lse, wg)
-
-
-def _softmax(s: Array, scales: list[Array], top: Array, log2_p: float) -> tuple[Array, Array, Array]:
-    """(P times 2**log2_p, new row maxima in log2, the factor by which earlier sums shrink) of a block of products."""
-    parts = [s] if len(scales) == 1 else [s[:, : BLOCK_KV // 2], s[:, BLOCK_KV // 2 :]]
-    new_top = top
-    for highest in [part.max(axis=1) * scale for part, scale in zip(parts, scales, strict=True)]:
-        new_top = jnp.maximum(new_top, highest)
-    shift = new_top - log2_p
-    p = [jnp.exp2(part * scale - _over_rows(shift, part.shape)) for part, scale in zip(parts, scales, strict=True)]
-    return p[0] if len(p) == 1 else jnp.concatenate(p, axis=1), new_top, jnp.exp2(top - new_top)
 
 
 def _finish(
@@ -303,13 +269,13 @@ def _finish(
     """Output and log-sum-exp of a consumer's rows to global memory."""
     dim = problem.head_dim
     total = acc[:, dim:].max(axis=1)  # the extra columns are equal: each the row sums of the rounded P over valid keys
-    valid = plgpu.load(operands.query_valid.at[pl.ds(row, BLOCK_Q)], layout=_ROWS, optimized=False) > 0
-    o = acc[:, :dim] * _over_rows(1 / total, (BLOCK_Q, dim))
+    valid = plgpu.load(operands.query_valid.at[pl.ds(row, BLOCK_Q)], layout=ROWS, optimized=False) > 0
+    o = acc[:, :dim] * over_rows(1 / total, (BLOCK_Q, dim))
     if problem.scales:
         v_scale = plgpu.load(operands.v_scale.at[place.group], layout=_COLUMNS, optimized=False)
         o *= lax.broadcast_in_dim(v_scale, (BLOCK_Q, dim), [1])
     # Selected, not multiplied: a NaN scale of the tile must not reach its padded rows.
-    o = jnp.where(_over_rows(valid, o.shape), o, 0.0)
+    o = jnp.where(over_rows(valid, o.shape), o, 0.0)
     memory.o_smem[wg] = o.astype(problem.dtype)
     if lse is not None:
         natural = (top + jnp.log2(total) - problem.log2_p) * math.log(2)
@@ -320,7 +286,3 @@ def _finish(
     if lse is not None:
         plgpu.copy_smem_to_gmem(memory.lse_smem.at[wg], lse.at[place.batch, place.head, rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _over_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    return lax.broadcast_in_dim(x, shape, [0])

@@ -7,6 +7,7 @@ Checked on jax 0.11.2 and 0.12.0.1 (`VERSIONS_CHECKED`; tests/pallas_kernels/tes
 """
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,6 +63,32 @@ def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
     return relabel_fp8(p)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
 
 
+def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
+    """1 in the warps that hold an element of x, a value for each row of a wgmma accumulator, other than 1 (NaN too); else 0.
+
+    A warp votes in two instructions, where a reduction over the warpgroup would need shared memory and barriers. So this may only
+    decide what a warp does by itself.
+    """
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA.reduce(1),),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
+    )
+    def vote_not_1(_, rows):
+        from jax.extend.mlir import ir
+        from jax.extend.mlir.dialects import arith
+        from jaxlib.mlir.dialects import nvvm, vector
+
+        i32 = ir.IntegerType.get_signless(32)
+        one = mgpu.utils.c(1.0, ir.F32Type.get())
+        values = [vector.extract(register, [], [0]) for register in rows.registers.flat]
+        differs = [arith.cmpf(arith.CmpFPredicate.UNE, value, one) for value in values]
+        vote = nvvm.vote_sync(mgpu.utils.c(0xFFFFFFFF, i32), functools.reduce(arith.ori, differs), "any")
+        return mgpu.FragmentedArray.splat(arith.extui(i32, vote), (), is_signed=True)
+
+    return vote_not_1(x)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+
+
 def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory for TMA copies and matrix instructions, in the widest swizzle that a row fills."""
     size = jnp.dtype(dtype).itemsize
@@ -76,8 +103,13 @@ def _emulated_relabel(p: Array) -> list[Array]:
     return [jnp.clip(p[:, kv_order(p.shape[1])], -448, 448).astype(FP8)]
 
 
+def _emulated_vote(x: Array) -> list[Array]:
+    """Over the warpgroup: interpret mode has no warps."""
+    return [(x != 1).any().astype(jnp.int32)]
+
+
 # `inline_mgpu` code, by the name of its function: what to compute instead of it in interpret mode.
-_EMULATED: dict[str, Callable[..., list[Array]]] = {"relabel_fp8": _emulated_relabel}
+_EMULATED: dict[str, Callable[..., list[Array]]] = {"relabel_fp8": _emulated_relabel, "vote_not_1": _emulated_vote}
 
 
 # Where the simulated memory keeps the matmuls that were started and not waited for: thread -> places they read, oldest first.

@@ -19,7 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.mosaic import kv_order, swizzled, to_fp8_operand
 from pallas_kernels.padding import group_sources, key_sources
-from pallas_kernels.reference import FP8, FP8_MAX, SMALLEST_NORMAL, channel_scales, quantize_channels, quantize_tokens
+from pallas_kernels.reference import (
+    FP8,
+    FP8_MAX,
+    QUOTIENT_STEP,
+    SMALLEST_NORMAL,
+    channel_scales,
+    quantize_channels,
+    quantize_tokens,
+)
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, SHARED_MEMORY, VALID_ROWS, scales_per_block
 
 f32 = jnp.float32
@@ -173,17 +181,16 @@ def quantize_groups(
         for part in range(parts):
             largest = jnp.maximum(largest, where(counted[part], jnp.abs(load(part)), 0.0))
         amax = largest.max(axis=1).max(axis=0)
-        # As reference.scale_of has it, the divisor that is no constant too; written so that inf and NaN fail the comparison.
-        scale = amax / jnp.where(amax < 0, f32(1), f32(FP8_MAX))
+        scale = amax * (1 / FP8_MAX)  # as reference.scale_of has it; inf and NaN fail the comparison below
         scale = jnp.where(scale < SMALLEST_NORMAL, f32(1), scale)
         scale = jnp.where(amax < jnp.inf, scale, f32(jnp.nan))
         scale_ref[out_head, group] = scale
         reciprocal = 1 / scale
-        padding = _divided(key, scale, reciprocal)
+        padding = _quotient(key, reciprocal)
         padding = jnp.where(lax.broadcast_in_dim(slot >= 0, (dim,), []), padding, 0.0)
         padding = lax.broadcast_in_dim(padding, (_ROWS, dim), [1])
         for part in range(parts):
-            out_smem[part] = where(kept[part], _divided(load(part), scale, reciprocal), padding).astype(FP8)
+            out_smem[part] = where(kept[part], _quotient(load(part), reciprocal), padding).astype(FP8)
         plgpu.commit_smem()
         for part in range(parts):
             rows = pl.ds(group * tokens_per_scale + part * _ROWS, _ROWS)
@@ -231,8 +238,8 @@ def quantize_transposed(
         plgpu.barrier_wait(barrier)
         for c, scale in zip(channels, scales, strict=True):
             x = plgpu.load(v_smem.at[:, c].transpose((1, 0)), layout=layout).astype(f32)
-            by_row = [lax.broadcast_in_dim(s, shape, [0]) for s in (scale, 1 / scale)]
-            out_smem[c] = to_fp8_operand(jnp.where(kept, _divided(x, *by_row), 0.0))
+            reciprocal = lax.broadcast_in_dim(1 / scale, shape, [0])
+            out_smem[c] = to_fp8_operand(jnp.where(kept, _quotient(x, reciprocal), 0.0))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[out_head, :, keys])
         plgpu.wait_smem_to_gmem(0)
@@ -247,10 +254,10 @@ def quantize_transposed(
     return kernel(v, valid.astype(f32), scale)
 
 
-def _divided(x: Array, scale: Array, reciprocal: Array) -> Array:
-    """x / scale, rounded as a division is: a value on the edge between two e4m3 numbers must not depend on who divides."""
-    quotient = x * reciprocal
-    return quotient + (x - quotient * scale) * reciprocal
+def _quotient(x: Array, reciprocal: Array) -> Array:
+    """x / scale to the nearest multiple of `QUOTIENT_STEP`, as `reference.codes_of` has it."""
+    # Adding and subtracting a large number would round as well, but XLA, and so interpret mode, simplifies that away.
+    return lax.round(x * (reciprocal / QUOTIENT_STEP), lax.RoundingMethod.TO_NEAREST_EVEN) * QUOTIENT_STEP
 
 
 def _fits(x: Array, tokens_per_scale: int) -> bool:

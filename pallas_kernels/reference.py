@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 number; P in [0, 1] is stored times this
 SMALLEST_NORMAL = 2.0**-126  # of float32: hardware flushes what is smaller, and dividing by it gives inf
+QUOTIENT_STEP = 2.0**-11  # x / scale is rounded to multiples of this first (`codes_of`)
 
 
 def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -22,10 +23,8 @@ def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     1 where that would be denormal (a tile of zeros must not divide by zero); NaN where amax is inf or NaN, so that a broken
     input shows in the output.
     """
-    # XLA would multiply by 1 / 448 instead of dividing by a constant. Of bf16 inputs many lie exactly between two e4m3 numbers,
-    # and a scale off by one bit pushes them all to one side (measured: 1e-2 in the output). So the divisor is no constant.
     amax = amax.astype(jnp.float32)
-    scale = amax / jnp.where(amax < 0, 1.0, FP8_MAX)
+    scale = amax * (1 / FP8_MAX)  # a product has the same bits everywhere, a quotient hasn't
     scale = jnp.where(scale < SMALLEST_NORMAL, 1.0, scale)
     return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
 
@@ -33,6 +32,17 @@ def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def round_to_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x as e4m3fn: nearest even, saturating at +-448 as the hardware does (XLA's own cast gives NaN from 465 up); NaN stays NaN."""
     return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(FP8)
+
+
+def codes_of(x: Float[Array, "*shape"], scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x / scale in e4m3, the same bits whoever divides.
+
+    Of bf16 inputs many quotients lie exactly between two e4m3 numbers, and dividers differ in the last bits: GPUs are off by up to
+    two, XLA multiplies by a reciprocal. On the wrong side, those alone are 1e-2 in an output of attention. So the quotient is
+    rounded to a multiple of 2^-11 first. All such middles are one, and it is far below e4m3's steps where values matter (32 at
+    448, 2^-9 near 0).
+    """
+    return round_to_fp8(jnp.round(x.astype(jnp.float32) / scale / QUOTIENT_STEP) * QUOTIENT_STEP)
 
 
 def row_top(maximum: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -76,8 +86,8 @@ def quantize_tokens(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S/tokens_per_scale N"]]:
     """(values, scales) of Q or K: e4m3 `x / scale`, 0 at padding; float32 scales."""
     scales = token_scales(x, valid, tokens_per_scale)
-    values = x.astype(jnp.float32) / jnp.repeat(scales, tokens_per_scale, axis=1)[..., None]
-    return round_to_fp8(jnp.where(valid[None, :, None, None], values, 0)), scales
+    codes = codes_of(x, jnp.repeat(scales, tokens_per_scale, axis=1)[..., None])
+    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
 
 def quantize_channels(
@@ -85,8 +95,8 @@ def quantize_channels(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B N H"]]:
     """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales."""
     scales = channel_scales(v, valid)
-    values = v.astype(jnp.float32) / scales[:, None]
-    return round_to_fp8(jnp.where(valid[None, :, None, None], values, 0)), scales
+    codes = codes_of(v, scales[:, None])
+    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
 
 def fake_quant(

@@ -38,6 +38,7 @@ class ForwardConfig:
 
     stages: int = 4
     cluster: int = 1
+    promote_every: int = 4
     consumer_registers: int = 240
     producer_registers: int = 24
 

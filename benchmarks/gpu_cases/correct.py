@@ -13,14 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu_cases.shapes import SHAPES, Shape, by_blocks, make_call
+from benchmarks.gpu_cases.shapes import SHAPES, Shape, make_call
 from benchmarks.gpu_cases.timing import kernels
 from pallas_kernels import block_sparse, fwd_sm90, quantize_sm90, reference
 
 BAR = 1e-2  # relative L2, until the first measurement sets it
-# Against the specification, whose P is rounded against the whole row's maximum; without quantization it is the same grid.
-REFERENCE_BAR = 2.5e-2
-_LSE_BAR = 1e-2
 
 
 def _toy(shape: Shape) -> Shape:
@@ -79,26 +76,21 @@ def _forward(toy: bool, shape: Shape, fused: bool) -> dict[str, Any]:
             runs.append([np.asarray(x) for x in run(q, k, v)])
     out, lse = runs[0]
     want, want_lse = jax.jit(lambda q, k, v: reference.attention(q, k, v, **arguments))(q, k, v)
-    same = np.asarray(jax.jit(lambda q, k, v: by_blocks(q, k, v, **arguments))(q, k, v))
     valid = np.asarray(arguments["q_valid"])
     out32 = out.astype(np.float32)
-    norm = np.linalg.norm(same[:, valid], axis=-1)
-    row_error = np.linalg.norm(out32[:, valid] - same[:, valid], axis=-1) / norm
+    want32 = np.asarray(want, np.float32)
+    norm = np.linalg.norm(want32[:, valid], axis=-1)
+    row_error = np.linalg.norm(out32[:, valid] - want32[:, valid], axis=-1) / norm
     result = {
-        "rel_l2": _rel_l2(out32, same),
-        "rel_l2_reference": _rel_l2(out32, np.asarray(want, np.float32)),
+        "rel_l2": _rel_l2(out32, want32),
         "rel_l2_lse": _rel_l2(lse, want_lse),
         "worst_row": float(row_error.max()),
         "finite": bool(np.isfinite(out32).all() and np.isfinite(lse).all()),
         "padding_is_0": not (out32[:, ~valid].any() or lse[..., ~valid].any()),
         "repeats_bitwise": all(_same_bytes(a, b) for other in runs[1:] for a, b in zip(other, runs[0], strict=True)),
     }
-    checks = (
-        result["rel_l2"] <= BAR
-        and result["rel_l2_reference"] <= (BAR if shape.scales is None else REFERENCE_BAR)
-        and result["rel_l2_lse"] <= _LSE_BAR
-    )
-    ok = bool(checks and result["finite"] and result["padding_is_0"] and result["repeats_bitwise"])
+    near = result["rel_l2"] <= BAR and result["rel_l2_lse"] <= BAR
+    ok = bool(near and result["finite"] and result["padding_is_0"] and result["repeats_bitwise"])
     return {"ok": ok, **result, "shape": dataclasses.asdict(shape)}
 
 
@@ -108,10 +100,7 @@ def _same_bytes(a: Any, b: Any) -> bool:
 
 
 def quantization(toy: bool) -> Iterator[dict[str, Any]]:
-    """The fused passes against plain XLA: bit by bit on a GPU.
-
-    A CPU has no fused multiply-add in the interpreted division: there, a value on the edge of two e4m3 numbers may fall on either.
-    """
+    """The fused passes against plain XLA, bit by bit."""
     for tile, scales, dim, padding in (
         (256, 1, 128, "tail"),
         (256, 4, 128, "groups"),
@@ -135,8 +124,8 @@ def quantization(toy: bool) -> Iterator[dict[str, Any]]:
             if not _same_bytes(a, b):
                 a, b = a.astype(np.float32), b.astype(np.float32)
                 different[name] = {"share": float((a != b).mean()), "of": int(a.size), "rel_l2": _rel_l2(a, b)}
-        ok = all(toy and d["rel_l2"] <= BAR for d in different.values())
-        yield {"part": f"tile {tile}, {scales} scales, head dim {dim}, {padding}", "ok": ok, "different": different}
+        part = f"tile {tile}, {scales} scales, head dim {dim}, {padding}"
+        yield {"part": part, "ok": not different, "different": different}
 
 
 def portable(toy: bool, *, implementation: str) -> Iterator[dict[str, Any]]:
@@ -183,12 +172,11 @@ def _op(shape: Shape, implementation: str) -> dict[str, Any]:
         tokens_per_scale=shape.tokens_per_scale,
     )
     errors = {n: _rel_l2(a, b) for n, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True)}
-    bar = BAR if shape.scales is None else REFERENCE_BAR
     repeats = all(_same_bytes(a, b) for a, b in zip(got, again, strict=True))
     return {
-        "ok": bool(all(e <= bar for e in errors.values()) and repeats),
+        "ok": bool(all(e <= BAR for e in errors.values()) and repeats),
         "implementation": chosen,
-        "rel_l2_reference": errors,
+        "rel_l2": errors,
         "repeats_bitwise": repeats,
     }
 

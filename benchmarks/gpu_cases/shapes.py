@@ -6,10 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from pallas_kernels import reference
-from pallas_kernels.tuning import BLOCK_KV, ForwardConfig
+from pallas_kernels.tuning import ForwardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,64 +143,3 @@ def _table(shape: Shape, query_tiles: int, rng: np.random.Generator) -> tuple[np
         counts[:] = 1
     unused = np.arange(shape.tiles) >= counts[..., None]
     return np.where(unused, 10**6, tiles).astype(np.int32), counts
-
-
-def by_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    key_tiles: jax.Array,
-    counts: jax.Array,
-    q_valid: jax.Array,
-    k_valid: jax.Array,
-    tile_size: int,
-    tokens_per_scale: int | None,
-) -> jax.Array:
-    """`reference.attention`'s output in float32, P rounded against the maximum so far, block by block, as the kernel does.
-
-    The maximum of the whole row, which the reference has, puts P on another grid of e4m3: 1 to 2e-2 of relative L2 by itself, more
-    than a wrong kernel's error may be.
-    """
-    with jax.default_matmul_precision("highest"):
-        q, k, v = (
-            jnp.where(ok[None, :, None, None], x, 0).astype(jnp.float32)
-            for x, ok in ((q, q_valid), (k, k_valid), (v, k_valid))
-        )
-        if tokens_per_scale is not None:
-            q = reference.fake_quant(q, tokens_per_scale=tokens_per_scale, valid=q_valid)
-            k = reference.fake_quant(k, tokens_per_scale=tokens_per_scale, valid=k_valid)
-            v = reference.fake_quant_channels(v, valid=k_valid)
-        batch, seq, heads, dim = q.shape
-
-        def blocks(x, size):  # [B, N, blocks, size, H]
-            return x.transpose(0, 2, 1, 3).reshape(batch, heads, -1, size, dim)
-
-        q, k, v = blocks(q, tile_size), blocks(k, BLOCK_KV), blocks(v, BLOCK_KV)
-        per_tile, head = tile_size // BLOCK_KV, jnp.arange(heads)[:, None]
-        table = jnp.broadcast_to(key_tiles, (heads, *key_tiles.shape[-2:]))
-        used = jnp.arange(table.shape[-1])[None, None] < jnp.broadcast_to(counts, table.shape[:2])[..., None]
-        index = jnp.where(used, table, 0)[..., None] * per_tile + jnp.arange(per_tile)[None, None, None]
-        index = jnp.moveaxis(index.reshape(*index.shape[:2], -1), -1, 0)  # [steps, N, Tq]
-        used = jnp.moveaxis(jnp.repeat(used, per_tile, axis=-1), -1, 0)
-        valid = k_valid.reshape(-1, BLOCK_KV)
-
-        def step(carry, slot):
-            top, total, acc = carry
-            block, is_used = slot
-            mask = (valid[block] & is_used[..., None])[None, :, :, None]  # [1, N, Tq, 1, keys]
-            scores = jnp.einsum("bntqh,bntkh->bntqk", q, k[:, head, block]) * dim**-0.5
-            scores = jnp.where(mask, scores, -jnp.inf)
-            new_top = jnp.maximum(top, scores.max(-1))
-            shift = jnp.where(jnp.isfinite(new_top), new_top, 0)  # nothing yet: exp(-inf - 0) is 0
-            p = jnp.exp(scores - shift[..., None])
-            if tokens_per_scale is not None:
-                p = reference.round_to_fp8(p * reference.FP8_MAX).astype(jnp.float32) / reference.FP8_MAX
-            shrink = jnp.exp(top - shift)
-            acc = acc * shrink[..., None] + jnp.einsum("bntqk,bntkh->bntqh", p, v[:, head, block])
-            return (new_top, total * shrink + p.sum(-1), acc), None
-
-        start = (jnp.full(q.shape[:-1], -jnp.inf), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape))
-        (_, total, acc), _ = lax.scan(step, start, (index, used))
-        out = (acc / total[..., None]).reshape(batch, heads, seq, dim).transpose(0, 2, 1, 3)
-        return jnp.where(q_valid[None, :, None, None], out, 0)

@@ -18,8 +18,6 @@ from benchmarks.gpu_cases.cases import all_cases
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import Case, run
 from pallas_kernels import fwd_sm90, reference, tuning
-from tests.pallas_kernels import attention_cases
-from tests.reference import rel_l2
 
 ROOT = pathlib.Path(__file__).parents[2]
 ODD = "tests.benchmarks.odd_cases"
@@ -213,19 +211,6 @@ def test_stages_and_words_select_cases():
     assert [c.name for c in gpu.select(all_cases(), ["fp8x2"])] == ["speed fp8x2 0.20 14B"]
     with pytest.raises(ValueError, match=r"'fast' is no stage \(facts, correct, .*and in no case's name; see --list"):
         gpu.select(all_cases(), ["fast"])
-
-
-@pytest.mark.parametrize("scales", [None, 1, 2])
-def test_the_expected_output_is_that_of_the_definition(scales):
-    """`shapes.by_blocks`, which decides on a GPU, against the loop over blocks that the kernel's own tests use."""
-    case = attention_cases.Case(
-        tile=128, tiles=3, heads=2, batch=2, scales=scales, padding="scattered", table="per_head", dtype="float32"
-    )  # float32: of bf16 inputs many lie between two codes, and fall where the division of the day puts them
-    x = attention_cases.make_inputs(case)
-    want, _ = attention_cases.expected(case, x)
-    got = shapes.by_blocks(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
-    # float32 against float64; P rounds to another e4m3 number where a score straddles a boundary.
-    assert rel_l2(got, want) <= (1e-5 if scales is None else 2e-3)
 
 
 def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(monkeypatch):

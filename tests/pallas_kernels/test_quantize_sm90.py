@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, padding, quantize_sm90, reference
+from pallas_kernels import mosaic, quantize_sm90, reference
 from pallas_kernels.mosaic import kv_order
 from tests.pallas_kernels import interpreted
 
@@ -126,17 +126,9 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     call = {"q_valid": ok, "k_valid": ok, "tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
     with mosaic.interpret():
         fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, **call)]
-    # Compiled, as the product does it: XLA then makes the division by 448 a multiplication, in the interpreted kernel too.
     by_xla = jax.jit(functools.partial(quantize_sm90.by_xla, **call))(*args)
     by_xla = [np.asarray(x, np.float32) for x in by_xla]
-    # What is rounded, in float64, padding as the operands have it.
-    source = np.asarray(padding.key_sources(ok, tile_size=tile_size, tokens_per_scale=tokens_per_scale))
-    q, k, v = (np.nan_to_num(np.asarray(x, np.float64)).transpose(0, 2, 1, 3).reshape(4, seq, -1) for x in args)
-    q_scale, k_scale = (np.repeat(by_xla[i], seq // by_xla[i].shape[1], axis=1)[..., None] for i in (5, 6))
-    order = kv_order(seq)
-    v = (v / by_xla[7][:, None])[:, order].transpose(0, 2, 1) * valid[order]
-    exact = [q / q_scale * valid[:, None], k[:, source] / k_scale, v]
-    return fused, by_xla, exact
+    return fused, by_xla
 
 
 @pytest.mark.parametrize(
@@ -150,20 +142,14 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     ],
 )
 def test_the_fused_pass_gives_the_same_operands(tile_size, tokens_per_scale, dtype, head_dim):
-    fused, by_xla, exact = interpreted.run(fused_and_by_xla, tile_size, tokens_per_scale, dtype, head_dim)
-    for name, got, want in zip(quantize_sm90.Operands._fields[3:], fused[3:], by_xla[3:], strict=True):
+    fused, by_xla = interpreted.run(fused_and_by_xla, tile_size, tokens_per_scale, dtype, head_dim)
+    for name, got, want in zip(quantize_sm90.Operands._fields, fused, by_xla, strict=True):
         np.testing.assert_array_equal(got, want, err_msg=name)
         assert np.isfinite(want).all(), name
-    for got, want, quotient in zip(fused, by_xla, exact, strict=False):
-        # bf16 values of which one is the largest of its group land on the edge between two e4m3 numbers often enough; on a GPU the
-        # division is exact there (fused multiply-add), on a CPU it may be off in float32's last place, and falls on either side.
-        edge = np.abs(quotient - (got.astype(np.float64) + want) / 2) <= 1e-6 * np.abs(quotient)
-        assert ((got == want) | edge).all()
-        assert (got != want).mean() <= 1e-3
 
 
 def test_the_fused_pass_shows_what_is_not_finite():
-    fused, by_xla, _ = interpreted.run(fused_and_by_xla, 128, 64, "bfloat16", 64, True)
+    fused, by_xla = interpreted.run(fused_and_by_xla, 128, 64, "bfloat16", 64, True)
     for name, got, want in zip(quantize_sm90.Operands._fields, fused, by_xla, strict=True):
         np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=name)
     for scales in fused[5:]:
