@@ -97,11 +97,12 @@ def test_without_a_hopper_gpu_it_says_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fate", "words"), [("hang", "no answer in 1 s"), ("crash", "RuntimeError: no such instruction")]
+    ("fate", "deadline", "words"),
+    [("hang", 1, "no answer in 1 s"), ("crash", 60, "RuntimeError: no such instruction")],
 )
-def test_a_gpu_that_does_not_answer_is_one_line_too(fate, words, tmp_path, capsys, monkeypatch):
+def test_a_gpu_that_does_not_answer_is_one_line_too(fate, deadline, words, tmp_path, capsys, monkeypatch):
     pretend(monkeypatch, device=fate)
-    code, _, err = run(capsys, *SMALL, "--output", tmp_path / "t.json", "--deadline", 1)
+    code, _, err = run(capsys, *SMALL, "--output", tmp_path / "t.json", "--deadline", deadline)
     assert (code, err) == (2, f"error: the GPU can't be used: {words}\n")
 
 
@@ -165,14 +166,14 @@ def test_the_default_output_is_the_table_that_attention_reads(tmp_path, capsys, 
 def test_a_hang_ends_and_nothing_more_of_that_cluster_size_is_tried(tmp_path, capsys, monkeypatch):
     pretend(monkeypatch, **{"sparse/1 2x1": "hang", "4x2": 0.25, "2x2": 0.5})
     start = time.monotonic()
-    code, out, err = run(capsys, *SMALL, "--scales", 1, "--output", tmp_path / "t.json", "--deadline", 2)
-    assert time.monotonic() - start < 30
+    code, out, err = run(capsys, *SMALL, "--scales", 1, "--output", tmp_path / "t.json", "--deadline", 5)
+    assert time.monotonic() - start < 60
     assert code == 0
     table = tuning.read_tuned_table(tmp_path / "t.json")
     assert {key: e.config for key, e in table.items()} == dict.fromkeys(
         (SPARSE, DENSE), ForwardConfig(stages=4, cluster=2)
     )
-    assert "stages=2 cluster=1             HUNG: no answer in 2 s" in err
+    assert "stages=2 cluster=1             HUNG: no answer in 5 s" in err
     # Of the dense key, two configs with cluster=1.
     assert err.count("not run: cluster=1 hung") == 2
     assert [line.split()[-2:] for line in out.splitlines()[1:3]] == [["3", "1"], ["2", "2"]]
