@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu_cases import tune
 from benchmarks.gpu_cases.cases import all_cases
 from benchmarks.gpu_cases.report import fastest_baseline, table
 from benchmarks.gpu_cases.results import Results
 from benchmarks.gpu_cases.runner import Case, run
+from pallas_kernels.tuning import fastest, write_tuned_table
 
 STAGES = ("facts", "correct", "speed", "peers", "tune")
 _LEAST = 30  # seconds in which a case can end: no other starts with less left
@@ -146,13 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = {**record.environment(), "command": shlex.join(["python", "-m", "benchmarks.gpu", *options.what])}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     work(chosen, results, call, toy=toy, budget=options.budget, again=options.again)
-    best = tune.fastest(results.records)
+    best = fastest(p for r in results.records if r["stage"] == "tune" for p in r["parts"])
     if best:
-        from pallas_kernels.tuning import write_tuned_table
-
-        versions = environment["versions"]
         path = out / "tuned_sm90.json"
-        write_tuned_table(best, measured_on=f"{gpu}, jax {versions.get('jax')}, {environment['date']}", path=path)
+        write_tuned_table(best, path=path)
         print(f"written: {path} (copy it to pallas_kernels/ to ship it)")
     results.save()
     print(table(results))

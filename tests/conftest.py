@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Never the user's cache: a stale entry there must not decide a test.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fps_jax_xla_"))
+os.environ.pop("FPS_TUNED_TABLE", None)  # nor a table of the user's
 
 import jax
 

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, median_seconds, rates, size_of, summary
+from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, median_seconds, rates, size_of
+from fps_jax.timing import summary
 
 
 def torch_seconds(call: Callable[[], Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _tune(size: str, density: float, scales: int | None, cluster: int) -> Case:
     kind = "bf16" if scales is None else f"fp8x{scales}"
     return Case(
         name=f"tune {kind} {density:.2f} {size} cluster {cluster}", stage="tune", function=f"{_HERE}.tune:sweep",
-        kernels=bf16 if scales is None else fp8, seconds=120,
+        kernels=bf16 if scales is None else fp8, seconds=500, silence=90,
         kwargs={"size": size, "density": density, "scales": scales, "cluster": cluster},
     )  # fmt: skip
 

@@ -3,14 +3,14 @@
 import importlib
 import importlib.util
 import json
-import math
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-MARK = "RESULT "
+from fps_jax.processes import say
+
 _STANDINS = pathlib.Path(__file__).parents[1] / "standins"
 
 
@@ -29,17 +29,6 @@ def _parts(function: str, toy: bool, kwargs: dict[str, Any]) -> Iterator[dict[st
         yield from result
 
 
-def plain(value: Any) -> Any:
-    """value as JSON can hold it: NumPy's numbers as Python's, tuples as lists, what is not finite in words."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def main() -> None:
     asked = json.loads(sys.argv[1])
     use_standins()
@@ -47,7 +36,7 @@ def main() -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("NPROC", "12")  # interpret mode runs a warpgroup a thread of XLA's pool
     for part in _parts(asked["function"], asked["toy"], asked["kwargs"]):
-        print(MARK + json.dumps(plain(part)), flush=True)
+        say(part)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,16 @@
 """Runs a case in a process of its own, ends it at its time, and keeps what it had said until then."""
 
-import contextlib
 import json
+import math
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.gpu_cases.child import MARK
+from fps_jax import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
-_TAIL = 1500  # characters of an error that are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +23,7 @@ class Case:
       function: 'module:function', called with `toy` and kwargs.
       kernels: what it launches, the one under test last. A hang is blamed on that, and no other case that launches it runs.
       seconds: its time; not to have ended by then is a hang.
+      silence: the time between two of its results; for a case with many, whose hang is then seen early.
       baseline: measured again in every call that measures something beside it, since ratios are within one call.
       environment: more environment variables.
     """
@@ -38,6 +34,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     seconds: float = 90
+    silence: float = math.inf
     baseline: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -50,58 +47,36 @@ def run(case: Case, *, toy: bool, seconds: float) -> dict[str, Any]:
     """
     limit = min(case.seconds, seconds)
     asked = json.dumps({"function": case.function, "toy": toy, "kwargs": case.kwargs})
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-        **case.environment,
-    }
-    start = time.monotonic()
-    # To files: what a process that hangs had written is there, and no pipe to a grandchild keeps us waiting.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        command = [sys.executable, "-m", "benchmarks.gpu_cases.child", asked]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
-        timed_out = False
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            ended = _end(process)
-        said, complaint = (_text(file) for file in (out, err))
+    ended = processes.run(
+        [sys.executable, "-m", "benchmarks.gpu_cases.child", asked],
+        environment={
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            **case.environment,
+        },
+        seconds=limit,
+        silence=case.silence,
+        folder=ROOT,
+    )
     record: dict[str, Any] = {
         "case": case.name,
         "stage": case.stage,
         "kernels": list(case.kernels),
         "config": case.kwargs,
-        "seconds_in_all": round(time.monotonic() - start, 1),
-        "parts": [json.loads(line[len(MARK) :]) for line in said.splitlines() if line.startswith(MARK)],
+        "seconds_in_all": round(ended.seconds, 1),
+        "parts": ended.said,
     }
-    if timed_out and limit < case.seconds:
+    silent = ended.timed_out and ended.seconds < limit
+    if ended.timed_out and limit < case.seconds and not silent:
         record |= {"failed": f"unfinished: the budget ended after {limit:.0f} s", "unfinished": True}
-    elif timed_out:
+    elif ended.timed_out:
         what = f"no further case of {case.kernels[-1]}" if case.kernels else "of no kernel of ours"
-        record |= {"failed": f"timed out after {limit:.0f} s (a hang: {what})", "hung": True}
-    elif process.returncode:
-        record |= {"failed": f"exit status {process.returncode}"}
+        when = f"said nothing for {case.silence:.0f} s" if silent else f"timed out after {limit:.0f} s"
+        record |= {"failed": f"{when} (a hang: {what})", "hung": True}
+    elif ended.status:
+        record |= {"failed": f"exit status {ended.status}"}
     if "failed" in record:
-        record["error_tail"] = (complaint or said)[-_TAIL:]
-    if not ended:
-        record["still_running"] = f"process {process.pid} did not end when killed"
+        record["error_tail"] = ended.complaint
+    if not ended.gone:
+        record["still_running"] = "its process did not end when killed"
     return record
-
-
-def _end(process: subprocess.Popen) -> bool:
-    """Ends the process and what it started; False where it outlives that, as in a driver call that never returns."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _text(file: Any) -> str:
-    file.seek(0)
-    return file.read().decode(errors="replace")

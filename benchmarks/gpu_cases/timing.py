@@ -2,17 +2,14 @@
 
 import contextlib
 import math
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_cases.results import NOT_MEASURED
+from fps_jax import timing
 
 BF16_LIMIT, FP8_LIMIT = 989e12, 1979e12  # FLOP/s of an H100 or H200, dense, by datasheet
-_ROUNDS = 7
-_ROUND_SECONDS = 0.06  # calls are queued for that long, so that the host's 50 us a call hide behind the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,31 +44,13 @@ def size_of(name: str, toy: bool) -> Size:
 
 
 def median_seconds(call: Callable[[], Any], toy: bool) -> dict[str, Any]:
-    """{'seconds': median of rounds, 'spread': (slowest - fastest) / median} of a call, after two that warm up.
-
-    A round queues the call often enough to fill 60 ms and waits once. At toy size the call runs once, and isn't timed.
-    """
+    """As `fps_jax.timing.median_seconds`. At toy size the call runs once, and isn't timed."""
+    if not toy:
+        return timing.median_seconds(call)
     import jax
 
     jax.block_until_ready(call())
-    if toy:
-        return {"seconds": NOT_MEASURED}
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    repeats = max(1, min(50, round(_ROUND_SECONDS / (time.perf_counter() - start))))
-    rounds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = call()
-        jax.block_until_ready(result)
-        rounds.append((time.perf_counter() - start) / repeats)
-    return summary(rounds, repeats)
-
-
-def summary(rounds: list[float], repeats: int) -> dict[str, Any]:
-    median = statistics.median(rounds)
-    return {"seconds": median, "spread": (max(rounds) - min(rounds)) / median, "calls": len(rounds) * repeats}
+    return {"seconds": NOT_MEASURED}
 
 
 def rates(timing: dict[str, Any], flop: float, limit: float) -> dict[str, Any]:

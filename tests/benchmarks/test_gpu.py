@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import child, correct, report, shapes, tune
+from benchmarks.gpu_cases import child, correct, report, shapes
 from benchmarks.gpu_cases.cases import all_cases
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import Case, run
-from pallas_kernels import fwd_sm90, reference, tuning
+from pallas_kernels import fwd_sm90, reference
 
 ROOT = pathlib.Path(__file__).parents[2]
 ODD = "tests.benchmarks.odd_cases"
@@ -87,6 +87,13 @@ def test_a_case_that_the_budget_cuts_short_did_not_hang():
     assert record["unfinished"]
     assert "hung" not in record
     assert record["failed"] == "unfinished: the budget ended after 2 s"
+
+
+def test_a_case_of_many_results_that_falls_silent_hung():
+    record = run(odd("stuck", "hang", kernels=("new",), seconds=50, silence=3), toy=True, seconds=40)
+    assert record["hung"]
+    assert record["failed"] == "said nothing for 3 s (a hang: no further case of new)"
+    assert record["seconds_in_all"] < 20
 
 
 def test_a_failure_leaves_its_error_and_earlier_parts():
@@ -176,25 +183,6 @@ def test_speed_beside_a_wrong_kernel_is_said_to_mean_nothing(tmp_path):
     text = report.table(results)
     assert "wrong or failed: correct tables" in text
     assert "SPEED MEANS NOTHING" in text
-
-
-def test_the_tuned_table_takes_the_fastest_right_config_of_each_key(tmp_path, monkeypatch):
-    key = dataclasses.asdict(tuning.TuningKey(head_dim=128, density="sparse", scales=1))
-
-    def part(stages: int, seconds, ok: bool = True) -> dict:
-        config = dataclasses.asdict(tuning.ForwardConfig(stages=stages))
-        return {"key": key, "config": config, "seconds": seconds, "ok": ok}
-
-    record = {"stage": "tune", "parts": [part(4, 0.3), part(2, 0.2), part(8, 0.1, ok=False)]}
-    toy = {"stage": "tune", "parts": [part(8, NOT_MEASURED)]}
-    path = tmp_path / "tuned_sm90.json"
-    tuning.write_tuned_table(tune.fastest([record, toy]), measured_on="a test", path=path)
-    monkeypatch.setattr(tuning, "TUNED_TABLE", path)
-    tuning.tuned_table.cache_clear()
-    try:
-        assert tuning.tuned_table() == {tuning.TuningKey(**key): tuning.ForwardConfig(stages=2)}
-    finally:
-        tuning.tuned_table.cache_clear()
 
 
 def test_case_names_are_unique_and_functions_exist():

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pallas_kernels import tuning
-from pallas_kernels.tuning import ForwardConfig, TuningKey
+from pallas_kernels.tuning import ForwardConfig, TunedEntry, TuningKey
 
 KEY = TuningKey(head_dim=128, density="sparse", scales=1)
 FP8_BLOCK = {"operand_bytes": 1, "output_bytes": 2}
@@ -67,21 +67,103 @@ def test_a_key_nobody_measured_gets_a_safe_config():
     assert wide == ForwardConfig(stages=2, cluster=1)
 
 
+def entry(seconds: float = 0.1, tflops: float = 1000.0, gpu: str = "NVIDIA H200", **config) -> TunedEntry:
+    return TunedEntry(
+        config=ForwardConfig(**config), seconds=seconds, tflops=tflops, measured_on={"gpu": gpu, "grid": [21, 45, 80]}
+    )
+
+
 def test_the_tuned_table_is_used_and_survives_its_file(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
-    table = {KEY: ForwardConfig(stages=2, cluster=2)}
-    tuning.write_tuned_table(table, measured_on="NVIDIA H200, jax 0.11.2", path=path)
+    table = {KEY: entry(stages=2, cluster=2), dataclasses.replace(KEY, scales=2): entry(tflops=900, gpu="NVIDIA H100")}
+    tuning.write_tuned_table(table, path=path)
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
-    assert json.loads(path.read_text())["measured_on"] == "NVIDIA H200, jax 0.11.2"
-    monkeypatch.setattr(tuning, "TUNED_TABLE", path)
-    tuning.tuned_table.cache_clear()
-    try:
-        assert tuning.tuned_table() == table
-        assert tuning.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK) == table[KEY]
-        # A cluster of two needs tiles of two blocks.
-        assert tuning.choose_config(KEY, blocks_per_tile=3, **FP8_BLOCK).cluster == 1
-    finally:
-        tuning.tuned_table.cache_clear()
+    assert tuning.read_tuned_table(path) == table
+    monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
+    assert tuning.table_path() == path
+    assert tuning.tuned_entries() == table
+    assert tuning.tuned_table() == {key: e.config for key, e in table.items()}
+    assert tuning.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK) == table[KEY].config
+    # A cluster of two needs tiles of two blocks.
+    assert tuning.choose_config(KEY, blocks_per_tile=3, **FP8_BLOCK).cluster == 1
+    # What this process writes, it reads.
+    tuning.write_tuned_table({}, path=path)
+    assert tuning.tuned_table() == {}
+
+
+def test_without_the_variable_the_package_has_its_own_table(monkeypatch):
+    for value in (None, ""):
+        monkeypatch.delenv("FPS_TUNED_TABLE", raising=False)
+        if value is not None:
+            monkeypatch.setenv("FPS_TUNED_TABLE", value)
+        assert tuning.table_path() == tuning.TUNED_TABLE
+
+
+def _damaged(**changes) -> str:
+    record = {"key": dataclasses.asdict(KEY), **dataclasses.asdict(entry()), **changes}
+    return json.dumps({"version": 1, "entries": [{k: v for k, v in record.items() if v is not None}]})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "doesn't exist; run fps-tune to write it, or unset FPS_TUNED_TABLE"),
+        ("{", "is broken: Expecting property name"),
+        ("[]", "is broken: list indices"),
+        ("{}", "is broken: it has no 'version'"),
+        ('{"version": 2, "entries": []}', "is broken: version=2 is not 1"),
+        (_damaged(seconds=None), "is broken: it has no 'seconds'"),
+        (_damaged(seconds=0), "is broken: seconds=0 is not a positive number"),
+        (_damaged(tflops="many"), "is broken: tflops='many' is not a positive number"),
+        (_damaged(measured_on={}), "is broken: measured_on={} doesn't name the 'gpu'"),
+        (_damaged(config={"stages": 3}), "is broken: stages=3 is not 2, 4 or 8"),
+        (_damaged(config={"speed": 3}), "is broken: .* unexpected keyword argument 'speed'"),
+    ],
+)
+def test_a_missing_or_broken_table_is_an_error_that_names_the_file(content, words, tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
+    with pytest.raises((FileNotFoundError, ValueError), match=words) as error:
+        tuning.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK)
+    assert str(path) in str(error.value)
+    assert "FPS_TUNED_TABLE" in str(error.value)
+
+
+def test_a_table_that_is_a_folder_is_an_error_too(tmp_path):
+    with pytest.raises(OSError, match=f"tuned table '{tmp_path}' can't be read: Is a directory; unset FPS_TUNED_TABLE"):
+        tuning.read_tuned_table(tmp_path)
+    with pytest.raises(OSError, match=f"can't write '{tmp_path}': "):
+        tuning.write_tuned_table({KEY: entry()}, path=tmp_path)
+    assert [p for p in tmp_path.parent.iterdir() if p.suffix == ".part"] == []
+
+
+def test_the_fastest_right_config_of_each_key_is_kept():
+    def result(stages: int, seconds, ok: bool = True, key: TuningKey = KEY) -> dict:
+        return {
+            "key": dataclasses.asdict(key),
+            "config": dataclasses.asdict(ForwardConfig(stages=stages)),
+            "ok": ok,
+            "seconds": seconds,
+            "tflops": seconds if isinstance(seconds, str) else 100 / seconds,
+            "measured_on": {"gpu": "NVIDIA H200"},
+        }
+
+    other = dataclasses.replace(KEY, density="dense")
+    results = [
+        result(4, 0.3),
+        result(2, 0.2),
+        result(8, 0.1, ok=False),
+        result(8, "not measured"),
+        result(4, 0.5, key=other),
+    ]
+    hung = {"config": dataclasses.asdict(ForwardConfig()), "ok": False, "failed": "HUNG"}
+    best = tuning.fastest([*results, hung])
+    assert {key: (e.config.stages, e.seconds, e.tflops) for key, e in best.items()} == {
+        KEY: (2, 0.2, 500.0),
+        other: (4, 0.5, 200.0),
+    }
 
 
 def test_every_shipped_config_fits():
