@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_LONG = 32  # instructions: half of what rescaling the sums takes
 # P of a step: 64 x 128 exponentials for the 128 threads of a warpgroup.
 _EXPONENTIALS = 64
 
@@ -35,7 +36,10 @@ def parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
 
 def main_loop(sass: str) -> list[Instruction]:
     """One step of a consumer; empty where no loop has matmuls enough."""
-    instructions, labels = parse(sass)
+    return _main_loop(*parse(sass))
+
+
+def _main_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
     loops = []
     for i, (op, operands) in enumerate(instructions):
         target = re.search(r"(\.L_x_\d+)", operands) if op.startswith("BRA") else None
@@ -44,6 +48,22 @@ def main_loop(sass: str) -> list[Instruction]:
             if sum("GMMA" in x.op for x in body) >= 6:
                 loops.append(body)
     return min(loops, key=len, default=[])
+
+
+def skipped(loop: list[Instruction], instructions: list[Instruction], labels: dict[str, int]) -> int:
+    """Instructions of a step that branches jump over in the usual case: long stretches of arithmetic, done where a maximum moved.
+
+    Args:
+      loop: as `main_loop` has it, of these instructions and labels.
+    """
+    start = next(i for i in range(len(instructions)) if instructions[i : i + len(loop)] == loop)
+    count = 0
+    for i, (op, operands) in enumerate(loop):
+        target = re.search(r"(\.L_x_\d+)", operands) if op.startswith("BRA") else None
+        inside = loop[i + 1 : labels[target[1]] - start] if target and target[1] in labels else []
+        if len(inside) >= _LONG and not any(x.op.startswith(("WARPGROUP", "SYNCS", "MUFU")) for x in inside):
+            count += len(inside)
+    return count
 
 
 def order_problems(loop: list[Instruction]) -> list[str]:
@@ -87,10 +107,12 @@ def order_problems(loop: list[Instruction]) -> list[str]:
 
 def loop_facts(sass: str) -> dict[str, object]:
     """Numbers of the main loop."""
-    loop = main_loop(sass)
+    instructions, labels = parse(sass)
+    loop = _main_loop(instructions, labels)
     ops = Counter(x.op.split(".")[0] for x in loop)
     return {
         "main_loop_instructions": len(loop),
+        "usual_step_instructions": len(loop) - (skipped(loop, instructions, labels) if loop else 0),
         "main_loop_matmuls": sorted({x.op for x in loop if "GMMA" in x.op}),
         "main_loop_exponentials": sum(x.op.startswith("MUFU.EX2") for x in loop),
         "main_loop_most": dict(ops.most_common(8)),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantize_sm90, tuning
 from pallas_kernels.fwd_sm90_body import Problem, body, scratch
-from pallas_kernels.platform import target_device, target_platform
+from pallas_kernels.platform import multiprocessors, target_device, target_platform
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
 
 
@@ -126,6 +126,7 @@ def attention(
         heads=groups // batch,
         head_dim=head_dim,
         query_blocks=seq // BLOCK_ROWS,
+        workers=_workers(groups * (seq // BLOCK_ROWS), config),
         blocks_per_tile=tile_size // BLOCK_KV,
         shared_table=key_tiles.ndim == 2,
         scales=scales,
@@ -158,8 +159,8 @@ def attention(
         functools.partial(body, problem, len(inputs), with_lse),
         out_type=out_types if with_lse else out_types[:1],
         scratch_types=scratch(problem),
-        grid=(groups, problem.query_blocks // config.cluster),
-        grid_names=("group", "pair"),
+        grid=(problem.workers,),
+        grid_names=("worker",),
         cluster=(config.cluster,),
         cluster_names=("member",),
         num_threads=CONSUMERS + 1,
@@ -169,6 +170,12 @@ def attention(
     )
     out, *lse = kernel(*inputs, table, counts.reshape(table.shape[:2]))
     return out, lse[0] if with_lse else None
+
+
+def _workers(blocks: int, config: ForwardConfig) -> int:
+    """Clusters to launch: one for each item, or as many as the GPU runs at a time."""
+    items = blocks // config.cluster
+    return min(items, multiprocessors() // config.cluster) if config.persistent else items
 
 
 def _scales_by_step(k_scale: Array, key_tiles: Array, k_tiles: int, batch: int) -> Array:

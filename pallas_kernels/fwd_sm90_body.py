@@ -10,6 +10,7 @@ and where one consumer still waits for the tensor cores the other one keeps them
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -21,7 +22,15 @@ from jaxtyping import Array
 from pallas_kernels.mosaic import swizzled, to_fp8_operand
 from pallas_kernels.quantize_sm90 import Operands
 from pallas_kernels.reference import FP8_MAX
-from pallas_kernels.softmax_sm90 import ROWS, START, no_sums, online_softmax, over_rows, rescaled
+from pallas_kernels.softmax_sm90 import (
+    ROWS,
+    START,
+    after_step,
+    before_step,
+    no_sums,
+    online_softmax,
+    over_rows,
+)
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS, ForwardConfig
 
 f32, i32 = jnp.float32, jnp.int32
@@ -32,18 +41,33 @@ _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=f32)
 
 
 class Problem(NamedTuple):
-    """The static side of a launch. `scales`: of K in a key block, 0 without quantization; `dtype`: of the output."""
+    """The static side of a launch.
+
+    workers: clusters that are launched, each for the items `worker`, `worker + workers`, ...; an item is a head's block of query
+      rows, or two of them in a cluster of two.
+    scales: of K in a key block, 0 without quantization.
+    dtype: of the output.
+    """
 
     batch: int
     heads: int
     head_dim: int
     query_blocks: int
+    workers: int
     blocks_per_tile: int
     shared_table: bool
     scales: int
     dtype: Any
     operand: Any
     config: ForwardConfig
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.heads * (self.query_blocks // self.config.cluster)
+
+    @property
+    def promote_every(self) -> int | None:
+        return self.config.promote_every if self.scales else None
 
     @property
     def log2_p(self) -> float:
@@ -67,7 +91,10 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread block is: batch entry, head, both together, block of query rows, its row of table and scales, steps."""
+    """What a thread block is at: batch entry, head, both together, block of query rows, its row of table and scales.
+
+    first: steps of the items before this one, where the ring of key blocks stands; steps: of this one.
+    """
 
     batch: Array
     head: Array
@@ -75,7 +102,12 @@ class Place(NamedTuple):
     block: Array
     row: tuple[Array, Array]
     scales: tuple[Array, Array]
+    first: Array
     steps: Array
+
+    def slot(self, problem: Problem, step: Array) -> Array:
+        """Of the ring of key blocks."""
+        return (self.first + step) & (problem.config.stages - 1)
 
 
 def scratch(problem: Problem) -> Memory:
@@ -106,30 +138,81 @@ def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
     lse = rest.pop(0) if with_lse else None
     memory = Memory(*rest)
 
-    group, wg = lax.axis_index("group"), lax.axis_index("wg")
-    block = lax.axis_index("pair") * problem.config.cluster + lax.axis_index("member")
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg < CONSUMERS)
+    def _():
+        plgpu.set_max_registers(problem.config.consumer_registers, action="increase")
+        q_barrier, q_smem = memory.q_barriers.at[wg], memory.q_smem.at[wg]
+
+        def load_queries(place):
+            rows = pl.ds(place.block * BLOCK_ROWS + wg * BLOCK_Q, BLOCK_Q)
+            plgpu.copy_gmem_to_smem(operands.q.at[place.group, rows], q_smem, q_barrier)
+
+        def consume(item, first):
+            place = _place(problem, counts, item, first)
+            plgpu.barrier_wait(q_barrier)
+            load = lambda item: load_queries(_place(problem, counts, item, first))  # noqa: E731
+            _consume(problem, place, operands, memory, out, lse, wg, lambda: _load_next(problem, item, load))
+            return first + place.steps
+
+        load_queries(_place(problem, counts, lax.axis_index("worker"), i32(0)))
+        _each_item(problem, consume)
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == CONSUMERS)
+    def _():
+        plgpu.set_max_registers(problem.config.producer_registers, action="decrease")
+
+        def produce(item, first):
+            place = _place(problem, counts, item, first)
+            _produce(problem, place, operands, table, memory)
+            return first + place.steps
+
+        steps = _each_item(problem, produce)
+        stages = problem.config.stages
+
+        # Every phase of every barrier is waited for: a block of a cluster must not end before its peer's last arrivals here.
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(step):
+            plgpu.barrier_wait(memory.k_consumed_barriers.at[step & (stages - 1)])
+            plgpu.barrier_wait(memory.v_consumed_barriers.at[step & (stages - 1)])
+
+
+def _each_item(problem: Problem, run: Any) -> Array:
+    """run(item, steps of the items before) for every item of this worker, returns the steps; the steps of all of them."""
+    worker, workers = lax.axis_index("worker"), problem.workers
+    if workers == problem.items:
+        return run(worker, 0)
+    mine = lax.div(i32(problem.items) - worker + workers - 1, i32(workers))
+    return lax.fori_loop(0, mine, lambda i, first: run(worker + i * workers, first), i32(0))
+
+
+def _load_next(problem: Problem, item: Array, load: Any) -> None:
+    """The queries of the worker's next item, while the last products of this one are under way."""
+    if problem.workers == problem.items:
+        return
+    plgpu.commit_smem()  # all warps have waited for the matmuls that read the queries
+    pl.when(item + problem.workers < problem.items)(lambda: load(item + problem.workers))
+
+
+def _place(problem: Problem, counts: Any, item: Array, first: Array) -> Place:
+    pairs = problem.query_blocks // problem.config.cluster
+    group, pair = lax.div(item, i32(pairs)), lax.rem(item, i32(pairs))
+    block = pair * problem.config.cluster + lax.axis_index("member")
     head = lax.rem(group, i32(problem.heads))
     tile = lax.div(block, i32(problem.blocks_per_tile))
     row = (i32(0) if problem.shared_table else head, tile)
-    place = Place(
+    return Place(
         batch=lax.div(group, i32(problem.heads)),
         head=head,
         group=group,
         block=block,
         row=row,
         scales=(group, tile),
+        first=first,
         steps=counts[row] * problem.blocks_per_tile,
     )
-
-    @pl.when(wg < CONSUMERS)
-    def _():
-        plgpu.set_max_registers(problem.config.consumer_registers, action="increase")
-        _consume(problem, place, operands, memory, out, lse, wg)
-
-    @pl.when(wg == CONSUMERS)
-    def _():
-        plgpu.set_max_registers(problem.config.producer_registers, action="decrease")
-        _produce(problem, place, operands, table, memory)
 
 
 def _key_block(problem: Problem, place: Place, table: Any, step: Array) -> Array:
@@ -152,32 +235,33 @@ def _produce(problem: Problem, place: Place, operands: Any, table: Any, memory: 
 
     @pl.loop(0, place.steps)
     def _(step):
-        slot = step & (stages - 1)
+        slot, used = place.slot(problem, step), place.first + step >= stages
         keys = pl.ds(_key_block(problem, place, table, step) * BLOCK_KV, BLOCK_KV)
         k_barrier, v_barrier = memory.k_barriers.at[slot], memory.v_barriers.at[slot]
-        pl.when(step >= stages)(lambda: plgpu.barrier_wait(memory.k_consumed_barriers.at[slot]))
+        pl.when(used)(lambda: plgpu.barrier_wait(memory.k_consumed_barriers.at[slot]))
         plgpu.copy_gmem_to_smem(operands.k.at[place.group, keys], memory.k_smem.at[slot], k_barrier, **shared)
-        pl.when(step >= stages)(lambda: plgpu.barrier_wait(memory.v_consumed_barriers.at[slot]))
+        pl.when(used)(lambda: plgpu.barrier_wait(memory.v_consumed_barriers.at[slot]))
         v_smem = memory.v_smem.at[slot, pl.ds(0, problem.head_dim)]
         plgpu.copy_gmem_to_smem(operands.v.at[place.group, :, keys], v_smem, v_barrier, **shared)
         # 8 rows are one row of swizzle tiles and can't be halved: each block copies its own.
         ones_smem = memory.v_smem.at[slot, pl.ds(problem.head_dim, VALID_ROWS)]
         plgpu.copy_gmem_to_smem(operands.key_valid.at[:, keys], ones_smem, v_barrier)
 
-    # Every phase of every barrier is waited for: a block of a cluster must not end before its peer's last arrivals here.
-    @pl.loop(jnp.maximum(place.steps - stages, 0), place.steps)
-    def _(step):
-        plgpu.barrier_wait(memory.k_consumed_barriers.at[step & (stages - 1)])
-        plgpu.barrier_wait(memory.v_consumed_barriers.at[step & (stages - 1)])
 
-
-def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out: Any, lse: Any, wg: Array) -> None:
+def _consume(
+    problem: Problem,
+    place: Place,
+    operands: Any,
+    memory: Memory,
+    out: Any,
+    lse: Any,
+    wg: Array,
+    queries_were_read: Callable[[], None],
+) -> None:
     """64 query rows: scores, softmax and output of every step, then the division by the row sums."""
-    dim, stages = problem.head_dim, problem.config.stages
+    dim = problem.head_dim
     row = place.block * BLOCK_ROWS + wg * BLOCK_Q
     q_smem = memory.q_smem.at[wg]
-    plgpu.copy_gmem_to_smem(operands.q.at[place.group, pl.ds(row, BLOCK_Q)], q_smem, memory.q_barriers.at[wg])
-    plgpu.barrier_wait(memory.q_barriers.at[wg])
     to_log2: Any = _LOG2E / math.sqrt(dim)
     if problem.scales:
         to_log2 = to_log2 * operands.q_scale[place.group, place.block * CONSUMERS + wg]
@@ -190,7 +274,7 @@ def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out:
         return [operands.k_scale[(*place.scales, first + i)] * to_log2 for i in range(problem.scales)]
 
     def slot_of(step):
-        return step & (stages - 1)
+        return place.slot(problem, step)
 
     def softmax(s, scales, top):
         return online_softmax(s, scales, top, problem.log2_p)
@@ -199,48 +283,59 @@ def _consume(problem: Problem, place: Place, operands: Any, memory: Memory, out:
         return to_fp8_operand(p) if problem.scales else p.astype(problem.operand)
 
     def first_scores(s_acc):
-        plgpu.wgmma(s_acc, q_smem, memory.k_smem.at[0].transpose((1, 0)))
+        plgpu.wgmma(s_acc, q_smem, memory.k_smem.at[slot_of(i32(0))].transpose((1, 0)))
         return s_acc[...]
 
     scales = score_scales(i32(0))
-    plgpu.barrier_wait(memory.k_barriers.at[0])
+    plgpu.barrier_wait(memory.k_barriers.at[slot_of(i32(0))])
     s = pl.run_scoped(first_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
-    plgpu.barrier_arrive(memory.k_consumed_barriers.at[0])
+    plgpu.barrier_arrive(memory.k_consumed_barriers.at[slot_of(i32(0))])
     p, top, shrink = softmax(s, scales, plgpu.layout_cast(jnp.full((BLOCK_Q,), START, f32), ROWS))
     pl.when(place.steps > 1)(lambda: plgpu.barrier_wait(memory.k_barriers.at[slot_of(i32(1))]))
-    sums = no_sums(dim, promoting=problem.scales > 0)
+    sums = no_sums(dim, problem.promote_every)
 
     def step_body(step, carry):
         """Scores and softmax of this step beside P V of the one before."""
         sums, top, p, shrink = carry
         k_slot, v_slot = slot_of(step), slot_of(step - 1)
         scales = score_scales(step)
-        sums = rescaled(sums, shrink, step, problem.config.promote_every)
+        sums = before_step(sums, shrink, step, problem.promote_every)
 
-        def with_output(s_acc, state):
-            o_acc, *results = state
+        def meanwhile(s_acc, o_acc):
             plgpu.wgmma(o_acc, p, memory.v_smem.at[v_slot].transpose((1, 0)))
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(memory.k_consumed_barriers.at[k_slot])
-            values = softmax(s, scales, top)
+            results = softmax(s, scales, top)
             # The branch ends a basic block: without it ptxas moves the wait for P V above the exponentials it should overlap.
             pl.when(step + 1 < place.steps)(lambda: plgpu.barrier_wait(memory.k_barriers.at[slot_of(step + 1)]))
-            for ref, value in zip(results, lax.optimization_barrier(values), strict=True):
+            return lax.optimization_barrier(results)
+
+        def fresh_output(s_acc, o_acc):
+            results = meanwhile(s_acc, o_acc)
+            return plgpu.wgmma_accumulator_load(o_acc, wait_n=0), *results
+
+        def running_output(s_acc, state):
+            o_acc, *results = state
+            for ref, value in zip(results, meanwhile(s_acc, o_acc), strict=True):
                 ref[...] = value
 
         def with_scores(s_acc):
             plgpu.wgmma(s_acc, q_smem, memory.k_smem.at[k_slot].transpose((1, 0)))
-            start = plgpu.WGMMAAccumulatorRef.init(sums.recent)
             plgpu.barrier_wait(memory.v_barriers.at[v_slot])
+            if sums.recent is None:
+                # Allocated after the wait, so that its zeros fold into the first wgmma (34 instructions a step less).
+                return pl.run_scoped(functools.partial(fresh_output, s_acc), _accumulator((BLOCK_Q, dim + VALID_ROWS)))
             blank = plgpu.layout_cast(jnp.zeros((BLOCK_Q, BLOCK_KV), f32), plgpu.Layout.WGMMA)
-            return pl.run_state(functools.partial(with_output, s_acc))((start, blank, top, shrink))
+            start = plgpu.WGMMAAccumulatorRef.init(sums.recent)
+            return pl.run_state(functools.partial(running_output, s_acc))((start, blank, top, shrink))
 
-        recent, p, top, shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
+        recent, p, top, new_shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
         plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
         # Converted after the wait for P V: before it, ptxas serializes every wgmma (C7513).
-        return sums._replace(recent=recent), top, to_operand(p), shrink
+        return after_step(sums, recent, shrink), top, to_operand(p), new_shrink
 
     sums, top, p, shrink = lax.fori_loop(1, place.steps, step_body, (sums, top, to_operand(p), shrink))
+    queries_were_read()
     last = slot_of(place.steps - 1)
 
     def last_output(o_acc):
@@ -276,6 +371,8 @@ def _finish(
         o *= lax.broadcast_in_dim(v_scale, (BLOCK_Q, dim), [1])
     # Selected, not multiplied: a NaN scale of the tile must not reach its padded rows.
     o = jnp.where(over_rows(valid, o.shape), o, 0.0)
+    if problem.workers < problem.items:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before is stored from here
     memory.o_smem[wg] = o.astype(problem.dtype)
     if lse is not None:
         natural = (top + jnp.log2(total) - problem.log2_p) * math.log(2)
@@ -285,4 +382,3 @@ def _finish(
     plgpu.copy_smem_to_gmem(memory.o_smem.at[wg], out.at[place.batch, rows, place.head])
     if lse is not None:
         plgpu.copy_smem_to_gmem(memory.lse_smem.at[wg], lse.at[place.batch, place.head, rows])
-    plgpu.wait_smem_to_gmem(0)

@@ -15,3 +15,8 @@ def target_platform() -> str:
     """Its kind: 'cpu', 'gpu', ..."""
     platform = target_device().platform
     return "gpu" if platform == "cuda" else platform
+
+
+def multiprocessors() -> int:
+    """Of the GPU; 132, as H100 and H200 have, where the device is another one or only described."""
+    return getattr(target_device(), "core_count", None) or 132

@@ -3,7 +3,7 @@
 Row maxima are rounded up to powers of two (`reference.row_top`): they seldom move, and where they do, sums change exactly.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -19,38 +19,64 @@ START = -1e30
 
 
 class Sums(NamedTuple):
-    """P V of the steps so far, row sums beside it: `recent` and, in FP8, `promoted` times `factor` (a value for each row).
+    """P V of the steps so far, row sums beside it: `recent` plus `promoted` times `factor` (a value for each row), what there is.
 
-    The tensor cores add up FP8 products with fewer bits than float32 has. A few steps are theirs (`recent`); those before are added
-    up in float32 registers (`promoted`), relative to the maximum of an earlier step.
+    The tensor cores add up FP8 products with fewer bits than float32 has. So only the most recent steps are theirs (`recent`), none
+    where every step is promoted. Those before are added up in float32 registers (`promoted`), relative to the maximum of then.
+    Without FP8 all steps are the tensor cores'.
     """
 
-    recent: Float[Array, "M H+8"]
-    promoted: Float[Array, "M H+8"] | None = None
-    factor: Float[Array, "M"] | None = None
+    recent: Float[Array, "M H+8"] | None
+    promoted: Float[Array, "M H+8"] | None
+    factor: Float[Array, "M"] | None
 
     def total(self) -> Float[Array, "M H+8"]:
-        if self.promoted is None or self.factor is None:
-            return self.recent
-        return self.promoted * over_rows(self.factor, self.promoted.shape) + self.recent
+        """The whole sum, relative to the maximum of the last step that is in it."""
+        if self.promoted is None or self.recent is None:
+            return self.recent if self.promoted is None else self.promoted  # pyright: ignore[reportReturnType]
+        return _by_row(self.promoted, self.factor) + self.recent
 
 
-def no_sums(head_dim: int, *, promoting: bool) -> Sums:
-    zeros = plgpu.layout_cast(jnp.zeros((BLOCK_Q, head_dim + VALID_ROWS), jnp.float32), plgpu.Layout.WGMMA)
-    if not promoting:
-        return Sums(zeros)
+def no_sums(head_dim: int, promote_every: int | None) -> Sums:
+    """Where a row of key blocks starts. `promote_every`: of the config, None without FP8."""
+    zeros = zero_sums(head_dim)
+    if promote_every is None:
+        return Sums(zeros, None, None)
+    if promote_every == 1:
+        return Sums(None, zeros, None)
     return Sums(zeros, zeros, plgpu.layout_cast(jnp.ones(BLOCK_Q, jnp.float32), ROWS))
 
 
-def rescaled(sums: Sums, shrink: Float[Array, "M"], step: Int[Array, ""], promote_every: int) -> Sums:
-    """Sums relative to a new maximum, `shrink` of the old one. Most steps of a warp have nothing to do."""
+def zero_sums(head_dim: int) -> Float[Array, "M H+8"]:
+    return plgpu.layout_cast(jnp.zeros((BLOCK_Q, head_dim + VALID_ROWS), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def before_step(sums: Sums, shrink: Float[Array, "M"], step: Int[Array, ""], promote_every: int | None) -> Sums:
+    """Rescaled for a new maximum, of which the old one is `shrink`. Most steps of a warp have nothing to do: it seldom moves."""
+    if sums.recent is None:
+        return sums  # `after_step` does it: a multiply-add does both
     moved = any_in_warp_is_not_1(shrink) != 0
     if sums.promoted is None:
-        return lax.cond(moved, lambda: Sums(sums.recent * over_rows(shrink, sums.recent.shape)), lambda: sums)
+        return lax.cond(moved, lambda: sums._replace(recent=_by_row(sums.recent, shrink)), lambda: sums)
     # Recent sums have no factor of their own: they are promoted before the maximum moves. So one branch does for both.
-    due = step & (promote_every - 1) == 0
-    zeros = no_sums(sums.recent.shape[1] - VALID_ROWS, promoting=False).recent
-    return lax.cond(moved | due, lambda: Sums(zeros, sums.total(), shrink), lambda: sums)
+    due = lax.rem(step, jnp.int32(promote_every or 1)) == 0
+    return lax.cond(moved | due, lambda: _promoted(sums, shrink), lambda: sums)
+
+
+def _promoted(sums: Sums, shrink: Array) -> Sums:
+    whole = sums.total()
+    return Sums(jnp.zeros_like(whole), whole, shrink)
+
+
+def after_step(sums: Sums, recent: Float[Array, "M H+8"], shrink: Float[Array, "M"]) -> Sums:
+    """With the tensor cores' sum of the step; `shrink` as `before_step` had it."""
+    if sums.recent is None:
+        return sums._replace(promoted=_by_row(sums.promoted, shrink) + recent)
+    return sums._replace(recent=recent)
+
+
+def _by_row(x: Any, factor: Any) -> Array:
+    return x * over_rows(factor, x.shape)
 
 
 def online_softmax(

@@ -6,6 +6,7 @@ GPU: both are refused here, before anything is launched.
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -38,13 +39,19 @@ class ForwardConfig:
     Attributes:
       stages: key blocks in flight, 2, 4 or 8 (another number costs 23 instructions a step for the remainder).
       cluster: thread blocks that share their key blocks by multicast, 1 or 2.
+      promote_every: steps of 128 keys, 1, 2, 4 or 8, whose FP8 products P V the tensor cores add up themselves, in fewer bits than
+        float32 has, before the sum goes to float32 registers. More than 1 saves instructions and costs accuracy
+        (docs/numerics.md), so the autotuner leaves it alone.
+      persistent: launch as many thread blocks as run at a time, each for many blocks of query rows, whose copies then start during
+        the block before. The blocks are dealt out in turn, whatever their counts.
       consumer_registers, producer_registers: of a thread after `setmaxnreg`. 232 and 40 spill 28 bytes with two stages.
     Raises: ValueError for a value outside these, or registers that sum to more than the launch has: that would hang the GPU.
     """
 
     stages: int = 4
     cluster: int = 1
-    promote_every: int = 4
+    promote_every: int = 1
+    persistent: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -53,6 +60,8 @@ class ForwardConfig:
             raise ValueError(f"stages={self.stages} is not 2, 4 or 8; use 4, or 2 where shared memory is short")
         if self.cluster not in (1, 2):
             raise ValueError(f"cluster={self.cluster} is not 1 or 2; use 1 where a tile is one block of {BLOCK_ROWS}")
+        if self.promote_every not in (1, 2, 4, 8):
+            raise ValueError(f"promote_every={self.promote_every} is not 1, 2, 4 or 8; use 1")
         for name in ("consumer_registers", "producer_registers"):
             value = getattr(self, name)
             if value % 8 or not 24 <= value <= 256:
@@ -246,12 +255,9 @@ def fastest(measured: Iterable[Mapping[str, Any]]) -> dict[TuningKey, TunedEntry
 def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> list[ForwardConfig]:
     """Every config that fits: what the autotuner measures, and what is lowered and compiled in CI."""
     found: list[ForwardConfig] = []
-    for cluster in (1, 2):
-        for stages in (2, 4, 8):
-            config = ForwardConfig(stages=stages, cluster=cluster)
-            size = shared_memory_bytes(
-                config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes
-            )
-            if size <= SHARED_MEMORY and blocks_per_tile % cluster == 0:
-                found.append(config)
+    for persistent, cluster, stages in itertools.product((False, True), (1, 2), (2, 4, 8)):
+        config = ForwardConfig(stages=stages, cluster=cluster, persistent=persistent)
+        size = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)
+        if size <= SHARED_MEMORY and blocks_per_tile % cluster == 0:
+            found.append(config)
     return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -31,6 +32,7 @@ class Case:
     inputs: str = "normal"
     dtype: str = "bfloat16"
     config: ForwardConfig = TWO_STAGES
+    multiprocessors: int = 132  # of the GPU: fewer than the call has blocks, for a persistent launch
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -73,6 +75,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
             x[..., :3] *= 20
     if case.inputs == "low":  # every score far below 0: a padded key that scored 0 would become the maximum
         q[..., 0], k[..., 0] = 40, -40
+    if case.inputs == "rising":  # scores that grow with the keys: the maximum moves in most steps
+        q[..., 0], k[..., 0] = 4, 3 * np.arange(k.shape[1])[None, :, None] / 64
     if case.inputs == "broken":  # inf in a key of tile 0, NaN in a channel of V
         k[0, 3, 0, 5], v[0, 1, 0, 7] = np.inf, np.nan
     for x, valid in ((q, q_valid), (k, k_valid), (v, k_valid)):
@@ -156,7 +160,11 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 
 def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(output, log-sum-exp) of the kernel in interpret mode, races an error."""
-    with mosaic.interpret(detect_races=True):
+    fwd_sm90.attention.clear_cache()  # it depends on the number of multiprocessors
+    with (
+        mosaic.interpret(detect_races=True),
+        mock.patch.object(fwd_sm90, "multiprocessors", lambda: case.multiprocessors),
+    ):
         out, lse = fwd_sm90.forward(
             jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case), config=case.config
         )

@@ -59,6 +59,45 @@ CASES = {
     "cluster": Case(padding="tail", config=ForwardConfig(stages=2, cluster=2)),
     "cluster_two_scales_per_block": Case(scales=4, padding="groups", config=ForwardConfig(stages=2, cluster=2)),
     "cluster_wrapping": Case(tiles=3, table="all", heads=1, config=ForwardConfig(stages=2, cluster=2)),
+    # Maxima that move, and sums that stay with the tensor cores for some steps.
+    "rising": Case(tile=128, tiles=5, table="all", inputs="rising"),
+    "bf16_rising": Case(scales=None, tile=128, tiles=5, table="all", inputs="rising"),
+    "promoted_every_2": Case(tile=128, tiles=5, table="all", config=ForwardConfig(stages=2, promote_every=2)),
+    "promoted_every_4_rising": Case(
+        tile=128, tiles=6, table="all", inputs="rising", config=ForwardConfig(stages=2, promote_every=4)
+    ),
+    "promoted_every_8": Case(tile=128, tiles=4, scales=2, heads=2, config=ForwardConfig(stages=4, promote_every=8)),
+    # As many blocks as run at a time, each for several blocks of rows.
+    "persistent": Case(
+        tile=128, tiles=3, heads=3, padding="tail", config=ForwardConfig(stages=2, persistent=True), multiprocessors=2
+    ),
+    "persistent_single": Case(
+        tile=128, tiles=3, batch=2, table="all", config=ForwardConfig(persistent=True), multiprocessors=1
+    ),
+    "persistent_cluster": Case(
+        heads=3,
+        scales=4,
+        padding="groups",
+        config=ForwardConfig(stages=2, cluster=2, persistent=True),
+        multiprocessors=4,
+    ),
+    "persistent_bf16": Case(
+        tile=128,
+        tiles=3,
+        heads=2,
+        scales=None,
+        table="per_head",
+        config=ForwardConfig(stages=2, persistent=True),
+        multiprocessors=3,
+    ),
+    "persistent_promoted": Case(
+        tile=128,
+        tiles=4,
+        heads=2,
+        inputs="rising",
+        config=ForwardConfig(stages=2, persistent=True, promote_every=2),
+        multiprocessors=3,
+    ),
     "cluster_head_dim_64": Case(head_dim=64, heads=2, table="per_head", config=ForwardConfig(stages=4, cluster=2)),
 }
 
@@ -220,7 +259,7 @@ def test_a_cluster_wider_than_a_tile_is_refused():
 def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
     """Interpret mode simulates a multicast copy as one that all blocks wait for, so it can't see this missing."""
     problem = Problem(
-        batch=1, heads=1, head_dim=128, query_blocks=2, blocks_per_tile=2, shared_table=True, scales=1,
+        batch=1, heads=1, head_dim=128, query_blocks=2, workers=1, blocks_per_tile=2, shared_table=True, scales=1,
         dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(cluster=2),
     )  # fmt: skip
     memory = scratch(problem)
