@@ -266,7 +266,8 @@ def check(results: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> str:
     """The report as docs/kernels.md shows it."""
     lines = [
-        "| kernel | main loop, instructions | of these in the usual step | live registers | spilled bytes | shared memory, bytes | instructions in all |",
+        "| kernel | main loop, instructions | of these in the usual step | live registers | spilled bytes "
+        "| shared memory, bytes | instructions in all |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, x in results.items():

@@ -6,6 +6,7 @@ _HERE = "benchmarks.gpu_cases"
 # The last of a case's kernels is the one under test, and the one that a hang is blamed on.
 _FP8, _BF16 = ("quantize", "fwd fp8"), ("fwd bf16",)
 _FP8_PAIR, _BF16_PAIR = (*_FP8, "fwd fp8 cluster"), (*_BF16, "fwd bf16 cluster")
+_PERSISTENT, _PERSISTENT_PAIR = (*_FP8, "fwd fp8 persistent"), (*_FP8, "fwd fp8 cluster persistent")
 # JAX's share of the memory: small, so that all of it can be filled with NaN.
 _SMALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.06"}
 
@@ -42,12 +43,17 @@ def _baselines(size: str) -> list[Case]:
     ]
 
 
-def _speed(size: str, density: float, scales: int | None) -> Case:
+def _speed(size: str, density: float, scales: int | None, **options: object) -> Case:
     kind = "bf16" if scales is None else f"fp8x{scales}"
-    return Case(
-        name=f"speed {kind} {density:.2f} {size}", stage="speed", function=f"{_HERE}.speed:attention",
-        kernels=_BF16 if scales is None else _FP8, kwargs={"size": size, "density": density, "scales": scales},
-    )  # fmt: skip
+    kernels = _BF16 if scales is None else _FP8
+    kwargs: dict[str, object] = {"size": size, "density": density, "scales": scales}
+    name = f"speed {kind} {density:.2f} {size}"
+    if options:
+        name += " " + " ".join(f"{option}={value}" for option, value in options.items())
+        kwargs["options"] = options
+    if options.get("persistent"):
+        kernels = (*kernels, f"{kernels[-1]} persistent")
+    return Case(name=name, stage="speed", function=f"{_HERE}.speed:attention", kernels=kernels, kwargs=kwargs)
 
 
 def _quantization(size: str) -> Case:
@@ -112,6 +118,10 @@ def all_cases() -> list[Case]:
         _speed("14B", 0.2, None),
         _speed("14B", 1.0, None),
         _correct("clusters", _FP8_PAIR),
+        _correct("persistent", _PERSISTENT),
+        _speed("14B", 0.2, 1, persistent=True),
+        _correct("promotion", _FP8),
+        _speed("14B", 0.2, 1, promote_every=4),
         _op("auto", _FP8),
         _op("portable", ("portable",)),
         _correct("head dim 64", _FP8),
@@ -127,6 +137,7 @@ def all_cases() -> list[Case]:
         *(_speed("14B", density, None) for density in (0.33, 0.12)),
         *(_speed("1.3B", density, None) for density in (1.0, 0.33, 0.12)),
         _correct("bf16 clusters", _BF16_PAIR),
+        _correct("persistent clusters", _PERSISTENT_PAIR),
         checker,
         _peer("flash-attention 3", "flash_attention_3", size="14B", dtype="bfloat16"),
         _peer("flash-attention 3 fp8", "flash_attention_3", size="14B", dtype="float8_e4m3fn"),

@@ -27,6 +27,8 @@ class Shape:
     low: bool = False  # every score far below 0
     stages: int = 2
     cluster: int = 1
+    promote_every: int = 1
+    persistent: bool = False
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -34,11 +36,13 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
-        return ForwardConfig(stages=self.stages, cluster=self.cluster)
+        options = {"promote_every": self.promote_every, "persistent": self.persistent}
+        return ForwardConfig(stages=self.stages, cluster=self.cluster, **options)
 
 
 _BF16: dict[str, Any] = {"scales": None}
 _PAIR: dict[str, Any] = {"cluster": 2}
+_MANY: dict[str, Any] = {"tiles": 16, "heads": 6, "batch": 2}
 # Groups are processes: what one holds is lost together where a shape of it hangs.
 SHAPES: dict[str, dict[str, Shape]] = {
     "first": {"one tile": Shape(tile=128, tiles=2, heads=1, padding="none", table="one")},
@@ -76,6 +80,17 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "two scales a block": Shape(**_PAIR, scales=4, padding="groups"),
         "per head": Shape(**_PAIR, table="per head", heads=5),
         "head dim 64": Shape(**_PAIR, head_dim=64, stages=4),
+    },
+    "promotion": {f"every {n} steps": Shape(tiles=12, table="all", stages=4, promote_every=n) for n in (2, 4, 8)},
+    # More blocks of rows than a GPU runs at a time.
+    "persistent": {
+        "ragged": Shape(**_MANY, persistent=True),
+        "every tile": Shape(**_MANY, persistent=True, table="all", stages=4, scales=4),
+        "bf16": Shape(**_MANY, **_BF16, persistent=True),
+    },
+    "persistent clusters": {
+        "ragged": Shape(**_MANY, **_PAIR, persistent=True),
+        "bf16": Shape(**_MANY, **_BF16, **_PAIR, persistent=True),
     },
     "bf16": {
         "ragged": Shape(**_BF16, tiles=12),

@@ -1,7 +1,7 @@
 """How fast is the forward at real sizes: the kernel alone, with quantization, and the quantization by itself."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
@@ -25,12 +25,14 @@ def make_task(shape: Size, density: float, scales: int | None) -> Task:
     )
 
 
-def attention(toy: bool, *, size: str, density: float, scales: int | None) -> Iterator[dict[str, Any]]:
-    """Forward by a real 3D window. `scales`: FP8 scales a tile; None for bf16 without quantization."""
+def attention(
+    toy: bool, *, size: str, density: float, scales: int | None, options: dict[str, Any] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Forward by a real 3D window. `scales`: FP8 scales a tile; None for bf16 without quantization. `options`: of the config."""
     task = make_task(size_of(size, toy), density, scales)
     plan, flop, table, padding = task.plan, task.flop, task.table(), task.padding()
     q, k, v = task.inputs()
-    config = tuning.choose_config(task.key, **task.fits)
+    config = replace(tuning.choose_config(task.key, **task.fits), **options or {})
     limit = BF16_LIMIT if scales is None else FP8_LIMIT
     what = {
         "density": plan.density,

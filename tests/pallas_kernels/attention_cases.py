@@ -161,10 +161,8 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(output, log-sum-exp) of the kernel in interpret mode, races an error."""
     fwd_sm90.attention.clear_cache()  # it depends on the number of multiprocessors
-    with (
-        mosaic.interpret(detect_races=True),
-        mock.patch.object(fwd_sm90, "multiprocessors", lambda: case.multiprocessors),
-    ):
+    gpu = mock.patch.object(fwd_sm90, "multiprocessors", return_value=case.multiprocessors)
+    with mosaic.interpret(detect_races=True), gpu:
         out, lse = fwd_sm90.forward(
             jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case), config=case.config
         )
