@@ -49,6 +49,7 @@ def cases() -> dict[str, Case]:
     """The shipped configs and shapes: Wan 14B (40 heads) and 1.3B (12) at 720p and 480p."""
     alone, pair = ForwardConfig(), ForwardConfig(cluster=2)
     short, short_pair = ForwardConfig(stages=2), ForwardConfig(stages=2, cluster=2)
+    bf16_persistent = ForwardConfig(stages=2, persistent=True, consumer_registers=232, producer_registers=40)
     return {
         "14B 720p, 1 scale": Case(config=alone),
         "14B 720p, 1 scale, cluster": Case(config=pair),
@@ -65,7 +66,7 @@ def cases() -> dict[str, Case]:
         "14B 720p, 1 scale, promoted every 4 steps": Case(config=ForwardConfig(promote_every=4)),
         "14B 720p, bf16": Case(scales=None, config=short),
         "14B 720p, bf16, cluster": Case(scales=None, config=short_pair),
-        "14B 720p, bf16, persistent": Case(scales=None, config=ForwardConfig(stages=2, persistent=True)),
+        "14B 720p, bf16, persistent": Case(scales=None, config=bf16_persistent),
     }
 
 

@@ -1,5 +1,7 @@
 """The one file that leans on jax's private interfaces stands on the installed jax; `make newest` runs this on the newest."""
 
+import functools
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -7,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic
+from pallas_kernels import fwd_sm90, mosaic
+from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import attention_cases, interpreted
 
 
@@ -129,6 +132,16 @@ def test_interpret_leaves_jax_as_it_was():
     assert dict(vars(interpreter)) == before
 
 
-def test_the_forward_kernel_runs_on_this_jax():
-    case = attention_cases.Case(tile=128, tiles=2, scales=2, padding="tail")
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention_cases.Case(tile=128, tiles=2, scales=2, padding="tail"),
+        attention_cases.Case(tile=128, tiles=3, inputs="rising", config=ForwardConfig(stages=2, promote_every=2)),
+    ],
+    ids=["default", "vote"],
+)
+def test_the_forward_kernel_lowers_and_runs_on_this_jax(case):
+    x = attention_cases.make_inputs(case)
+    call = functools.partial(fwd_sm90.forward, **x.kwargs(case), config=case.config)
+    assert "mosaic_gpu" in jax.jit(call).trace(x.q, x.k, x.v).lower(lowering_platforms=("cuda",)).as_text()
     assert interpreted.run(attention_cases.errors, case)["out"] <= 4e-3

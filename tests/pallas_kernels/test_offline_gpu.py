@@ -52,6 +52,19 @@ def test_a_step_out_of_order_is_told(ops, words):
     assert words in problem
 
 
+def test_what_a_step_usually_jumps_over_is_counted_apart():
+    """Rescaling, and nothing else: a wait that is jumped over is short, and one between matmuls is no arithmetic."""
+    jump, label = "@!P2 BRA `(.L_x_{})", ".L_x_{}:"
+    rescale = ["FFMA R24, R24, R2, R28"] * 40
+    wait = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR5], R5"] * 40
+    lines = listing(jump.format(7), *rescale, *GOOD, jump.format(8), *wait).splitlines()
+    lines.insert(lines.index(next(x for x in lines if SCORES[0] in x)), label.format(7))
+    lines.insert(len(lines) - 1, label.format(8))
+    facts = sass.loop_facts("\n".join(lines))
+    assert facts["main_loop_instructions"] == len(GOOD) + 2 + 40 + 40 + 1
+    assert facts["usual_step_instructions"] == len(GOOD) + 2 + 40 + 1
+
+
 def test_code_without_matmuls_is_told():
     assert sass.order_problems(sass.main_loop(listing("MUFU.EX2 R3, R4"))) == ["no matmul in the loop"]
 
