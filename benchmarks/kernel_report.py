@@ -63,9 +63,12 @@ def cases() -> dict[str, Case]:
         "head dim 64": Case(head_dim=64, config=alone),
         "14B 720p, 1 scale, persistent": Case(config=ForwardConfig(persistent=True)),
         "14B 720p, 1 scale, cluster, persistent": Case(config=ForwardConfig(cluster=2, persistent=True)),
+        "14B 720p, 1 scale, turns": Case(config=ForwardConfig(take_turns=True)),
+        "14B 720p, 1 scale, cluster, turns": Case(config=ForwardConfig(cluster=2, take_turns=True)),
         "14B 720p, 1 scale, promoted every 4 steps": Case(config=ForwardConfig(promote_every=4)),
         "14B 720p, bf16": Case(scales=None, config=short),
         "14B 720p, bf16, cluster": Case(scales=None, config=short_pair),
+        "14B 720p, bf16, turns": Case(scales=None, config=ForwardConfig(stages=2, take_turns=True)),
         "14B 720p, bf16, persistent": Case(scales=None, config=bf16_persistent),
     }
 
@@ -184,7 +187,7 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
-def _assembled(ptx: pathlib.Path, ptxas: str) -> dict[str, Any]:
+def _assembled(ptx: pathlib.Path, ptxas: str, takes_turns: bool) -> dict[str, Any]:
     """Facts of one ptxas about a kernel, and of the machine code it makes."""
     cubin = str(ptx.with_suffix(".cubin"))
     log = _output(ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", cubin)
@@ -197,25 +200,25 @@ def _assembled(ptx: pathlib.Path, ptxas: str) -> dict[str, Any]:
         **sass.register_facts(listing, live),
     }
     if facts["setmaxnreg"]:
-        return facts | sass.loop_facts(listing)
+        return facts | sass.loop_facts(listing, takes_turns=takes_turns)
     del facts["setmaxnreg"]  # one warpgroup without a main loop: a quantization pass
     return facts
 
 
 def kernel_facts(
-    fn: Callable[..., Any], specs: tuple[Any, ...], newest: pathlib.Path | None
+    fn: Callable[..., Any], specs: tuple[Any, ...], newest: pathlib.Path | None, takes_turns: bool
 ) -> Iterator[dict[str, Any]]:
     """One dict for each Mosaic kernel of a program."""
     with tempfile.TemporaryDirectory(prefix="kernel_report_") as name:
         folder = pathlib.Path(name)
         compile_kernels(fn, specs, folder)
         for ptx in sorted(folder.glob("*.ptx")):
-            facts = _assembled(ptx, cuda_tool("ptxas"))
+            facts = _assembled(ptx, cuda_tool("ptxas"), takes_turns)
             launch = ptx.with_suffix(".after_layout_inference.txt").read_text()
             dynamic = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch)
             facts["shared_memory"] = facts.pop("static_shared_memory") + (int(dynamic[1]) if dynamic else 0)
             if newest is not None:
-                other = _assembled(ptx, cuda_tool("ptxas", newest))
+                other = _assembled(ptx, cuda_tool("ptxas", newest), takes_turns)
                 facts["newest_ptxas"] = {key: other[key] for key in ("spill_bytes", "notes", *WATCHED) if key in other}
             yield facts
 
@@ -290,7 +293,9 @@ def main(arguments: list[str]) -> int:
     for program_name, (fn, specs, names) in programs().items():
         if wanted and program_name not in wanted:
             continue
-        for name, facts in zip(names, kernel_facts(fn, specs, newest), strict=True):
+        case = cases().get(program_name)
+        takes_turns = case is not None and case.config.take_turns
+        for name, facts in zip(names, kernel_facts(fn, specs, newest, takes_turns), strict=True):
             results[name] = facts
             what = "a step" if "main_loop_instructions" in facts else "in all"
             count = facts.get("main_loop_instructions", facts["sass_instructions"])

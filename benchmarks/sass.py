@@ -66,12 +66,15 @@ def skipped(loop: list[Instruction], instructions: list[Instruction], labels: di
     return count
 
 
-def order_problems(loop: list[Instruction]) -> list[str]:
+def order_problems(loop: list[Instruction], *, takes_turns: bool = False) -> list[str]:
     """What is out of order in a step; empty where all is well.
 
     Matmuls of both products; a wait for the first; its slot handed back; the exponentials; a wait for the second; its slot handed
     back. A slot that is handed back before its wait is overwritten while it is read; exponentials after the second wait don't
     overlap anything.
+
+    Args:
+      takes_turns: whether consumers take turns: then the turn is handed over once both products were issued, not before.
     """
     marks = []
     for op, operands in loop:
@@ -100,13 +103,17 @@ def order_problems(loop: list[Instruction]) -> list[str]:
     if between < _EXPONENTIALS:
         problems.append(f"{between} of {_EXPONENTIALS} exponentials lie between the waits: the others overlap nothing")
     handed = [i for i, mark in enumerate(marks) if mark == "hand back"]
+    if takes_turns:
+        if "matmul" in marks[handed[0] : first] or not handed[0] < first:
+            problems.append("the turn is not handed over between the matmuls and the first wait")
+        del handed[0]
     if len(handed) != 2 or not (first < handed[0] < last < handed[1]):
         problems.append("slots are not handed back one after each wait")
     return problems
 
 
-def loop_facts(sass: str) -> dict[str, object]:
-    """Numbers of the main loop."""
+def loop_facts(sass: str, *, takes_turns: bool = False) -> dict[str, object]:
+    """Numbers of the main loop. `takes_turns`: as `order_problems`."""
     instructions, labels = parse(sass)
     loop = _main_loop(instructions, labels)
     ops = Counter(x.op.split(".")[0] for x in loop)
@@ -116,7 +123,7 @@ def loop_facts(sass: str) -> dict[str, object]:
         "main_loop_matmuls": sorted({x.op for x in loop if "GMMA" in x.op}),
         "main_loop_exponentials": sum(x.op.startswith("MUFU.EX2") for x in loop),
         "main_loop_most": dict(ops.most_common(8)),
-        "order_problems": order_problems(loop),
+        "order_problems": order_problems(loop, takes_turns=takes_turns),
     }
 
 

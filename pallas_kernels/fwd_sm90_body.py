@@ -88,6 +88,7 @@ class Memory(NamedTuple):
     v_barriers: Any
     k_consumed_barriers: Any
     v_consumed_barriers: Any
+    turn_barriers: Any  # of each consumer
 
 
 class Place(NamedTuple):
@@ -128,6 +129,7 @@ def scratch(problem: Problem) -> Memory:
         v_barriers=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),  # V and the validity rows
         k_consumed_barriers=consumed,
         v_consumed_barriers=consumed,
+        turn_barriers=plgpu.Barrier(num_barriers=CONSUMERS),
     )
 
 
@@ -156,6 +158,8 @@ def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
             _consume(problem, place, operands, memory, out, lse, wg, lambda: _load_next(problem, item, load))
             return first + place.steps
 
+        if problem.config.take_turns:
+            pl.when(wg == 1)(lambda: plgpu.barrier_arrive(memory.turn_barriers.at[0]))
         load_queries(_place(problem, counts, lax.axis_index("worker"), i32(0)))
         _each_item(problem, consume)
         plgpu.wait_smem_to_gmem(0)
@@ -303,6 +307,8 @@ def _consume(
 
         def meanwhile(s_acc, o_acc):
             plgpu.wgmma(o_acc, p, memory.v_smem.at[v_slot].transpose((1, 0)))
+            if problem.config.take_turns:
+                plgpu.barrier_arrive(memory.turn_barriers.at[1 - wg])
             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
             plgpu.barrier_arrive(memory.k_consumed_barriers.at[k_slot])
             results = softmax(s, scales, top)
@@ -329,6 +335,8 @@ def _consume(
             start = plgpu.WGMMAAccumulatorRef.init(sums.recent)
             return pl.run_state(functools.partial(running_output, s_acc))((start, blank, top, shrink))
 
+        if problem.config.take_turns:
+            plgpu.barrier_wait(memory.turn_barriers.at[wg])
         recent, p, top, new_shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
         plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
         # Converted after the wait for P V: before it, ptxas serializes every wgmma (C7513).

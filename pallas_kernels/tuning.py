@@ -44,6 +44,8 @@ class ForwardConfig:
         (docs/numerics.md), so the autotuner leaves it alone.
       persistent: launch as many thread blocks as run at a time, each for many blocks of query rows, whose copies then start during
         the block before. The blocks are dealt out in turn, whatever their counts.
+      take_turns: a consumer issues the products of a step only after the other one has, so that one's softmax runs beside the
+        other's products, not left to chance (FlashAttention-3's ping-pong, arXiv 2407.08608, section 3.1).
       consumer_registers, producer_registers: of a thread after `setmaxnreg`. 232 and 40 spill 28 bytes with two stages.
     Raises: ValueError for a value outside these, or registers that sum to more than the launch has: that would hang the GPU.
     """
@@ -52,6 +54,7 @@ class ForwardConfig:
     cluster: int = 1
     promote_every: int = 1
     persistent: bool = False
+    take_turns: bool = False
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -93,7 +96,7 @@ def shared_memory_bytes(config: ForwardConfig, *, head_dim: int, operand_bytes: 
     v = (head_dim + VALID_ROWS) * BLOCK_KV * operand_bytes
     out = BLOCK_ROWS * head_dim * output_bytes
     lse = BLOCK_ROWS * 4
-    barriers = (CONSUMERS + 4 * config.stages) * _BARRIER
+    barriers = (2 * CONSUMERS + 4 * config.stages) * _BARRIER
     aligned = [-(-n // 1024) * 1024 for n in (q, config.stages * k, config.stages * v, out, lse)]
     return sum(aligned) + barriers + _OVERHEAD
 
@@ -255,8 +258,8 @@ def fastest(measured: Iterable[Mapping[str, Any]]) -> dict[TuningKey, TunedEntry
 def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> list[ForwardConfig]:
     """Every config that fits: what the autotuner measures, and what is lowered and compiled in CI."""
     found: list[ForwardConfig] = []
-    for persistent, cluster, stages in itertools.product((False, True), (1, 2), (2, 4, 8)):
-        config = ForwardConfig(stages=stages, cluster=cluster, persistent=persistent)
+    for persistent, take_turns, cluster, stages in itertools.product((False, True), (False, True), (1, 2), (2, 4, 8)):
+        config = ForwardConfig(stages=stages, cluster=cluster, persistent=persistent, take_turns=take_turns)
         if persistent and operand_bytes == 2:  # the copier's second loop spills 68 bytes with 24 registers
             config = replace(config, consumer_registers=232, producer_registers=40)
         size = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)

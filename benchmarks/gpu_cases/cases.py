@@ -51,8 +51,9 @@ def _speed(size: str, density: float, scales: int | None, **options: object) -> 
     if options:
         name += " " + " ".join(f"{option}={value}" for option, value in options.items())
         kwargs["options"] = options
-    if options.get("persistent"):
-        kernels = (*kernels, f"{kernels[-1]} persistent")
+    switches = [option for option, value in options.items() if value is True]
+    if switches:
+        kernels = (*kernels, " ".join([kernels[-1], *switches]))
     return Case(name=name, stage="speed", function=f"{_HERE}.speed:attention", kernels=kernels, kwargs=kwargs)
 
 
@@ -120,6 +121,8 @@ def all_cases() -> list[Case]:
         _correct("clusters", _FP8_PAIR),
         _correct("persistent", _PERSISTENT),
         _speed("14B", 0.2, 1, persistent=True),
+        _correct("turns", (*_FP8, "fwd fp8 take_turns")),
+        _speed("14B", 0.2, 1, take_turns=True),
         _correct("promotion", _FP8),
         _speed("14B", 0.2, 1, promote_every=4),
         _op("auto", _FP8),

@@ -29,6 +29,7 @@ class Shape:
     cluster: int = 1
     promote_every: int = 1
     persistent: bool = False
+    take_turns: bool = False
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -36,8 +37,13 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
-        options = {"promote_every": self.promote_every, "persistent": self.persistent}
-        return ForwardConfig(stages=self.stages, cluster=self.cluster, **options)
+        return ForwardConfig(
+            stages=self.stages,
+            cluster=self.cluster,
+            promote_every=self.promote_every,
+            persistent=self.persistent,
+            take_turns=self.take_turns,
+        )
 
 
 _BF16: dict[str, Any] = {"scales": None}
@@ -87,6 +93,11 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "ragged": Shape(**_MANY, persistent=True),
         "every tile": Shape(**_MANY, persistent=True, table="all", stages=4, scales=4),
         "bf16": Shape(**_MANY, **_BF16, persistent=True),
+    },
+    "turns": {
+        "ragged": Shape(tiles=12, take_turns=True),
+        "every tile": Shape(**_MANY, table="all", scales=4, take_turns=True, stages=4),
+        "bf16": Shape(**_BF16, take_turns=True),
     },
     "persistent clusters": {
         "ragged": Shape(**_MANY, **_PAIR, persistent=True),

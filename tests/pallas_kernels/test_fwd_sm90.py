@@ -98,6 +98,15 @@ CASES = {
         config=ForwardConfig(stages=2, persistent=True, promote_every=2),
         multiprocessors=3,
     ),
+    # Consumers that take turns.
+    "turns": Case(tile=128, tiles=5, table="all", config=ForwardConfig(stages=2, take_turns=True)),
+    "turns_ragged_persistent_cluster": Case(
+        heads=3,
+        scales=2,
+        config=ForwardConfig(stages=2, cluster=2, persistent=True, take_turns=True),
+        multiprocessors=4,
+    ),
+    "turns_bf16": Case(scales=None, tile=128, tiles=3, config=ForwardConfig(stages=2, take_turns=True)),
     "cluster_head_dim_64": Case(head_dim=64, heads=2, table="per_head", config=ForwardConfig(stages=4, cluster=2)),
 }
 

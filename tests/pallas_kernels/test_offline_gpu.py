@@ -52,6 +52,16 @@ def test_a_step_out_of_order_is_told(ops, words):
     assert words in problem
 
 
+def test_a_turn_is_handed_over_between_the_matmuls_and_the_first_wait():
+    handed = [*SCORES, *OUTPUT, FREE, FIRST, FREE, *EXP, ALL, FREE]
+    early = [*SCORES, FREE, *OUTPUT, FIRST, FREE, *EXP, ALL, FREE]
+    never = GOOD
+    assert sass.order_problems(sass.main_loop(listing(*handed)), takes_turns=True) == []
+    for ops in (early, never):
+        problems = sass.order_problems(sass.main_loop(listing(*ops)), takes_turns=True)
+        assert problems[0] == "the turn is not handed over between the matmuls and the first wait"
+
+
 def test_what_a_step_usually_jumps_over_is_counted_apart():
     """Rescaling, and nothing else: a wait that is jumped over is short, and one between matmuls is no arithmetic."""
     jump, label = "@!P2 BRA `(.L_x_{})", ".L_x_{}:"
