@@ -86,8 +86,8 @@ def quantize_tokens(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S/tokens_per_scale N"]]:
     """(values, scales) of Q or K: e4m3 `x / scale`, 0 at padding; float32 scales."""
     scales = token_scales(x, valid, tokens_per_scale)
-    codes = codes_of(x, jnp.repeat(scales, tokens_per_scale, axis=1)[..., None])
-    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
+    x = jnp.where(valid[None, :, None, None], x, 0)
+    return codes_of(x, jnp.repeat(scales, tokens_per_scale, axis=1)[..., None]), scales
 
 
 def quantize_channels(
@@ -95,8 +95,7 @@ def quantize_channels(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B N H"]]:
     """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales."""
     scales = channel_scales(v, valid)
-    codes = codes_of(v, scales[:, None])
-    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
+    return codes_of(jnp.where(valid[None, :, None, None], v, 0), scales[:, None]), scales
 
 
 def fake_quant(
