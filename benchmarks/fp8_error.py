@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import dataclasses
 import functools
 
 import jax
@@ -40,11 +41,7 @@ def operands(seed: int, q_size: float, k_size: float) -> list[jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="tokens_per_scale")
 def attention(q, k, v, tokens_per_scale):
-    valid = jnp.asarray(PLAN.layout.valid)
-    table = {"key_tiles": jnp.asarray(PLAN.key_tiles), "counts": jnp.asarray(PLAN.counts)}
-    return reference.attention(
-        q, k, v, **table, q_valid=valid, k_valid=valid, tile_size=PLAN.layout.stored, tokens_per_scale=tokens_per_scale
-    )[0]
+    return reference.attention(q, k, v, dataclasses.replace(PLAN.pattern, tokens_per_scale=tokens_per_scale))[0]
 
 
 def main() -> None:

@@ -99,21 +99,28 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         *scale_specs,
     ]
 
-    def call(operands, key_tiles, counts):
-        return fwd_sm90.attention(
-            operands,
-            key_tiles=key_tiles,
-            counts=counts,
-            batch=1,
-            tile_size=stored,
-            dtype=jnp.dtype(jnp.bfloat16),
-            config=case.config,
-        )
+    def call(operands, pattern):
+        return fwd_sm90.attention(operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), config=case.config)
 
-    return call, (
-        quantize_sm90.Operands(*shapes),
-        spec((num_tiles, _KEY_TILES), jnp.int32),
-        spec((num_tiles,), jnp.int32),
+    return call, (quantize_sm90.Operands(*shapes), _pattern(num_tiles, stored, case.scales))
+
+
+def _pattern(num_tiles: int, stored: int, scales: int | None) -> Any:
+    """A pattern of such tiles, shapes in place of arrays."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.pattern import TilePattern
+
+    spec: Any = jax.ShapeDtypeStruct
+    valid = spec((num_tiles * stored,), jnp.bool_)
+    return TilePattern(
+        key_tiles=spec((num_tiles, _KEY_TILES), jnp.int32),
+        counts=spec((num_tiles,), jnp.int32),
+        q_valid=valid,
+        k_valid=valid,
+        tile_size=stored,
+        tokens_per_scale=None if scales is None else stored // scales,
     )
 
 
@@ -128,13 +135,8 @@ def quantization(
 
     tokens = 300 * 256
 
-    def call(q, k, v, valid):
-        return quantize_sm90.quantize(
-            q, k, v, q_valid=valid, k_valid=valid, tile_size=stored, tokens_per_scale=stored // scales
-        )
-
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
-    return call, (x, x, x, jax.ShapeDtypeStruct((tokens,), jnp.bool_))
+    return quantize_sm90.quantize, (x, x, x, _pattern(tokens // stored, stored, scales))
 
 
 def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[str]]]:

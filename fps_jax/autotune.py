@@ -119,21 +119,6 @@ class Task:
         like = (1, self.plan.layout.num_stored, self.heads, self.head_dim)
         return [jax.random.normal(key, like, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)]
 
-    def table(self) -> dict[str, jax.Array]:
-        """The index table, as `fwd_sm90` takes it."""
-        return {"key_tiles": jnp.asarray(self.plan.key_tiles), "counts": jnp.asarray(self.plan.counts)}
-
-    def padding(self) -> dict[str, Any]:
-        """What quantization needs to know of the tiles."""
-        valid = jnp.asarray(self.plan.layout.valid)
-        return {"q_valid": valid, "k_valid": valid, "tile_size": self.plan.layout.stored}
-
-    def operands(self, q: jax.Array, k: jax.Array, v: jax.Array) -> quantize_sm90.Operands:
-        """What the kernel reads. To be jitted."""
-        if self.plan.tokens_per_scale is None:
-            return quantize_sm90.unquantized(q, k, v, **self.padding())
-        return quantize_sm90.quantize(q, k, v, **self.padding(), tokens_per_scale=self.plan.tokens_per_scale)
-
     def measured_on(self) -> dict[str, Any]:
         """Machine, jax, date and this call, as a `tuning.TunedEntry` has them."""
         return {
@@ -227,18 +212,12 @@ def sweep(
       starting: told before each config, so that one that hangs is known.
     Yields: for each config 'key', 'config', 'ok', 'rel_l2_safe', 'measured_on'; of a right one what `measure` returns and 'tflops'.
     """
-    table, where = task.table(), task.measured_on()
-    operands = jax.jit(task.operands)(*task.inputs())
+    pattern, where = task.plan.pattern, task.measured_on()
+    operands = jax.jit(functools.partial(quantize_sm90.quantize, pattern=pattern))(*task.inputs())
 
     def call(config: ForwardConfig) -> jax.Array:
         return fwd_sm90.attention(
-            operands,
-            **table,
-            batch=1,
-            tile_size=task.plan.layout.stored,
-            dtype=jnp.dtype(jnp.bfloat16),
-            with_lse=False,
-            config=config,
+            operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), with_lse=False, config=config
         )[0]
 
     want = jax.block_until_ready(call(SAFE))

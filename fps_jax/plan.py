@@ -4,11 +4,13 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from fps_jax.tiles import Shape3, TileLayout, propose_tiles
 from fps_jax.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
+from pallas_kernels.pattern import TilePattern
 
 Window = Shape3 | tuple[Shape3, ...]  # for all heads, or one a head
 
@@ -110,6 +112,19 @@ class AttentionPlan:
     def counts(self) -> Int[np.ndarray, "*N Tq"]:
         """Used slots of each row of `key_tiles`, int32."""
         return self._table.counts
+
+    @property
+    def pattern(self) -> TilePattern:
+        """All of it for a kernel that is called directly."""
+        valid = jnp.asarray(self.layout.valid)
+        return TilePattern(
+            key_tiles=jnp.asarray(self.key_tiles),
+            counts=jnp.asarray(self.counts),
+            q_valid=valid,
+            k_valid=valid,
+            tile_size=self.layout.stored,
+            tokens_per_scale=self.tokens_per_scale,
+        )
 
     def to_tiles(self, x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S_stored *rest"]:
         """Raster order to tile order, 0 at padding."""

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import quantize_sm90, tuning
 from pallas_kernels.fwd_sm90_body import Problem, body, scratch
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
 
@@ -25,13 +26,8 @@ def forward(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
+    pattern: TilePattern,
     *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int | None,
     config: ForwardConfig | None = None,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
     """As `pallas_kernels.reference.attention`, with P rounded against the running maximum, as `portable.forward` has it.
@@ -43,18 +39,15 @@ def forward(
       config: tuning; None for the tuned one (`pallas_kernels.tuning`).
     Raises: NotImplementedError for what the kernel doesn't do (`unsupported`); ValueError for a config that doesn't fit.
     """
+    tile_size, tokens_per_scale = pattern.tile_size, pattern.tokens_per_scale
     reason = unsupported(q.shape[3], q.dtype, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
     if reason is not None:
         raise NotImplementedError(f"implementation='sm90': {reason}")
-    valid = {"q_valid": q_valid, "k_valid": k_valid, "tile_size": tile_size}
-    if tokens_per_scale is None:
-        operands = quantize_sm90.unquantized(q, k, v, **valid)
-    else:
-        operands = quantize_sm90.quantize(q, k, v, **valid, tokens_per_scale=tokens_per_scale)
+    operands = quantize_sm90.quantize(q, k, v, pattern)
     if config is None:
         key = tuning.tuning_key(
             head_dim=q.shape[3],
-            density=key_tiles.shape[-1] * tile_size / k.shape[1],
+            density=pattern.key_tiles.shape[-1] / pattern.num_key_tiles,
             tokens_per_scale=tokens_per_scale,
         )
         config = tuning.choose_config(
@@ -63,15 +56,7 @@ def forward(
             output_bytes=q.dtype.itemsize,
             blocks_per_tile=tile_size // BLOCK_KV,
         )
-    return attention(
-        operands,
-        key_tiles=key_tiles,
-        counts=counts,
-        batch=q.shape[0],
-        tile_size=tile_size,
-        dtype=q.dtype,
-        config=config,
-    )
+    return attention(operands, pattern, batch=q.shape[0], dtype=q.dtype, config=config)
 
 
 def unsupported(head_dim: int, dtype: Any, *, tile_size: int, tokens_per_scale: int | None) -> str | None:
@@ -98,14 +83,12 @@ def missing_device() -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames=("batch", "tile_size", "dtype", "config", "with_lse"))
+@functools.partial(jax.jit, static_argnames=("batch", "dtype", "config", "with_lse"))
 def attention(
     operands: quantize_sm90.Operands,
+    pattern: TilePattern,
     *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
     batch: int,
-    tile_size: int,
     dtype: Any,
     config: ForwardConfig,
     with_lse: bool = True,
@@ -113,10 +96,11 @@ def attention(
     """The kernel itself, on operands that `quantize_sm90` made.
 
     Args:
-      key_tiles, counts: as in `forward`; what lies outside is clipped, to the keys there are and to counts of 1 and more.
+      pattern: its table, of which what lies outside is clipped, to the keys there are and to counts of 1 and more.
       dtype: of the output.
       with_lse: False leaves the log-sum-exp out, and None in its place.
     """
+    key_tiles, tile_size = pattern.key_tiles, pattern.tile_size
     groups, seq, head_dim = operands.q.shape
     scales = 0
     if operands.k_scale is not None:
@@ -146,7 +130,7 @@ def attention(
     )
     k_tiles = operands.k.shape[1] // tile_size
     # A copy from beyond the keys, or a row without a key, would hang the GPU. Tables that are traced can't be refused.
-    key_tiles, counts = jnp.clip(key_tiles, 0, k_tiles - 1), jnp.clip(counts, 1, key_tiles.shape[-1])
+    key_tiles, counts = jnp.clip(key_tiles, 0, k_tiles - 1), jnp.clip(pattern.counts, 1, key_tiles.shape[-1])
     table = key_tiles.reshape(-1, *key_tiles.shape[-2:])  # a single table where heads share it
     out_types = [
         jax.ShapeDtypeStruct((batch, seq, problem.heads, head_dim), dtype),

@@ -1,25 +1,25 @@
 """What padded key slots hold, so that they change nothing: a copy of a valid key, whose score can't move a row's maximum."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
+
+from pallas_kernels.pattern import TilePattern
 
 
-def group_sources(k_valid: Bool[Array, "Sk"], *, tile_size: int, tokens_per_scale: int) -> Int[Array, "Sk/group"]:
+def group_sources(pattern: TilePattern) -> Int[Array, "Sk/group"]:
     """For each group, the slot whose key its padded slots repeat, int32: its first valid one, else the tile's; -1 for neither."""
 
     def first(size: int) -> Array:  # of each run of `size` slots: its first valid slot, or -1
-        runs = k_valid.reshape(-1, size)
+        runs = pattern.k_valid.reshape(-1, size)
         slot = jnp.argmax(runs, axis=1) + jnp.arange(runs.shape[0]) * size
         return jnp.where(runs.any(1), slot, -1).astype(jnp.int32)
 
-    of_group, of_tile = first(tokens_per_scale), first(tile_size)
-    return jnp.where(of_group >= 0, of_group, jnp.repeat(of_tile, tile_size // tokens_per_scale))
+    of_group, of_tile = first(pattern.group_size), first(pattern.tile_size)
+    return jnp.where(of_group >= 0, of_group, jnp.repeat(of_tile, pattern.tile_size // pattern.group_size))
 
 
-def key_sources(k_valid: Bool[Array, "Sk"], *, tile_size: int, tokens_per_scale: int) -> Int[Array, "Sk"]:
+def key_sources(pattern: TilePattern) -> Int[Array, "Sk"]:
     """For each key slot the slot whose key it holds, int32: itself where valid, and where nothing of its tile is."""
-    own = jnp.arange(k_valid.shape[0], dtype=jnp.int32)
-    copied = jnp.repeat(
-        group_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale), tokens_per_scale
-    )
-    return jnp.where(k_valid | (copied < 0), own, copied)
+    own = jnp.arange(pattern.k_valid.shape[0], dtype=jnp.int32)
+    copied = jnp.repeat(group_sources(pattern), pattern.group_size)
+    return jnp.where(pattern.k_valid | (copied < 0), own, copied)

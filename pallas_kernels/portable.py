@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.padding import key_sources
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8, row_top
 
@@ -56,27 +57,20 @@ def forward(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
-    *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int | None,
+    pattern: TilePattern,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
     """As `pallas_kernels.reference.attention`, but for P below 2**-15 of the maximum so far, where e4m3 has a fixed step.
 
     Such a P is rounded against the running maximum of its chunk, not the row's.
     """
     batch, seq, num_heads, head_dim = q.shape
-    table, chunk = _chunked_table(key_tiles, counts, tile_size)
-    heads = _heads(q, k, v, q_valid, k_valid, tile_size, tokens_per_scale)
-    weights = _weights(k_valid, tile_size)
-    one_head = functools.partial(_forward_head, weights=weights, chunk=chunk, scale=head_dim**-0.5)
-    out, lse = _over_heads(one_head, heads, table, tile_size * chunk * tile_size)
+    table, chunk = _chunked_table(pattern)
+    heads = _heads(q, k, v, pattern)
+    one_head = functools.partial(_forward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
+    out, lse = _over_heads(one_head, heads, table, chunk * pattern.tile_size**2)
     out = out.reshape(batch, num_heads, seq, head_dim).transpose(0, 2, 1, 3)
-    out = jnp.where(q_valid[None, :, None, None], out, 0).astype(q.dtype)
-    return out, jnp.where(q_valid[None, None], lse.reshape(batch, num_heads, seq), 0)
+    out = jnp.where(pattern.q_valid[None, :, None, None], out, 0).astype(q.dtype)
+    return out, jnp.where(pattern.q_valid[None, None], lse.reshape(batch, num_heads, seq), 0)
 
 
 def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale: float) -> tuple[Array, Array]:
@@ -120,19 +114,14 @@ def backward(
     out: Float[Array, "B Sq N H"],
     lse: Float[Array, "B N Sq"],
     d_out: Float[Array, "B Sq N H"],
-    *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int | None,
+    pattern: TilePattern,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B Sk N H"], Float[Array, "B Sk N H"]]:
     """Gradients of q, k and v from the forward's output and log-sum-exp: straight-through, P un-rounded, zero at padding."""
     num_heads, head_dim = q.shape[2:]
-    table, chunk = _chunked_table(key_tiles, counts, tile_size)
-    heads = _dequantized(_heads(q, k, v, q_valid, k_valid, tile_size, tokens_per_scale))
-    q_valid4 = q_valid[None, :, None, None]
+    tile_size = pattern.tile_size
+    table, chunk = _chunked_table(pattern)
+    heads = _dequantized(_heads(q, k, v, pattern))
+    q_valid4 = pattern.q_valid[None, :, None, None]
     d_out32 = jnp.where(q_valid4, d_out, 0).astype(jnp.float32)
     delta = jnp.where(q_valid4, d_out32 * out.astype(jnp.float32), 0).sum(-1).transpose(0, 2, 1)
     rows = (
@@ -140,15 +129,15 @@ def backward(
         lse.reshape(-1, heads.q.shape[1], tile_size),
         delta.reshape(-1, heads.q.shape[1], tile_size),
     )
-    weights = _weights(k_valid, tile_size)
-    one_head = functools.partial(_backward_head, weights=weights, chunk=chunk, scale=head_dim**-0.5)
-    grads = _over_heads(one_head, (heads, rows), table, 2 * tile_size * chunk * tile_size)
+    one_head = functools.partial(_backward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
+    grads = _over_heads(one_head, (heads, rows), table, 2 * chunk * tile_size**2)
 
     def back(grad, like, ok):
         grad = grad.reshape(like.shape[0], num_heads, like.shape[1], head_dim).transpose(0, 2, 1, 3)
         return jnp.where(ok[None, :, None, None], grad, 0).astype(like.dtype)
 
-    return back(grads[0], q, q_valid), back(grads[1], k, k_valid), back(grads[2], v, k_valid)
+    dq, dk, dv = grads
+    return back(dq, q, pattern.q_valid), back(dk, k, pattern.k_valid), back(dv, v, pattern.k_valid)
 
 
 def _backward_head(
@@ -205,9 +194,9 @@ def _slots(tiles: Array, count: Array, step: Array, chunk: int, num_tiles: int) 
     return jnp.where(used, index, index[0]), jnp.where(used, index, num_tiles)
 
 
-def _weights(k_valid: Array, tile_size: int) -> Float[Array, "Tk+1 tile"]:
+def _weights(pattern: TilePattern) -> Float[Array, "Tk+1 tile"]:
     """1 for a valid key, 0 for padding and in the tile of zeros."""
-    return jnp.pad(k_valid.reshape(-1, tile_size).astype(jnp.float32), ((0, 1), (0, 0)))
+    return jnp.pad(pattern.k_valid.reshape(-1, pattern.tile_size).astype(jnp.float32), ((0, 1), (0, 0)))
 
 
 def _prescaled(q: Array, q_scale: Array | None, scale: float) -> tuple[Array, float]:
@@ -228,30 +217,25 @@ def _scores(q: Array, q_scale: Array | None, head: Head, index: Array, scale: fl
     return (scores * rows[:, None]) * columns[None]  # in turn: the product of two large scales alone could overflow
 
 
-def _chunked_table(key_tiles: Array, counts: Array, tile_size: int) -> tuple[Table, int]:
+def _chunked_table(pattern: TilePattern) -> tuple[Table, int]:
     """The table, with a leading axis of heads where it had one, and the key tiles a chunk."""
-    width = key_tiles.shape[-1]
-    most = max(1, _CHUNK_KEYS // tile_size)
+    width = pattern.key_tiles.shape[-1]
+    most = max(1, _CHUNK_KEYS // pattern.tile_size)
     sizes = range(max(1, most // 2), most + most // 2 + 1)
     chunk = min(sizes, key=lambda size: (-(-width // size) * size, -size))  # least padding, then fewest steps
     pad = -width % chunk
-    return Table(jnp.pad(key_tiles, ((0, 0),) * (key_tiles.ndim - 1) + ((0, pad),)), counts), chunk
+    tiles = jnp.pad(pattern.key_tiles, ((0, 0),) * (pattern.key_tiles.ndim - 1) + ((0, pad),))
+    return Table(tiles, pattern.counts), chunk
 
 
-def _heads(
-    q: Array,
-    k: Array,
-    v: Array,
-    q_valid: Array,
-    k_valid: Array,
-    tile_size: int,
-    tokens_per_scale: int | None,
-) -> Head:
+def _heads(q: Array, k: Array, v: Array, pattern: TilePattern) -> Head:
     """The operands of all heads, each with a leading axis of B * N."""
     batch, _, num_heads, _ = q.shape
+    q_valid, k_valid = pattern.q_valid, pattern.k_valid
+    tile_size, tokens_per_scale = pattern.tile_size, pattern.tokens_per_scale
     # Padding may hold anything, NaN too: it is replaced, not multiplied away.
     q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
-    source = key_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale or tile_size)
+    source = key_sources(pattern)
     q_scale = k_scale = v_scale = None
     if tokens_per_scale is not None:
         q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.mosaic import kv_order, swizzled, to_fp8_operand
 from pallas_kernels.padding import group_sources, key_sources
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import (
     FP8,
     FP8_MAX,
@@ -61,74 +62,66 @@ def quantize(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
+    pattern: TilePattern,
     *,
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int,
     fused: bool = True,
 ) -> Operands:
     """Q and K in FP8 with a scale for each group of tokens, V with one for each channel, as `reference` defines them.
 
     Args:
       q, k, v: any float dtype, tokens in tile order; padding may hold anything.
-      tile_size: stored tokens of a tile, a multiple of 128.
-      tokens_per_scale: a multiple of 64 that divides the tile.
+      pattern: tiles of a multiple of 128 tokens, scales for a multiple of 64; without scales, `unquantized`.
       fused: by the kernels below where they can (16-bit inputs, groups that fit shared memory), else by XLA.
     """
-    if not fused or not _fits(q, tokens_per_scale):
-        return by_xla(q, k, v, q_valid=q_valid, k_valid=k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
-    v_scale = channel_scales(v, k_valid).reshape(-1, v.shape[3])
-    q8, q_scale = quantize_groups(q, q_valid, None, tokens_per_scale)
-    copied = group_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
-    k8, k_scale = quantize_groups(k, k_valid, copied, tokens_per_scale)
-    v8 = quantize_transposed(v, k_valid, v_scale)
-    return _operands(q8, k8, v8, q_scale, k_scale, v_scale, q_valid, k_valid, tokens_per_scale)
+    tokens_per_scale = pattern.tokens_per_scale
+    if not fused or tokens_per_scale is None or not _fits(q, tokens_per_scale):
+        return by_xla(q, k, v, pattern)
+    v_scale = channel_scales(v, pattern.k_valid).reshape(-1, v.shape[3])
+    q8, q_scale = quantize_groups(q, pattern.q_valid, None, tokens_per_scale)
+    k8, k_scale = quantize_groups(k, pattern.k_valid, group_sources(pattern), tokens_per_scale)
+    v8 = quantize_transposed(v, pattern.k_valid, v_scale)
+    return _operands(q8, k8, v8, q_scale, k_scale, v_scale, pattern)
 
 
 def by_xla(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
-    *,
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int,
+    pattern: TilePattern,
 ) -> Operands:
     """`quantize` in plain jax.numpy."""
-    q8, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
-    k8, k_scale = quantize_tokens(k, k_valid, tokens_per_scale)
+    tokens_per_scale = pattern.tokens_per_scale
+    if tokens_per_scale is None:
+        return unquantized(q, k, v, pattern)
+    q8, q_scale = quantize_tokens(q, pattern.q_valid, tokens_per_scale)
+    k8, k_scale = quantize_tokens(k, pattern.k_valid, tokens_per_scale)
     # Copied after rounding, and a group of padding takes the scale of its source: the copy's scores are then exactly the source's.
-    source = key_sources(k_valid, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
+    source = key_sources(pattern)
     k8 = jnp.take(k8, source, axis=1)
     k_scale = jnp.take(k_scale, source[::tokens_per_scale] // tokens_per_scale, axis=1)
-    v8, v_scale = quantize_channels(v, k_valid)
+    v8, v_scale = quantize_channels(v, pattern.k_valid)
     v8 = _keys_last(jnp.take(v8, kv_order(v.shape[1]), axis=1))
     q_scale, k_scale = (s.transpose(0, 2, 1).reshape(-1, s.shape[1]) for s in (q_scale, k_scale))
     v_scale = v_scale.reshape(-1, v.shape[3])
     q8, k8 = _head_major(q8), _head_major(k8)
-    return _operands(q8, k8, v8, q_scale, k_scale, v_scale, q_valid, k_valid, tokens_per_scale)
+    return _operands(q8, k8, v8, q_scale, k_scale, v_scale, pattern)
 
 
 def unquantized(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
-    *,
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
+    pattern: TilePattern,
 ) -> Operands:
     """The same layout without rounding, for the kernel's bf16 mode. q, k, v: bf16 or f16."""
-    source = key_sources(k_valid, tile_size=tile_size, tokens_per_scale=tile_size)
+    source, k_valid = key_sources(pattern), pattern.k_valid
     k, v = (jnp.where(k_valid[None, :, None, None], x, jnp.zeros((), x.dtype)) for x in (k, v))
     return Operands(
         q=_head_major(q),
         k=_head_major(jnp.take(k, source, axis=1)),
         v=_keys_last(v),
         key_valid=_validity_rows(k_valid, v.dtype),
-        query_valid=q_valid.astype(f32),
+        query_valid=pattern.q_valid.astype(f32),
         q_scale=None,
         k_scale=None,
         v_scale=None,
@@ -273,19 +266,18 @@ def _operands(
     q_scale: Array,
     k_scale: Array,
     v_scale: Array,
-    q_valid: Array,
-    k_valid: Array,
-    tokens_per_scale: int,
+    pattern: TilePattern,
 ) -> Operands:
     """Operands from values by head and a scale for each group, which is repeated for each block."""
+    group, k_valid = pattern.group_size, pattern.k_valid
     return Operands(
         q=q8,
         k=k8,
         v=v8,
         key_valid=_validity_rows(k_valid[kv_order(k_valid.shape[0])], FP8),
-        query_valid=q_valid.astype(f32),
-        q_scale=jnp.repeat(q_scale, tokens_per_scale // BLOCK_Q, axis=1),
-        k_scale=jnp.repeat(k_scale, tokens_per_scale * scales_per_block(tokens_per_scale) // BLOCK_KV, axis=1),
+        query_valid=pattern.q_valid.astype(f32),
+        q_scale=jnp.repeat(q_scale, group // BLOCK_Q, axis=1),
+        k_scale=jnp.repeat(k_scale, group * scales_per_block(group) // BLOCK_KV, axis=1),
         v_scale=v_scale,
     )
 

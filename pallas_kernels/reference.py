@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.pattern import TilePattern
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 number; P in [0, 1] is stored times this
@@ -143,43 +145,37 @@ def _straight_through_bwd(valid, g):
 _straight_through.defvjp(_straight_through_fwd, _straight_through_bwd)
 
 
-def token_mask(
-    key_tiles: Int[Array, "*N Tq K"], counts: Int[Array, "*N Tq"], tile_size: int, valid: Bool[Array, "Sk"]
-) -> Bool[Array, "N Sq Sk"]:
+def token_mask(pattern: TilePattern) -> Bool[Array, "N Sq Sk"]:
     """Which query attends which key, from the table: `N` is 1 where all heads share it."""
-    tiles = valid.shape[0] // tile_size
+    key_tiles, counts, tile_size = pattern.key_tiles, pattern.counts, pattern.tile_size
     if key_tiles.ndim == 2:
         key_tiles, counts = key_tiles[None], counts[None]
     used = jnp.arange(key_tiles.shape[-1])[None, None] < counts[..., None]
-    listed = ((key_tiles[..., None] == jnp.arange(tiles)[None, None, None]) & used[..., None]).any(-2)  # [N, Tq, Tk]
-    return jnp.repeat(jnp.repeat(listed, tile_size, axis=1), tile_size, axis=2) & valid[None, None]
+    tiles = jnp.arange(pattern.num_key_tiles)[None, None, None]
+    listed = ((key_tiles[..., None] == tiles) & used[..., None]).any(-2)  # [N, Tq, Tk]
+    return jnp.repeat(jnp.repeat(listed, tile_size, axis=1), tile_size, axis=2) & pattern.k_valid[None, None]
 
 
 def attention(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
-    *,
-    key_tiles: Int[Array, "*N Tq K"],
-    counts: Int[Array, "*N Tq"],
-    q_valid: Bool[Array, "Sq"],
-    k_valid: Bool[Array, "Sk"],
-    tile_size: int,
-    tokens_per_scale: int | None,
+    pattern: TilePattern,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
     """(output in q's dtype, log-sum-exp in float32) of attention over the listed key tiles, softmax scale H**-0.5.
 
-    With `tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - top) stored as
-    e4m3 of 448 P, where top is the row's maximum rounded up (`row_top`). Row sums, and so the log-sum-exp, are those of the
-    rounded P: numerator and denominator then round alike.
+    With `pattern.tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - top)
+    stored as e4m3 of 448 P, where top is the row's maximum rounded up (`row_top`). Row sums, and so the log-sum-exp, are those of
+    the rounded P: numerator and denominator then round alike.
     Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries.
 
     Its derivative is the training rule, not that of the rounding: straight-through for Q, K and V, un-rounded P normalised by the
     log-sum-exp of the forward, and the returned output in delta = rowsum(dO * O). Written as a function whose derivative is
     that (`_with_derivative`), so that plain autodiff of this file is the specification of the gradients too.
     """
+    q_valid, k_valid, tokens_per_scale = pattern.q_valid, pattern.k_valid, pattern.tokens_per_scale
     with jax.default_matmul_precision("highest"):
-        mask = token_mask(key_tiles, counts, tile_size, k_valid)[None]
+        mask = token_mask(pattern)[None]
         q_valid4, k_valid4 = q_valid[None, :, None, None], k_valid[None, :, None, None]
         # Padding may hold anything, NaN too: 0 * NaN is NaN, so it is replaced, not multiplied away.
         q32, k32, v32 = (

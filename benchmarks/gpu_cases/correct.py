@@ -1,6 +1,7 @@
 """Are the kernels right? Against the specification, on poisoned memory, twice."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -57,16 +58,13 @@ def forward(toy: bool, *, group: str, fused: bool = True, names: list[str] | Non
 
 
 def _forward(toy: bool, shape: Shape, fused: bool) -> dict[str, Any]:
-    (q, k, v), arguments = make_call(shape)
+    (q, k, v), pattern = make_call(shape)
 
     def call(q, k, v):
-        if fused or shape.scales is None:
-            return fwd_sm90.forward(q, k, v, **arguments, config=shape.config)
-        rest = dict(arguments)
-        table = {name: rest.pop(name) for name in ("key_tiles", "counts")}
-        operands = quantize_sm90.by_xla(q, k, v, **rest)
-        fixed = {"batch": shape.batch, "tile_size": shape.tile, "dtype": q.dtype, "config": shape.config}
-        return fwd_sm90.attention(operands, **table, **fixed)
+        if fused:
+            return fwd_sm90.forward(q, k, v, pattern, config=shape.config)
+        operands = quantize_sm90.by_xla(q, k, v, pattern)
+        return fwd_sm90.attention(operands, pattern, batch=shape.batch, dtype=q.dtype, config=shape.config)
 
     runs = []
     with kernels(toy):
@@ -75,8 +73,8 @@ def _forward(toy: bool, shape: Shape, fused: bool) -> dict[str, Any]:
             poison(toy)
             runs.append([np.asarray(x) for x in run(q, k, v)])
     out, lse = runs[0]
-    want, want_lse = jax.jit(lambda q, k, v: reference.attention(q, k, v, **arguments))(q, k, v)
-    valid = np.asarray(arguments["q_valid"])
+    want, want_lse = jax.jit(lambda q, k, v: reference.attention(q, k, v, pattern))(q, k, v)
+    valid = np.asarray(pattern.q_valid)
     out32 = out.astype(np.float32)
     want32 = np.asarray(want, np.float32)
     norm = np.linalg.norm(want32[:, valid], axis=-1)
@@ -110,15 +108,12 @@ def quantization(toy: bool) -> Iterator[dict[str, Any]]:
         (384, 1, 64, "groups"),
     ):
         shape = Shape(tile=tile, scales=scales, head_dim=dim, padding=padding, batch=2, heads=3)
-        (q, k, v), arguments = make_call(_toy(shape) if toy else shape)
-        arguments = {name: x for name, x in arguments.items() if name not in ("key_tiles", "counts")}
+        (q, k, v), pattern = make_call(_toy(shape) if toy else shape)
         with kernels(toy):
             poison(toy)
-            fused = [
-                np.asarray(x)
-                for x in jax.jit(lambda q, k, v, a=arguments: quantize_sm90.quantize(q, k, v, **a))(q, k, v)
-            ]
-        plain = jax.jit(lambda q, k, v, a=arguments: quantize_sm90.by_xla(q, k, v, **a))(q, k, v)
+            run = jax.jit(functools.partial(quantize_sm90.quantize, pattern=pattern))
+            fused = [np.asarray(x) for x in run(q, k, v)]
+        plain = jax.jit(functools.partial(quantize_sm90.by_xla, pattern=pattern))(q, k, v)
         different = {}
         for name, a, b in zip(quantize_sm90.Operands._fields, fused, map(np.asarray, plain), strict=True):
             if not _same_bytes(a, b):
@@ -146,10 +141,15 @@ def portable(toy: bool, *, implementation: str) -> Iterator[dict[str, Any]]:
 
 
 def _op(shape: Shape, implementation: str) -> dict[str, Any]:
-    (q, k, v), arguments = make_call(shape)
+    (q, k, v), pattern = make_call(shape)
+    arguments = {
+        "key_tiles": pattern.key_tiles,
+        "counts": pattern.counts,
+        "valid": pattern.k_valid,
+        "q_valid": pattern.q_valid,
+        "tokens_per_scale": pattern.tokens_per_scale,
+    }
     d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape, np.float32), q.dtype)
-    arguments["valid"] = arguments.pop("k_valid")
-    del arguments["tile_size"]
 
     def both_ways(name, q, k, v, d_out):
         # Inside scan, as the denoising loop has it.

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.tuning import ForwardConfig
 
 
@@ -117,8 +118,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
 }
 
 
-def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], dict[str, Any]]:
-    """([q, k, v], the other arguments of `reference.attention`). Padding holds NaN, unused slots of the table nonsense."""
+def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern]:
+    """([q, k, v], pattern). Padding holds NaN, unused slots of the table nonsense."""
     rng = np.random.default_rng(seed)
     query_tiles = shape.tiles if shape.query_tiles is None else shape.query_tiles
     k_valid, q_valid = _valid(shape, shape.tiles, rng), _valid(shape, query_tiles, rng)
@@ -134,14 +135,14 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], dict[str, A
         values[:, ~valid] = np.nan
     x = [jnp.asarray(values, shape.dtype) for values in x]
     key_tiles, counts = _table(shape, query_tiles, rng)
-    return x, {
-        "key_tiles": jnp.asarray(key_tiles),
-        "counts": jnp.asarray(counts),
-        "q_valid": jnp.asarray(q_valid),
-        "k_valid": jnp.asarray(k_valid),
-        "tile_size": shape.tile,
-        "tokens_per_scale": shape.tokens_per_scale,
-    }
+    return x, TilePattern(
+        key_tiles=jnp.asarray(key_tiles),
+        counts=jnp.asarray(counts),
+        q_valid=jnp.asarray(q_valid),
+        k_valid=jnp.asarray(k_valid),
+        tile_size=shape.tile,
+        tokens_per_scale=shape.tokens_per_scale,
+    )
 
 
 def _valid(shape: Shape, tiles: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,5 +1,6 @@
 """How fast is the forward at real sizes: the kernel alone, with quantization, and the quantization by itself."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,7 +31,7 @@ def attention(
 ) -> Iterator[dict[str, Any]]:
     """Forward by a real 3D window. `scales`: FP8 scales a tile; None for bf16 without quantization. `options`: of the config."""
     task = make_task(size_of(size, toy), density, scales)
-    plan, flop, table, padding = task.plan, task.flop, task.table(), task.padding()
+    plan, flop, pattern = task.plan, task.flop, task.plan.pattern
     q, k, v = task.inputs()
     config = replace(tuning.choose_config(task.key, **task.fits), **options or {})
     limit = BF16_LIMIT if scales is None else FP8_LIMIT
@@ -43,16 +44,12 @@ def attention(
         "tuning": asdict(config),
     }
     with kernels(toy):
-        operands = jax.jit(task.operands)(q, k, v)
-        fixed = {"batch": 1, "tile_size": plan.layout.stored, "dtype": q.dtype, "config": config, "with_lse": False}
-        alone = median_seconds(lambda: fwd_sm90.attention(operands, **table, **fixed), toy)
+        operands = jax.jit(functools.partial(quantize_sm90.quantize, pattern=pattern))(q, k, v)
+        fixed = {"batch": 1, "dtype": q.dtype, "config": config, "with_lse": False}
+        alone = median_seconds(lambda: fwd_sm90.attention(operands, pattern, **fixed), toy)
         yield {"part": "kernel", **what, **rates(alone, flop, limit)}
         # Also in bf16 mode the operands change layout: the price of calling it, though nothing is rounded.
-        whole = jax.jit(
-            lambda q, k, v: fwd_sm90.forward(
-                q, k, v, **table, **padding, tokens_per_scale=plan.tokens_per_scale, config=config
-            )[0]
-        )
+        whole = jax.jit(lambda q, k, v: fwd_sm90.forward(q, k, v, pattern, config=config)[0])
         del operands
         included = median_seconds(lambda: whole(q, k, v), toy)
         yield {
@@ -65,7 +62,6 @@ def attention(
 def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any]]:
     """The passes from bf16 q, k, v to operands, fused and by XLA, beside the copy bandwidth of this very process."""
     task = make_task(size_of(size, toy), 1, scales)
-    plan, padding = task.plan, task.padding()
     q, k, v = task.inputs()
     copy = copy_bandwidth(toy)
     yield {"part": "copy", **copy}
@@ -73,11 +69,7 @@ def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any
     moved = 3 * q.size * (2 + 1) + 2 * v.size
     with kernels(toy):
         for name, fused in (("fused", True), ("by XLA", False)):
-            run = jax.jit(
-                lambda q, k, v, fused=fused: quantize_sm90.quantize(
-                    q, k, v, **padding, tokens_per_scale=plan.tokens_per_scale or 0, fused=fused
-                )
-            )
+            run = jax.jit(functools.partial(quantize_sm90.quantize, pattern=task.plan.pattern, fused=fused))
             timing = median_seconds(lambda run=run: run(q, k, v), toy)
             if isinstance(timing["seconds"], str):
                 yield {"part": name, **timing, "GB_s": NOT_MEASURED, "share_of_copy": NOT_MEASURED}

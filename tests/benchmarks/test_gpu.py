@@ -204,18 +204,19 @@ def test_stages_and_words_select_cases():
 def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(monkeypatch):
     shape = shapes.Shape(tile=128, tiles=2, heads=1, head_dim=64, table="all")
 
-    def right(q, k, v, *, config, **arguments):
-        return reference.attention(q, k, v, **arguments)
+    def right(q, k, v, pattern, *, config):
+        return reference.attention(q, k, v, pattern)
 
-    def drops_a_tile(q, k, v, *, config, counts, **arguments):
-        return reference.attention(q, k, v, counts=jnp.maximum(counts - 1, 1), **arguments)
+    def drops_a_tile(q, k, v, pattern, *, config):
+        fewer = dataclasses.replace(pattern, counts=jnp.maximum(pattern.counts - 1, 1))
+        return reference.attention(q, k, v, fewer)
 
-    def leaves_one(q, k, v, *, config, **arguments):
-        out, lse = reference.attention(q, k, v, **arguments)
+    def leaves_one(q, k, v, pattern, *, config):
+        out, lse = reference.attention(q, k, v, pattern)
         return out.at[0, 3, 0, 5].set(jnp.nan), lse
 
-    def writes_padding(q, k, v, *, config, **arguments):
-        out, lse = reference.attention(q, k, v, **arguments)
+    def writes_padding(q, k, v, pattern, *, config):
+        out, lse = reference.attention(q, k, v, pattern)
         return out.at[0, -1].set(1e-3), lse
 
     found = {}

@@ -4,11 +4,13 @@ import dataclasses
 from typing import Any
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from pallas_kernels import fwd_sm90, mosaic, quantize_sm90, reference
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.tuning import ForwardConfig
 from tests.reference import rel_l2
 
@@ -41,7 +43,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Arguments of `reference.attention`, NumPy. `q`, `k`, `v` in the case's dtype, NaN at padding."""
+    """A call, NumPy. `q`, `k`, `v` in the case's dtype, NaN at padding."""
 
     q: np.ndarray
     k: np.ndarray
@@ -51,15 +53,17 @@ class Inputs:
     q_valid: np.ndarray
     k_valid: np.ndarray
 
-    def kwargs(self, case: Case) -> dict[str, Any]:
-        return {
-            "key_tiles": jnp.asarray(self.key_tiles),
-            "counts": jnp.asarray(self.counts),
-            "q_valid": jnp.asarray(self.q_valid),
-            "k_valid": jnp.asarray(self.k_valid),
-            "tile_size": case.tile,
-            "tokens_per_scale": case.tokens_per_scale,
-        }
+    def args(self, case: Case) -> tuple[jax.Array, jax.Array, jax.Array, TilePattern]:
+        """q, k, v and the pattern."""
+        pattern = TilePattern(
+            key_tiles=jnp.asarray(self.key_tiles),
+            counts=jnp.asarray(self.counts),
+            q_valid=jnp.asarray(self.q_valid),
+            k_valid=jnp.asarray(self.k_valid),
+            tile_size=case.tile,
+            tokens_per_scale=case.tokens_per_scale,
+        )
+        return jnp.asarray(self.q), jnp.asarray(self.k), jnp.asarray(self.v), pattern
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -163,9 +167,7 @@ def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     fwd_sm90.attention.clear_cache()  # it depends on the number of multiprocessors
     gpu = mock.patch.object(fwd_sm90, "multiprocessors", return_value=case.multiprocessors)
     with mosaic.interpret(detect_races=True), gpu:
-        out, lse = fwd_sm90.forward(
-            jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case), config=case.config
-        )
+        out, lse = fwd_sm90.forward(*x.args(case), config=case.config)
         return np.asarray(out), np.asarray(lse)
 
 
@@ -174,7 +176,7 @@ def errors(case: Case) -> dict[str, Any]:
     x = make_inputs(case)
     out, lse = call_kernel(case, x)
     want, want_lse = expected(case, x)
-    spec, spec_lse = reference.attention(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
+    spec, spec_lse = reference.attention(*x.args(case))
     return {
         "dtype": str(out.dtype),
         "out": rel_l2(out, want),
@@ -190,7 +192,7 @@ def broken_inputs() -> dict[str, Any]:
     case = Case(tile=128, tiles=3, heads=2, inputs="broken", padding="tail")
     x = make_inputs(case)
     out, _ = call_kernel(case, x)
-    spec, _ = reference.attention(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **x.kwargs(case))
+    spec, _ = reference.attention(*x.args(case))
     return {"kernel": np.isnan(out.astype(np.float32)), "spec": np.isnan(np.asarray(spec, np.float32))}
 
 
@@ -203,17 +205,13 @@ def repeated() -> bool:
 
 def without_lse() -> bool:
     """The same output with the log-sum-exp left out."""
-    import jax
-
     case = Case(tile=128, tiles=2)
-    x = make_inputs(case)
+    *x, pattern = make_inputs(case).args(case)
     with mosaic.interpret():
-        kwargs = x.kwargs(case)
-        table = {name: kwargs.pop(name) for name in ("key_tiles", "counts")}
-        operands = quantize_sm90.quantize(jnp.asarray(x.q), jnp.asarray(x.k), jnp.asarray(x.v), **kwargs)
-        fixed = {"batch": 1, "tile_size": case.tile, "dtype": jnp.dtype(jnp.bfloat16), "config": case.config}
-        out, lse = jax.block_until_ready(fwd_sm90.attention(operands, **table, **fixed))
-        alone, nothing = fwd_sm90.attention(operands, **table, **fixed, with_lse=False)
+        operands = quantize_sm90.quantize(*x, pattern=pattern)
+        fixed = {"batch": 1, "dtype": jnp.dtype(jnp.bfloat16), "config": case.config}
+        out, lse = jax.block_until_ready(fwd_sm90.attention(operands, pattern, **fixed))
+        alone, nothing = fwd_sm90.attention(operands, pattern, **fixed, with_lse=False)
         return nothing is None and lse is not None and bool((out == alone).all())
 
 

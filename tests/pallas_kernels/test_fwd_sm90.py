@@ -12,6 +12,7 @@ import pytest
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, tuning
 from pallas_kernels.fwd_sm90_body import Problem, scratch
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import attention_cases, interpreted
@@ -153,17 +154,7 @@ GRIDS = {"720p": ((21, 45, 80), (7, 9, 4)), "480p": ((21, 30, 52), (7, 6, 6)), "
 
 
 def lowered(plan: AttentionPlan, heads: int, head_dim: int, config: ForwardConfig | None, dtype=jnp.bfloat16) -> str:
-    valid = jnp.asarray(plan.layout.valid)
-    fn = functools.partial(
-        fwd_sm90.forward,
-        key_tiles=jnp.asarray(plan.key_tiles),
-        counts=jnp.asarray(plan.counts),
-        q_valid=valid,
-        k_valid=valid,
-        tile_size=plan.layout.stored,
-        tokens_per_scale=plan.tokens_per_scale,
-        config=config,
-    )
+    fn = functools.partial(fwd_sm90.forward, pattern=plan.pattern, config=config)
     spec = jax.ShapeDtypeStruct((1, plan.layout.num_stored, heads, head_dim), dtype)
     return jax.jit(fn).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -204,10 +195,11 @@ def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
 def plain_call(tokens_per_scale):
     """The kernel on two tiles of 256 tokens, each attending both."""
     valid, tiles = jnp.ones(512, bool), jnp.asarray([[0, 1], [0, 1]], jnp.int32)
-    return functools.partial(
-        fwd_sm90.forward, key_tiles=tiles, counts=jnp.full(2, 2, jnp.int32), q_valid=valid, k_valid=valid,
+    pattern = TilePattern(
+        key_tiles=tiles, counts=jnp.full(2, 2, jnp.int32), q_valid=valid, k_valid=valid,
         tile_size=256, tokens_per_scale=tokens_per_scale,
     )  # fmt: skip
+    return functools.partial(fwd_sm90.forward, pattern=pattern)
 
 
 @pytest.mark.parametrize("tokens_per_scale", [64, None])
@@ -251,12 +243,9 @@ def test_what_the_kernel_does_not_do_has_a_reason(change, words):
 
 def test_unsupported_calls_are_refused_with_the_reason():
     x = jnp.zeros((1, 128, 1, 96), jnp.bfloat16)
-    ok = jnp.ones(128, bool)
+    pattern = AttentionPlan.build(grid=(2, 8, 8), tile=(2, 8, 8)).pattern
     with pytest.raises(NotImplementedError, match="implementation='sm90': head dim 96 is not 64 or 128"):
-        fwd_sm90.forward(
-            x, x, x, key_tiles=jnp.zeros((1, 1), jnp.int32), counts=jnp.ones(1, jnp.int32), q_valid=ok, k_valid=ok,
-            tile_size=128, tokens_per_scale=128,
-        )  # fmt: skip
+        fwd_sm90.forward(x, x, x, pattern)
 
 
 def test_a_cluster_wider_than_a_tile_is_refused():

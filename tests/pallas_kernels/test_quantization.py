@@ -1,5 +1,7 @@
 """FP8 quantization: rounding against ml_dtypes, scales, and the values that break others: zero, denormal, inf, NaN."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import reference
+from pallas_kernels.pattern import TilePattern
 
 ALL = jnp.ones(8, bool)
 ULP = 2.0**-23
@@ -130,7 +133,10 @@ def test_with_outlier_channels_a_scale_per_tile_beats_one_per_tensor_and_more_be
     """Means over seeds: which e4m3 steps the outliers fall on is chance. benchmarks/fp8_error.py has the full table."""
     tokens, tile, dim = 1024, 256, 64
     valid = jnp.ones(tokens, bool)
-    table = {"key_tiles": jnp.tile(jnp.arange(4), (4, 1)), "counts": jnp.full(4, 4), "q_valid": valid, "k_valid": valid}
+    pattern = TilePattern(
+        key_tiles=jnp.tile(jnp.arange(4), (4, 1)), counts=jnp.full(4, 4), q_valid=valid, k_valid=valid,
+        tile_size=tile, tokens_per_scale=None,
+    )  # fmt: skip
     errors = []
     for seed in range(6):
         rng = np.random.default_rng(seed)
@@ -139,10 +145,9 @@ def test_with_outlier_channels_a_scale_per_tile_beats_one_per_tensor_and_more_be
         q[..., outliers] *= 20
         k[..., outliers] *= 20
         q *= 2 / (np.einsum("bqnh,bknh->bnqk", q, k) / np.sqrt(dim)).std()
+        x = [jnp.asarray(a) for a in (q, k, v)]
         run = [
-            np.asarray(
-                reference.attention(*map(jnp.asarray, (q, k, v)), **table, tile_size=tile, tokens_per_scale=size)[0]
-            )
+            np.asarray(reference.attention(*x, pattern=dataclasses.replace(pattern, tokens_per_scale=size))[0])
             for size in (None, tokens, tile, tile // 2, tile // 4)
         ]
         errors.append([np.linalg.norm(out - run[0]) / np.linalg.norm(run[0]) for out in run[1:]])

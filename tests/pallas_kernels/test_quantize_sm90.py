@@ -1,6 +1,6 @@
 """What the Hopper kernel reads: values and scales as the specification has them, laid out, padding made harmless."""
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels import mosaic, quantize_sm90, reference
 from pallas_kernels.mosaic import kv_order
+from pallas_kernels.pattern import TilePattern
 from tests.pallas_kernels import interpreted
 
 TILE, SEQ = 256, 768
@@ -26,12 +27,20 @@ def validity(seed: int = 0) -> np.ndarray:
     return valid
 
 
+def tiles_of(valid: Any, tokens_per_scale: int | None, tile_size: int = TILE) -> TilePattern:
+    """A pattern of these tiles, each attending itself; quantization doesn't look at the table."""
+    tiles = valid.shape[0] // tile_size
+    return TilePattern(
+        key_tiles=jnp.arange(tiles)[:, None], counts=jnp.ones(tiles, jnp.int32), q_valid=valid, k_valid=valid,
+        tile_size=tile_size, tokens_per_scale=tokens_per_scale,
+    )  # fmt: skip
+
+
 def quantized(tokens_per_scale: int, valid: np.ndarray, dtype=jnp.bfloat16):
     q, k, v = (tokens(i, dtype) for i in range(3))
     ok = jnp.asarray(valid)
     poisoned = [jnp.where(ok[None, :, None, None], x, jnp.asarray(jnp.nan, x.dtype)) for x in (q, k, v)]
-    got = quantize_sm90.by_xla(*poisoned, q_valid=ok, k_valid=ok, tile_size=TILE, tokens_per_scale=tokens_per_scale)
-    return got, (q, k, v)
+    return quantize_sm90.by_xla(*poisoned, pattern=tiles_of(ok, tokens_per_scale)), (q, k, v)
 
 
 def by_head(x):
@@ -90,8 +99,7 @@ def test_a_tile_without_a_valid_key_is_zero():
 def test_without_quantization_values_stay_and_only_the_layout_changes():
     valid = validity()
     q, k, v = (tokens(i) for i in range(3))
-    ok = jnp.asarray(valid)
-    got = quantize_sm90.unquantized(q, k, v, q_valid=ok, k_valid=ok, tile_size=TILE)
+    got = quantize_sm90.quantize(q, k, v, tiles_of(jnp.asarray(valid), None))
     np.testing.assert_array_equal(np.asarray(got.q, np.float32)[:, valid], by_head(q)[:, valid])
     np.testing.assert_array_equal(np.asarray(got.k, np.float32)[:, valid], by_head(k)[:, valid])
     np.testing.assert_array_equal(np.asarray(got.v, np.float32), (by_head(v) * valid[None, :, None]).transpose(0, 2, 1))
@@ -122,11 +130,10 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     for x in (q, k, v):
         x[:, ~valid] = np.nan
     args = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    ok = jnp.asarray(valid)
-    call = {"q_valid": ok, "k_valid": ok, "tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
+    pattern = tiles_of(jnp.asarray(valid), tokens_per_scale, tile_size)
     with mosaic.interpret():
-        fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, **call)]
-    by_xla = jax.jit(functools.partial(quantize_sm90.by_xla, **call))(*args)
+        fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, pattern=pattern)]
+    by_xla = jax.jit(quantize_sm90.by_xla)(*args, pattern)
     by_xla = [np.asarray(x, np.float32) for x in by_xla]
     return fused, by_xla
 
@@ -160,10 +167,8 @@ def test_the_fused_pass_shows_what_is_not_finite():
 @pytest.mark.parametrize(("tokens_per_scale", "dtype"), [(64, jnp.bfloat16), (256, jnp.float16), (384, jnp.bfloat16)])
 def test_the_fused_pass_lowers_at_real_size(tokens_per_scale, dtype):
     x = jax.ShapeDtypeStruct((1, 76800, 40, 128), dtype)
-    ok = jax.ShapeDtypeStruct((76800,), jnp.bool_)
-    tile = max(256, tokens_per_scale)
-    fn = functools.partial(quantize_sm90.quantize, tile_size=tile, tokens_per_scale=tokens_per_scale)
-    traced = jax.jit(lambda q, k, v, a, b: fn(q, k, v, q_valid=a, k_valid=b)).trace(x, x, x, ok, ok)
+    pattern = tiles_of(jax.ShapeDtypeStruct((76800,), jnp.bool_), tokens_per_scale, max(256, tokens_per_scale))
+    traced = jax.jit(quantize_sm90.quantize).trace(x, x, x, pattern)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu") == 3
 
 
@@ -171,5 +176,5 @@ def test_the_fused_pass_lowers_at_real_size(tokens_per_scale, dtype):
 def test_what_the_fused_pass_cannot_hold_goes_by_xla(tokens_per_scale, dtype):
     """32-bit inputs, and groups larger than shared memory."""
     x, ok = jnp.ones((1, 1024, 1, 128), dtype), jnp.ones(1024, bool)
-    got = quantize_sm90.quantize(x, x, x, q_valid=ok, k_valid=ok, tile_size=1024, tokens_per_scale=tokens_per_scale)
+    got = quantize_sm90.quantize(x, x, x, tiles_of(ok, tokens_per_scale, 1024))
     assert (np.asarray(got.q, np.float32) == 448).all()
