@@ -238,7 +238,7 @@ def test_the_engine_times_what_agrees_with_the_safe_config_and_what_is_slow_only
     factors = {ForwardConfig(stages=2): 1.0, ForwardConfig(stages=4): 1.009, ForwardConfig(cluster=2): 1.011}
     factors[ForwardConfig(stages=8)] = math.nan
 
-    def attention(operands, *, config, **arguments):
+    def attention(operands, pattern, *, config, **arguments):
         return jnp.full((1, 256, 1, 128), factors[config], jnp.float32), None
 
     monkeypatch.setattr(fwd_sm90, "attention", attention)
