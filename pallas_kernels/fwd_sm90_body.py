@@ -327,14 +327,15 @@ def _consume(
 
         def with_scores(s_acc):
             plgpu.wgmma(s_acc, q_smem, memory.k_smem.at[k_slot].transpose((1, 0)))
-            plgpu.barrier_wait(memory.v_barriers.at[v_slot])
             if sums.recent is None:
-                # Allocated after the wait, so that its zeros fold into the first wgmma (34 instructions a step less).
                 return pl.run_scoped(functools.partial(fresh_output, s_acc), _accumulator((BLOCK_Q, dim + VALID_ROWS)))
             blank = plgpu.layout_cast(jnp.zeros((BLOCK_Q, BLOCK_KV), f32), plgpu.Layout.WGMMA)
             start = plgpu.WGMMAAccumulatorRef.init(sums.recent)
             return pl.run_state(functools.partial(running_output, s_acc))((start, blank, top, shrink))
 
+        # Before the matmuls, not between them: a branch there would part the zeros of a fresh accumulator from the first P V, into
+        # which they fold (34 instructions a step). There is nothing to wait for: V was copied before the K that has arrived.
+        plgpu.barrier_wait(memory.v_barriers.at[v_slot])
         if problem.config.take_turns:
             plgpu.barrier_wait(memory.turn_barriers.at[wg])
         recent, p, top, new_shrink = pl.run_scoped(with_scores, _accumulator((BLOCK_Q, BLOCK_KV)))
