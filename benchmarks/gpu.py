@@ -49,11 +49,17 @@ def gpu_name() -> str | None:
 
 
 def select(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
-    """The cases of these stages and with these words in their names; all for none. Raises ValueError for a word of neither."""
+    """The cases of these stages, of these names, or with these words in their names; all for none.
+
+    Raises: ValueError for a word of neither.
+    """
     unknown = [w for w in words if w not in STAGES and not any(w in c.name for c in cases)]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no stage ({', '.join(STAGES)}) and in no case's name; see --list")
-    return [c for c in cases if not words or any(w == c.stage or (w not in STAGES and w in c.name) for w in words)]
+    whole = {*STAGES, *(c.name for c in cases)}  # a case's whole name means that one, though it is part of others
+    return [
+        c for c in cases if not words or any(w in (c.stage, c.name) or (w not in whole and w in c.name) for w in words)
+    ]
 
 
 def is_due(case: Case, chosen: Sequence[Case], results: Results, call: str, again: bool) -> bool:

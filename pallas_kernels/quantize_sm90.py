@@ -249,8 +249,10 @@ def quantize_transposed(
 
 def _quotient(x: Array, reciprocal: Array) -> Array:
     """x / scale to the nearest multiple of `QUOTIENT_STEP`, as `reference.codes_of` has it."""
-    # Adding and subtracting a large number would round as well, but XLA, and so interpret mode, simplifies that away.
-    return lax.round(x * (reciprocal / QUOTIENT_STEP), lax.RoundingMethod.TO_NEAREST_EVEN) * QUOTIENT_STEP
+    # Adding and subtracting a large number would round as well, but XLA, and so interpret mode, simplifies that away. Not x times
+    # (reciprocal / step): of the smallest scales that would be inf.
+    quotient = x * reciprocal * (1 / QUOTIENT_STEP)
+    return lax.round(quotient, lax.RoundingMethod.TO_NEAREST_EVEN) * QUOTIENT_STEP
 
 
 def _fits(x: Array, tokens_per_scale: int) -> bool:

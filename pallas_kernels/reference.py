@@ -44,7 +44,7 @@ def codes_of(x: Float[Array, "*shape"], scale: Float[Array, "*shape"]) -> Float[
     rounded to a multiple of 2^-11 first. All such middles are one, and it is far below e4m3's steps where values matter (32 at
     448, 2^-9 near 0).
     """
-    return round_to_fp8(jnp.round(x.astype(jnp.float32) / scale / QUOTIENT_STEP) * QUOTIENT_STEP)
+    return round_to_fp8(jnp.round(x.astype(jnp.float32) / scale * (1 / QUOTIENT_STEP)) * QUOTIENT_STEP)
 
 
 def row_top(maximum: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -54,8 +54,10 @@ def row_top(maximum: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     came first. So an implementation with a running maximum computes what this file does, and rescales earlier sums exactly and
     rarely. It costs the lowest bit of e4m3's range (the largest P lies in (1/2, 1]), and no precision above that.
     """
-    # In float32, the product and back may end a bit below the maximum, whose P would then be more than 1.
-    return jnp.maximum(jnp.ceil(maximum * math.log2(math.e)) * math.log(2), maximum)
+    # In float32, the product and back may end a bit below the maximum, whose P would then be more than 1, and from 1e7 on far
+    # above it: at 1e9 by 100, so that every P would be 0.
+    top = jnp.ceil(maximum * math.log2(math.e)) * math.log(2)
+    return jnp.clip(top, maximum, maximum + math.log(2))
 
 
 def token_scales(
@@ -88,8 +90,8 @@ def quantize_tokens(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S/tokens_per_scale N"]]:
     """(values, scales) of Q or K: e4m3 `x / scale`, 0 at padding; float32 scales."""
     scales = token_scales(x, valid, tokens_per_scale)
-    x = jnp.where(valid[None, :, None, None], x, 0)
-    return codes_of(x, jnp.repeat(scales, tokens_per_scale, axis=1)[..., None]), scales
+    codes = codes_of(x, jnp.repeat(scales, tokens_per_scale, axis=1)[..., None])
+    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
 
 def quantize_channels(
@@ -97,7 +99,8 @@ def quantize_channels(
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B N H"]]:
     """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales."""
     scales = channel_scales(v, valid)
-    return codes_of(jnp.where(valid[None, :, None, None], v, 0), scales[:, None]), scales
+    codes = codes_of(v, scales[:, None])
+    return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
 
 def fake_quant(

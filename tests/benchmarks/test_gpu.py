@@ -197,6 +197,9 @@ def test_case_names_are_unique_and_functions_exist():
 def test_stages_and_words_select_cases():
     assert {c.stage for c in gpu.select(all_cases(), ["tune"])} == {"tune"}
     assert [c.name for c in gpu.select(all_cases(), ["fp8x2"])] == ["speed fp8x2 0.20 14B"]
+    whole = "speed fp8x1 0.20 14B"
+    assert [c.name for c in gpu.select(all_cases(), [whole])] == [whole]
+    assert len(gpu.select(all_cases(), ["fp8x1 0.20 14B"])) > 1
     with pytest.raises(ValueError, match=r"'fast' is no stage \(facts, correct, .*and in no case's name; see --list"):
         gpu.select(all_cases(), ["fast"])
 

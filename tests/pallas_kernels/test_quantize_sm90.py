@@ -125,6 +125,9 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     v[0, 5, 1, 3] = np.inf if broken else 0  # not NaN: XLA on a CPU drops it in a maximum
     q[1, :tokens_per_scale, 0] = 0  # a group of zeros, and one of denormals
     k[1, :tokens_per_scale, 1] = 1e-40
+    # And of the smallest that have a scale of their own: 1 / scale is finite, in steps of 2^-11 it isn't.
+    q[0, :tokens_per_scale, 0] *= 1e-35
+    v[0, :, 0, 4] *= 1e-34
     if broken:
         k[0, 5, 0, 1], q[0, 5, 1, 2] = np.inf, -np.inf
     for x in (q, k, v):
