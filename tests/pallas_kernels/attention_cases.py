@@ -81,6 +81,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         q[..., 0], k[..., 0] = 40, -40
     if case.inputs == "rising":  # scores that grow with the keys: the maximum moves in most steps
         q[..., 0], k[..., 0] = 4, 3 * np.arange(k.shape[1])[None, :, None] / 64
+    if case.inputs == "jumping":  # 150 powers of two up and down from block to block: more than float32 has
+        q[..., 0], k[..., 0] = 40, 30 * (np.arange(k.shape[1]) // BLOCK_KV % 2)[None, :, None]
     if case.inputs == "broken":  # inf in a key of tile 0, NaN in a channel of V
         k[0, 3, 0, 5], v[0, 1, 0, 7] = np.inf, np.nan
     for x, valid in ((q, q_valid), (k, k_valid), (v, k_valid)):
@@ -164,9 +166,13 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 
 def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(output, log-sum-exp) of the kernel in interpret mode, races an error."""
+    with mosaic.interpret(detect_races=True):
+        return _call(case, x)
+
+
+def _call(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     fwd_sm90.attention.clear_cache()  # it depends on the number of multiprocessors
-    gpu = mock.patch.object(fwd_sm90, "multiprocessors", return_value=case.multiprocessors)
-    with mosaic.interpret(detect_races=True), gpu:
+    with mock.patch.object(fwd_sm90, "multiprocessors", return_value=case.multiprocessors):
         out, lse = fwd_sm90.forward(*x.args(case), config=case.config)
         return np.asarray(out), np.asarray(lse)
 
@@ -201,6 +207,23 @@ def repeated() -> bool:
     x = make_inputs(case)
     first, again = call_kernel(case, x), call_kernel(case, x)
     return all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def unseen_phases(case: Case) -> list[int]:
+    """Barriers of a call whose last phase not all waited for who had waited for the others: the arrivals of a phase."""
+    x, unseen = make_inputs(case), []
+    with mosaic.interpret():
+        barrier = mosaic._private("pallas.mosaic_gpu.interpret.shared_memory").Barrier
+        plain = barrier.deallocate
+
+        def deallocate(self):
+            if self.ref_count == 1 and any(seen != self.phase for seen in self.last_observed_phase_by_thread.values()):
+                unseen.append(self.num_arrivals)
+            plain(self)
+
+        with mock.patch.object(barrier, "deallocate", deallocate):
+            _call(case, x)
+    return unseen
 
 
 def without_lse() -> bool:

@@ -68,6 +68,10 @@ CASES = {
         tile=128, tiles=6, table="all", inputs="rising", config=ForwardConfig(stages=2, promote_every=4)
     ),
     "promoted_every_8": Case(tile=128, tiles=4, scales=2, heads=2, config=ForwardConfig(stages=4, promote_every=8)),
+    "promoted_every_4_jumping": Case(
+        tile=128, tiles=4, table="all", inputs="jumping", config=ForwardConfig(stages=2, promote_every=4)
+    ),
+    "bf16_jumping": Case(scales=None, tile=128, tiles=4, table="all", inputs="jumping"),
     # As many blocks as run at a time, each for several blocks of rows.
     "persistent": Case(
         tile=128, tiles=3, heads=3, padding="tail", config=ForwardConfig(stages=2, persistent=True), multiprocessors=2
@@ -104,7 +108,8 @@ CASES = {
     "turns_ragged_persistent_cluster": Case(
         heads=3,
         scales=2,
-        config=ForwardConfig(stages=2, cluster=2, persistent=True, take_turns=True),
+        # More stages than some rows have steps: the next item starts in the middle of the ring.
+        config=ForwardConfig(stages=4, cluster=2, persistent=True, take_turns=True),
         multiprocessors=4,
     ),
     "turns_bf16": Case(scales=None, tile=128, tiles=3, config=ForwardConfig(stages=2, take_turns=True)),
@@ -134,6 +139,12 @@ def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them()
 
 def test_repeated_runs_are_bitwise_equal():
     assert interpreted.run(attention_cases.repeated)
+
+
+@pytest.mark.parametrize("name", ["cluster", "persistent_cluster"])
+def test_a_block_of_a_cluster_waits_for_every_arrival_at_its_barriers(name):
+    """One that ended earlier would be gone when its peer's last arrivals come. Simulated blocks all live until the end."""
+    assert interpreted.run(attention_cases.unseen_phases, CASES[name]) == []
 
 
 def test_log_sum_exp_can_be_left_out():
