@@ -2,6 +2,7 @@
 
 import functools
 import time
+from unittest import mock
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -11,7 +12,7 @@ import pytest
 
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, tuning
-from pallas_kernels.fwd_sm90_body import Problem, scratch
+from pallas_kernels.fwd_sm90_body import Problem, _load_next, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
@@ -141,10 +142,22 @@ def test_repeated_runs_are_bitwise_equal():
     assert interpreted.run(attention_cases.repeated)
 
 
-@pytest.mark.parametrize("name", ["cluster", "persistent_cluster"])
-def test_a_block_of_a_cluster_waits_for_every_arrival_at_its_barriers(name):
-    """One that ended earlier would be gone when its peer's last arrivals come. Simulated blocks all live until the end."""
+@pytest.mark.parametrize("name", ["cluster", "persistent", "persistent_cluster"])
+def test_a_block_waits_for_every_arrival_at_its_barriers(name):
+    """One that ended earlier would be gone when its peer's last arrivals or a copy come. Simulated blocks live until the end."""
     assert interpreted.run(attention_cases.unseen_phases, CASES[name]) == []
+
+
+def test_all_warps_meet_before_the_next_queries_replace_those_they_read():
+    """Interpret mode has no warps, and can't see this missing."""
+    problem = Problem(
+        batch=1, heads=1, head_dim=128, query_blocks=4, workers=1, blocks_per_tile=1, shared_table=True, scales=1,
+        dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(persistent=True),
+    )  # fmt: skip
+    events = []
+    with mock.patch.object(plgpu, "commit_smem", side_effect=lambda: events.append("all warps")):
+        _load_next(problem, jnp.int32(0), lambda _: events.append("load"))
+    assert events == ["all warps", "load"]
 
 
 def test_log_sum_exp_can_be_left_out():

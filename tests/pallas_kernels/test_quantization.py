@@ -45,6 +45,21 @@ def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf1
     ).all()  # a bit of 448: 2e-6 of half a step
 
 
+def test_a_product_with_the_reciprocal_gives_the_same_codes_but_for_a_handful():
+    """As the fused kernel divides, for every bf16 mantissa of x and of the amax: x from the amax to 2^-20 of it."""
+    mantissa = np.arange(128, 256, dtype=np.float32) / 128
+    amax = mantissa[:, None, None]
+    x = mantissa * np.float32(2) ** -np.arange(20, dtype=np.float32)[:, None]
+    scale = np.asarray(reference.scale_of(jnp.asarray(amax)))
+    codes = np.asarray(reference.codes_of(jnp.asarray(x)[None], jnp.asarray(scale)), np.float32)
+    steps = np.round(x * (1 / scale * np.float32(2048)))
+    by_product = (steps / np.float32(2048)).clip(-448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    other = (codes != by_product) & (x <= amax)
+    assert other.sum() < 10
+    assert ((x / amax)[other] < 2.0**-14).all()
+    assert (np.abs(codes - by_product)[x <= amax] <= 2.0**-9).all()
+
+
 @pytest.mark.parametrize("x", [448.0, 460.0, 464.0, 465.0, 1e9, np.inf])
 def test_rounding_saturates_where_a_plain_cast_gives_nan(x):
     assert float(reference.round_to_fp8(jnp.float32(x))) == 448
