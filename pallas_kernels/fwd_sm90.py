@@ -159,7 +159,7 @@ def attention(
 def _workers(blocks: int, config: ForwardConfig) -> int:
     """Clusters to launch: one for each item, or as many as the GPU runs at a time."""
     items = blocks // config.cluster
-    return min(items, multiprocessors() // config.cluster) if config.persistent else items
+    return min(items, max(1, multiprocessors() // config.cluster)) if config.persistent else items
 
 
 def _scales_by_step(k_scale: Array, key_tiles: Array, k_tiles: int, batch: int) -> Array:

@@ -155,7 +155,7 @@ def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
             place = _place(problem, counts, item, first)
             plgpu.barrier_wait(q_barrier)
             load = lambda item: load_queries(_place(problem, counts, item, first))  # noqa: E731
-            _consume(problem, place, operands, memory, out, lse, wg, lambda: _load_next(problem, item, load))
+            _consume(problem, place, operands, memory, out, lse, wg, lambda: load_next(problem, item, load))
             return first + place.steps
 
         if problem.config.take_turns:
@@ -192,7 +192,7 @@ def _each_item(problem: Problem, run: Any) -> Array:
     return lax.fori_loop(0, mine, lambda i, first: run(worker + i * workers, first), i32(0))
 
 
-def _load_next(problem: Problem, item: Array, load: Any) -> None:
+def load_next(problem: Problem, item: Array, load: Any) -> None:
     """The queries of the worker's next item, while the last products of this one are under way."""
     if problem.workers == problem.items:
         return

@@ -12,7 +12,7 @@ import pytest
 
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, tuning
-from pallas_kernels.fwd_sm90_body import Problem, _load_next, scratch
+from pallas_kernels.fwd_sm90_body import Problem, load_next, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
@@ -156,7 +156,7 @@ def test_all_warps_meet_before_the_next_queries_replace_those_they_read():
     )  # fmt: skip
     events = []
     with mock.patch.object(plgpu, "commit_smem", side_effect=lambda: events.append("all warps")):
-        _load_next(problem, jnp.int32(0), lambda _: events.append("load"))
+        load_next(problem, jnp.int32(0), lambda _: events.append("load"))
     assert events == ["all warps", "load"]
 
 
