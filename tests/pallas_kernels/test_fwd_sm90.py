@@ -193,7 +193,8 @@ def test_every_candidate_lowers_at_real_shapes(grid, scales, heads):
     )
     fits = tuning.candidates(head_dim=128, operand_bytes=1, output_bytes=2, blocks_per_tile=plan.layout.stored // 128)
     assert {c.cluster for c in fits} == {1, 2}
-    for config in (None, *(fits if heads == 40 else fits[-1:])):
+    every = heads == 40 and (grid, scales) in (("720p", 1), ("480p", 4))  # elsewhere the one with most switches on
+    for config in (None, *(fits if every else fits[-1:])):
         assert "mosaic_gpu" in lowered(plan, heads, 128, config)
 
 
