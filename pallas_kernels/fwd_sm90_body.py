@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.mosaic import swizzled, to_fp8_operand
 from pallas_kernels.quantize_sm90 import Operands
 from pallas_kernels.reference import FP8_MAX
+from pallas_kernels.registers import to_fp8_operand
+from pallas_kernels.shared_memory import swizzled
 from pallas_kernels.softmax_sm90 import (
     ROWS,
     START,

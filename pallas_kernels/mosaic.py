@@ -1,13 +1,10 @@
-"""Everything that needs more of Pallas Mosaic GPU than its public interface: one file to look at when jax changes.
+"""Kernels on a CPU, for tests: gaps of Pallas's interpret mode filled. The one file that needs jax's private interfaces.
 
-Checked on jax 0.11.2 and 0.12.0.1 (`VERSIONS_CHECKED`; tests/pallas_kernels/test_mosaic.py says so when another one breaks it):
-
-- `to_fp8_operand` hands a float32 accumulator to the next FP8 matmul without moving a register between threads;
-- `interpret` runs a kernel on a CPU, with gaps of jax's interpret mode filled. For tests only.
+Checked on jax 0.11.2 and 0.12.0.1 (`VERSIONS_CHECKED`; tests/pallas_kernels/test_mosaic.py says so when another one breaks it), as
+is `registers`, whose inline code is Mosaic GPU's own dialects.
 """
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,101 +13,10 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
-from jaxtyping import Array, Float, Int
 
-from pallas_kernels.reference import FP8
+from pallas_kernels.registers import EMULATED
 
 VERSIONS_CHECKED = ("0.11.2", "0.12.0.1")
-
-# In each group of 16 columns a thread holds other columns of a float32 accumulator than of an 8-bit A operand: as an operand, its
-# k-th pair of registers means column _ORDER16[k] of the accumulator.
-_ORDER16 = np.array([8 * ((k % 4) // 2) + 2 * (k // 4) + k % 2 for k in range(16)])
-
-
-def kv_order(n: int) -> Int[np.ndarray, "n"]:
-    """The order in which `to_fp8_operand` leaves columns: its result equals p[:, kv_order(n)]. V's keys are stored in this order.
-
-    Raises: ValueError where n is not a multiple of 16.
-    """
-    if n % 16:
-        raise ValueError(f"{n} keys are no multiple of 16, the columns that are reordered together; pad them")
-    i = np.arange(n)
-    return i // 16 * 16 + _ORDER16[i % 16]
-
-
-def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
-    """p (float32, wgmma accumulator layout) as e4m3 in the layout of an 8-bit A operand, its columns in `kv_order`.
-
-    One conversion for each pair of values; no shuffle, no shared memory. Moving the values to the columns they belong to would
-    cost 32 stores and three barriers a step; relabelling the registers costs nothing, and V is written to match.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(p.shape, FP8, plgpu.Layout.WGMMA_8BIT)
-    )
-    def relabel_fp8(_, accumulator):
-        from jax.extend.mlir import ir
-
-        layout = mgpu.WGMMA_LAYOUT_8BIT
-        registers = np.empty(layout.registers_shape(accumulator.shape), dtype=object)
-        for row, column, *rest in np.ndindex(registers.shape):
-            pair = [accumulator.registers[(row, 2 * column + half, *rest)] for half in (0, 1)]
-            registers[(row, column, *rest)] = mgpu.utils.vector_concat(pair)
-        relabelled = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-        return relabelled.astype(ir.Float8E4M3FNType.get())
-
-    return relabel_fp8(p)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
-
-
-def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
-    """1 in the warps that hold an element of x, a value for each row of a wgmma accumulator, other than 1 (NaN too); else 0.
-
-    A warp votes in two instructions, where a reduction over the warpgroup would need shared memory and barriers. So this may only
-    decide what a warp does by itself.
-    """
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA.reduce(1),),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT),
-    )
-    def vote_not_1(_, rows):
-        from jax.extend.mlir import ir
-        from jax.extend.mlir.dialects import arith
-        from jaxlib.mlir.dialects import nvvm, vector
-
-        i32 = ir.IntegerType.get_signless(32)
-        one = mgpu.utils.c(1.0, ir.F32Type.get())
-        values = [vector.extract(register, [], [0]) for register in rows.registers.flat]
-        differs = [arith.cmpf(arith.CmpFPredicate.UNE, value, one) for value in values]
-        vote = nvvm.vote_sync(mgpu.utils.c(0xFFFFFFFF, i32), functools.reduce(arith.ori, differs), "any")
-        return mgpu.FragmentedArray.splat(arith.extui(i32, vote), (), is_signed=True)
-
-    return vote_not_1(x)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
-
-
-def swizzled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for TMA copies and matrix instructions, in the widest swizzle that a row fills."""
-    size = jnp.dtype(dtype).itemsize
-    width = min(128, shape[-1] * size)
-    tiling: Any = plgpu.TilingTransform  # Any: declared abstract, instantiated everywhere
-    swizzle: Any = plgpu.SwizzleTransform
-    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, width // size)), swizzle(width)))
-
-
-def _emulated_relabel(p: Array) -> list[Array]:
-    """What `to_fp8_operand` computes. Clipped, as the hardware's conversion saturates and XLA's gives NaN."""
-    return [jnp.clip(p[:, kv_order(p.shape[1])], -448, 448).astype(FP8)]
-
-
-def _emulated_vote(x: Array) -> list[Array]:
-    """Over the warpgroup: interpret mode has no warps."""
-    return [(x != 1).any().astype(jnp.int32)]
-
-
-# `inline_mgpu` code, by the name of its function: what to compute instead of it in interpret mode.
-_EMULATED: dict[str, Callable[..., list[Array]]] = {"relabel_fp8": _emulated_relabel, "vote_not_1": _emulated_vote}
-
 
 # Where the simulated memory keeps the matmuls that were started and not waited for: thread -> places they read, oldest first.
 _IN_FLIGHT = "_fps_wgmmas_in_flight"
@@ -159,7 +65,7 @@ def _patches() -> Sequence[contextlib.AbstractContextManager[None]]:
     def inline(self, eqn, token, get_invals):
         if "_run_state" in eqn.params:
             return _run_state(self, eqn, token, get_invals)
-        emulated = _EMULATED.get(eqn.params["mgpu_fn"].__name__)
+        emulated = EMULATED.get(eqn.params["mgpu_fn"].__name__)
         if emulated is None:
             return plain_inline(self, eqn, token, get_invals)
         return token, list(emulated(*get_invals()[: eqn.params["pytree_args"].num_leaves]))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.mosaic import kv_order, swizzled, to_fp8_operand
 from pallas_kernels.padding import group_sources, key_sources
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import (
@@ -29,6 +28,8 @@ from pallas_kernels.reference import (
     quantize_channels,
     quantize_tokens,
 )
+from pallas_kernels.registers import kv_order, to_fp8_operand
+from pallas_kernels.shared_memory import swizzled
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, SHARED_MEMORY, VALID_ROWS, scales_per_block
 
 f32 = jnp.float32
@@ -41,7 +42,7 @@ class Operands(NamedTuple):
     """Inputs of `fwd_sm90.attention`; G is B * N. The scales are None without quantization.
 
     q, k: e4m3, or bf16 or f16 without quantization; padded keys hold a copy of a valid key of their tile.
-    v: the same dtype, keys last, 0 at padding; in FP8 in `mosaic.kv_order`.
+    v: the same dtype, keys last, 0 at padding; in FP8 in `registers.kv_order`.
     key_valid: ones and zeros in v's dtype and order, 8 equal rows.
     query_valid: 1 or 0.
     q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`tuning.scales_per_block`), however many tokens share
@@ -212,7 +213,7 @@ def quantize_groups(
 def quantize_transposed(
     v: Float[Array, "B S N H"], valid: Bool[Array, "S"], scale: Float[Array, "G H"]
 ) -> Float[Array, "G H S"]:
-    """e4m3 values of V, keys last in `mosaic.kv_order` and 0 at padding. A thread block takes 128 keys of one head.
+    """e4m3 values of V, keys last in `registers.kv_order` and 0 at padding. A thread block takes 128 keys of one head.
 
     The transposition is the load's (ldmatrix), and the order that `to_fp8_operand` leaves columns in is the one that is wanted.
     """

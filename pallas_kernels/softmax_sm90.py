@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mosaic import any_in_warp_is_not_1
+from pallas_kernels.registers import any_in_warp_is_not_1, ceil, scaled_row_max
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
@@ -89,10 +89,8 @@ def online_softmax(
       top: `reference.row_top` of the scores so far, in log2: whole numbers, `START` before the first block.
     """
     parts = [s] if len(scales) == 1 else [s[:, : BLOCK_KV // 2], s[:, BLOCK_KV // 2 :]]
-    new_top = top
-    for part, scale in zip(parts, scales, strict=True):
-        new_top = jnp.maximum(new_top, part.max(axis=1) * scale)
-    new_top = _ceil(new_top)
+    row_scales = [plgpu.layout_cast(jnp.full_like(top, scale), ROWS) for scale in scales]
+    new_top = ceil(jnp.maximum(top, scaled_row_max(parts, row_scales)))
     shift = new_top - log2_p
     p = [jnp.exp2(part * scale - over_rows(shift, part.shape)) for part, scale in zip(parts, scales, strict=True)]
     return p[0] if len(p) == 1 else jnp.concatenate(p, axis=1), new_top, jnp.exp2(top - new_top)
@@ -101,8 +99,3 @@ def online_softmax(
 def over_rows(x: Float[Array, "M"], shape: tuple[int, ...]) -> Float[Array, "M N"]:
     """A value for each row, as an array of this shape."""
     return lax.broadcast_in_dim(x, shape, [0])
-
-
-def _ceil(x: Array) -> Array:
-    nearest = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)  # the only rounding that Mosaic has
-    return jnp.where(nearest < x, nearest + 1, nearest)

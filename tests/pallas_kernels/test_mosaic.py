@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import fwd_sm90, mosaic
+from pallas_kernels import fwd_sm90, mosaic, registers
 from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import attention_cases, interpreted
 
@@ -18,44 +18,6 @@ def test_the_installed_jax_was_checked():
     assert jax.__version__ in mosaic.VERSIONS_CHECKED, (
         f"jax {jax.__version__} is new to pallas_kernels/mosaic.py: run tests/pallas_kernels on it, then add it to VERSIONS_CHECKED"
     )
-
-
-def test_kv_order_permutes_within_groups_of_16():
-    order = mosaic.kv_order(48)
-    np.testing.assert_array_equal(np.sort(order.reshape(3, 16), axis=1), np.arange(48).reshape(3, 16))
-    with pytest.raises(ValueError, match="24 keys are no multiple of 16"):
-        mosaic.kv_order(24)
-
-
-def elements(layout, shape) -> np.ndarray:
-    """Which element each thread holds in each place of its registers: the array's flat indices, tiled as the layout says."""
-    index = np.arange(np.prod(shape)).reshape(shape)
-    for tile in layout.tiling.tiles:
-        lead, suffix = index.shape[: -len(tile)], index.shape[-len(tile) :]
-        split = [part for size, t in zip(suffix, tile, strict=True) for part in (size // t, t)]
-        index = index.reshape(*lead, *split)
-        first = len(lead)
-        outer, inner = range(first, index.ndim, 2), range(first + 1, index.ndim, 2)
-        index = index.transpose(*range(first), *outer, *inner)
-    return index
-
-
-def test_kv_order_is_what_mosaics_layouts_say_for_every_element():
-    """The register that the relabelling fills holds, read as an operand, column j for column kv_order(n)[j] of the accumulator."""
-    from jax.experimental.mosaic import gpu as mgpu
-
-    shape = (64, 128)
-    accumulator, operand = elements(mgpu.WGMMA_LAYOUT, shape), elements(mgpu.WGMMA_LAYOUT_8BIT, shape)
-    for name in (
-        "warp_dims",
-        "lane_dims",
-    ):  # the same dimensions of both tilings are threads: registers stay in their thread
-        assert getattr(mgpu.WGMMA_LAYOUT, name) == getattr(mgpu.WGMMA_LAYOUT_8BIT, name)
-    # As to_fp8_operand does it: registers of neighbouring column tiles joined.
-    relabelled = np.concatenate([accumulator[:, 0::2], accumulator[:, 1::2]], axis=-1)
-    assert relabelled.shape == operand.shape
-    row, column = np.divmod(operand, shape[1])
-    np.testing.assert_array_equal(relabelled, row * shape[1] + mosaic.kv_order(shape[1])[column])
 
 
 def relabel_then_multiply(order: str = "right"):
@@ -71,7 +33,7 @@ def relabel_then_multiply(order: str = "right"):
         plgpu.copy_gmem_to_smem(v_ref, v_smem, barrier)
         if order != "unwaited":
             plgpu.barrier_wait(barrier)
-        p = mosaic.to_fp8_operand(plgpu.load(p_ref, layout=plgpu.Layout.WGMMA, optimized=False))
+        p = registers.to_fp8_operand(plgpu.load(p_ref, layout=plgpu.Layout.WGMMA, optimized=False))
 
         def multiply(acc):
             plgpu.wgmma(acc, p, v_smem.transpose((1, 0)))
@@ -103,7 +65,7 @@ def relabel_then_multiply(order: str = "right"):
             plgpu.Barrier(),
         ],
     )
-    in_order = np.ascontiguousarray(v[mosaic.kv_order(128)].T)
+    in_order = np.ascontiguousarray(v[registers.kv_order(128)].T)
     jax.jit(kernel).trace(p, in_order).lower(lowering_platforms=("cuda",))
     with mosaic.interpret():
         got = np.asarray(kernel(p, in_order))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import mosaic, quantize_sm90, reference
-from pallas_kernels.mosaic import kv_order
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.registers import kv_order
 from tests.pallas_kernels import interpreted
 
 TILE, SEQ = 256, 768
