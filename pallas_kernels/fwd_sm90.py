@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_body import Problem, body, scratch
+from pallas_kernels.fwd_sm90_body import body
+from pallas_kernels.fwd_sm90_work import Problem, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig

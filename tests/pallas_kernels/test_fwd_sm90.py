@@ -12,7 +12,7 @@ import pytest
 
 from fps_jax.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_body import Problem, load_next, scratch
+from pallas_kernels.fwd_sm90_work import Problem, load_next, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
 from pallas_kernels.tuning import ForwardConfig
