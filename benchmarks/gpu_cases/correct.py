@@ -130,7 +130,7 @@ def portable(toy: bool, *, implementation: str) -> Iterator[dict[str, Any]]:
         return
     for name, shape in {
         "fp8": Shape(tiles=6, padding="scattered", scales=2),
-        "fp8, per head": Shape(tiles=6, heads=3, table="per head", batch=2),
+        "fp8, per head": Shape(tiles=6, heads=3, table="per_head", batch=2),
         "bf16": Shape(tiles=6, scales=None),
         "float32": Shape(tiles=4, dtype="float32"),
     }.items():

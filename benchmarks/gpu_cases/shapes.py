@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Int
 
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.tuning import ForwardConfig
@@ -13,7 +14,10 @@ from pallas_kernels.tuning import ForwardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One call. `scales`: of a tile, None for none. `padding`, `table`: see below. `query_tiles`: None for the keys' own."""
+    """One call.
+
+    scales: of a tile, None for none. padding: of `valid_slots`; table: of `permuted_table`. query_tiles: None for the keys' own.
+    """
 
     tile: int = 256
     tiles: int = 8
@@ -57,7 +61,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "ragged": Shape(tiles=12),
         "every tile": Shape(table="all"),
         "one tile a row": Shape(table="one"),
-        "per head": Shape(heads=5, table="per head"),
+        "per head": Shape(heads=5, table="per_head"),
         "more keys than queries": Shape(query_tiles=3, table="all"),
         "four stages": Shape(tiles=16, stages=4),
         "batch and heads": Shape(batch=3, heads=5, scales=2),
@@ -85,7 +89,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "ragged": Shape(**_PAIR, tiles=12),
         "every tile": Shape(**_PAIR, table="all", stages=4),
         "two scales a block": Shape(**_PAIR, scales=4, padding="groups"),
-        "per head": Shape(**_PAIR, table="per head", heads=5),
+        "per head": Shape(**_PAIR, table="per_head", heads=5),
         "head dim 64": Shape(**_PAIR, head_dim=64, stages=4),
     },
     "promotion": {f"every {n} steps": Shape(tiles=12, table="all", stages=4, promote_every=n) for n in (2, 4, 8)},
@@ -107,7 +111,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
     "bf16": {
         "ragged": Shape(**_BF16, tiles=12),
         "every tile": Shape(**_BF16, table="all", padding="scattered"),
-        "per head": Shape(**_BF16, table="per head", heads=5, batch=2),
+        "per head": Shape(**_BF16, table="per_head", heads=5, batch=2),
         "low scores": Shape(**_BF16, padding="groups", low=True),
         "head dim 64": Shape(**_BF16, head_dim=64, stages=4),
     },
@@ -122,7 +126,7 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern
     """([q, k, v], pattern). Padding holds NaN, unused slots of the table nonsense."""
     rng = np.random.default_rng(seed)
     query_tiles = shape.tiles if shape.query_tiles is None else shape.query_tiles
-    k_valid, q_valid = _valid(shape, shape.tiles, rng), _valid(shape, query_tiles, rng)
+    k_valid, q_valid = (valid_slots(shape.padding, tiles, shape.tile, rng) for tiles in (shape.tiles, query_tiles))
     x = []
     for tiles in (query_tiles, shape.tiles, shape.tiles):
         values = rng.standard_normal((shape.batch, tiles * shape.tile, shape.heads, shape.head_dim), np.float32)
@@ -134,7 +138,7 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern
     for values, valid in zip(x, (q_valid, k_valid, k_valid), strict=True):
         values[:, ~valid] = np.nan
     x = [jnp.asarray(values, shape.dtype) for values in x]
-    key_tiles, counts = _table(shape, query_tiles, rng)
+    key_tiles, counts = permuted_table(shape.table, shape.heads, query_tiles, shape.tiles, rng)
     return x, TilePattern(
         key_tiles=jnp.asarray(key_tiles),
         counts=jnp.asarray(counts),
@@ -145,28 +149,36 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern
     )
 
 
-def _valid(shape: Shape, tiles: int, rng: np.random.Generator) -> np.ndarray:
-    valid = np.ones((tiles, shape.tile), bool)
-    if shape.padding == "tail":
+def valid_slots(padding: str, tiles: int, tile: int, rng: np.random.Generator) -> Bool[np.ndarray, "tiles*tile"]:
+    """Which slots hold tokens. `padding`: none, tail, scattered, groups or single."""
+    valid = np.ones((tiles, tile), bool)
+    if padding == "tail":
         valid[:, -4:] = False
-    elif shape.padding == "scattered":
+    elif padding == "scattered":
         valid = rng.random(valid.shape) < 0.7
         valid[:, 5] = True
-    elif shape.padding == "groups":  # the last 64 slots of each tile, and most of the last tile
+    elif padding == "groups":  # the last 64 slots of each tile, and most of the last tile
         valid[:, -64:] = False
         valid[-1, 3:] = False
-    elif shape.padding == "single":
+    elif padding == "single":  # one token a tile, the last
         valid[:, :-1] = False
+    else:
+        assert padding == "none"
     return valid.reshape(-1)
 
 
-def _table(shape: Shape, query_tiles: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    rows = (shape.heads, query_tiles) if shape.table == "per head" else (query_tiles,)
-    tiles = rng.permuted(np.broadcast_to(np.arange(shape.tiles, dtype=np.int32), (*rows, shape.tiles)), axis=-1)
-    counts = np.full(rows, shape.tiles, np.int32)
-    if shape.table in ("ragged", "per head"):  # 1 to all
-        counts = (np.arange(counts.size).reshape(rows) % shape.tiles + 1).astype(np.int32)
-    elif shape.table == "one":
+def permuted_table(
+    table: str, heads: int, query_tiles: int, key_tiles: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, "*N Tq Tk"], Int[np.ndarray, "*N Tq"]]:
+    """(key tiles in random order with nonsense in unused slots, counts). `table`: ragged, per_head, one or all."""
+    rows = (heads, query_tiles) if table == "per_head" else (query_tiles,)
+    tiles = rng.permuted(np.broadcast_to(np.arange(key_tiles, dtype=np.int32), (*rows, key_tiles)), axis=-1)
+    counts = np.full(rows, key_tiles, np.int32)
+    if table in ("ragged", "per_head"):  # 1 to all
+        counts = (np.arange(counts.size).reshape(rows) % key_tiles + 1).astype(np.int32)
+    elif table == "one":
         counts[:] = 1
-    unused = np.arange(shape.tiles) >= counts[..., None]
+    else:
+        assert table == "all"
+    unused = np.arange(key_tiles) >= counts[..., None]
     return np.where(unused, 10**6, tiles).astype(np.int32), counts

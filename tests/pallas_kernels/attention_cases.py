@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from benchmarks.gpu_cases.shapes import permuted_table, valid_slots
 from pallas_kernels import fwd_sm90, mosaic, quantize_sm90, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.tuning import ForwardConfig
@@ -20,7 +21,7 @@ TWO_STAGES = ForwardConfig(stages=2)  # the ring wraps in small cases
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. `padding` and `table`: see `_valid` and `_table`. `scales`: of a tile, None for no quantization."""
+    """One call. `padding`: of `valid_slots`; `table`: of `permuted_table`. `scales`: of a tile, None for no quantization."""
 
     tile: int = 256
     tiles: int = 2
@@ -69,7 +70,7 @@ class Inputs:
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
     rng = np.random.default_rng(seed)
     query_tiles = case.tiles if case.query_tiles is None else case.query_tiles
-    k_valid, q_valid = _valid(case, case.tiles, rng), _valid(case, query_tiles, rng)
+    k_valid, q_valid = (valid_slots(case.padding, tiles, case.tile, rng) for tiles in (case.tiles, query_tiles))
     q, k, v = (
         rng.standard_normal((case.batch, tiles * case.tile, case.heads, case.head_dim), np.float32)
         for tiles in (query_tiles, case.tiles, case.tiles)
@@ -87,41 +88,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         k[0, 3, 0, 5], v[0, 1, 0, 7] = np.inf, np.nan
     for x, valid in ((q, q_valid), (k, k_valid), (v, k_valid)):
         x[:, ~valid] = np.nan
-    key_tiles, counts = _table(case, query_tiles, rng)
+    key_tiles, counts = permuted_table(case.table, case.heads, query_tiles, case.tiles, rng)
     dtype = np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     return Inputs(q=q, k=k, v=v, key_tiles=key_tiles, counts=counts, q_valid=q_valid, k_valid=k_valid)
-
-
-def _valid(case: Case, tiles: int, rng: np.random.Generator) -> np.ndarray:
-    valid = np.ones((tiles, case.tile), bool)
-    if case.padding == "tail":
-        valid[:, -4:] = False
-    elif case.padding == "scattered":
-        valid = rng.random(valid.shape) < 0.7
-        valid[:, 5] = True
-    elif case.padding == "groups":  # the last group of 64 is all padding, and so is most of the last tile
-        valid[:, -64:] = False
-        valid[-1, 3:] = False
-    elif case.padding == "single":  # one token a tile, the last
-        valid[:, :-1] = False
-    else:
-        assert case.padding == "none"
-    return valid.reshape(-1)
-
-
-def _table(case: Case, query_tiles: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    rows = (case.heads, query_tiles) if case.table == "per_head" else (query_tiles,)
-    key_tiles = rng.permuted(np.broadcast_to(np.arange(case.tiles, dtype=np.int32), (*rows, case.tiles)), axis=-1)
-    counts = np.full(rows, case.tiles, np.int32)
-    if case.table in ("ragged", "per_head"):  # 1 to all
-        counts = (np.arange(counts.size).reshape(rows) % case.tiles + 1).astype(np.int32)
-    elif case.table == "one":
-        counts[:] = 1
-    else:
-        assert case.table == "all"
-    unused = np.arange(case.tiles) >= counts[..., None]
-    return np.where(unused, 10**6, key_tiles).astype(np.int32), counts
 
 
 def expected(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
