@@ -185,6 +185,20 @@ def test_speed_beside_a_wrong_kernel_is_said_to_mean_nothing(tmp_path):
     assert "SPEED MEANS NOTHING" in text
 
 
+def test_the_committed_toy_run_holds_a_right_result_of_every_case_and_no_time():
+    toy = json.loads((gpu.record.RESULTS / "gpu_toy.json").read_text())
+    assert toy["measured"].startswith(NOT_MEASURED)
+    assert {c.name for c in all_cases()} <= {r["case"] for r in toy["results"]}
+    for result in toy["results"]:
+        assert "failed" not in result, result["case"]
+        for part in result["parts"]:
+            assert part.get("ok", True), (result["case"], part)
+            assert not {"seconds", "tflops"} & {k for k, v in part.items() if isinstance(v, float)}, (
+                result["case"],
+                part,
+            )
+
+
 def test_case_names_are_unique_and_functions_exist():
     cases = all_cases()
     assert len({c.name for c in cases}) == len(cases)

@@ -122,11 +122,11 @@ CASES = {
 def test_kernel_computes_the_specification(name):
     case = CASES[name]
     got = interpreted.run(attention_cases.errors, case)
-    # bf16 and f16 outputs round by up to 2**-9 and 2**-12, float32 by nothing; exp2 and the order of sums do the rest. P rounds to
-    # another e4m3 number where the two float32 scores straddle a rounding boundary: 4e-3 leaves room for that.
-    for of, lse in (("out", "lse"), ("reference", "reference_lse")):
-        assert got[of] <= 4e-3
-        assert got[lse] <= 1e-3  # one such P in a row of three keys moves its sum by up to 2**-4 / 3
+    # A bf16 output is rounded by up to 2**-9. Without FP8, P is rounded to 16 bits too, which the specification leaves out. In FP8
+    # a P becomes another e4m3 number where the two float32 scores straddle a rounding boundary, which is rare.
+    assert got["out"] <= 4e-3
+    assert got["reference"] <= (4e-3 if case.scales is None else 2e-3)
+    assert max(got["lse"], got["reference_lse"]) <= 1e-4
     assert got["padding_is_0"]
     assert got["dtype"] == case.dtype
 
