@@ -66,6 +66,10 @@ def cases() -> dict[str, Case]:
         "14B 720p, 1 scale, turns": Case(config=ForwardConfig(take_turns=True)),
         "14B 720p, 1 scale, cluster, turns": Case(config=ForwardConfig(cluster=2, take_turns=True)),
         "14B 720p, 1 scale, promoted every 4 steps": Case(config=ForwardConfig(promote_every=4)),
+        "14B 720p, 1 scale, 16 polynomial columns": Case(config=ForwardConfig(polynomial_columns=16)),
+        "14B 720p, 4 scales, cluster, 32 polynomial columns": Case(
+            scales=4, config=ForwardConfig(cluster=2, polynomial_columns=32)
+        ),
         "14B 720p, bf16": Case(scales=None, config=short),
         "14B 720p, bf16, cluster": Case(scales=None, config=short_pair),
         "14B 720p, bf16, turns": Case(scales=None, config=ForwardConfig(stages=2, take_turns=True)),
@@ -189,7 +193,7 @@ def _output(*command: str) -> str:
     return done.stdout
 
 
-def _assembled(ptx: pathlib.Path, ptxas: str, takes_turns: bool) -> dict[str, Any]:
+def _assembled(ptx: pathlib.Path, ptxas: str, expected: dict[str, Any]) -> dict[str, Any]:
     """Facts of one ptxas about a kernel, and of the machine code it makes."""
     cubin = str(ptx.with_suffix(".cubin"))
     log = _output(ptxas, "-v", "-arch=sm_90a", str(ptx), "-o", cubin)
@@ -202,25 +206,25 @@ def _assembled(ptx: pathlib.Path, ptxas: str, takes_turns: bool) -> dict[str, An
         **sass.register_facts(listing, live),
     }
     if facts["setmaxnreg"]:
-        return facts | sass.loop_facts(listing, takes_turns=takes_turns)
+        return facts | sass.loop_facts(listing, **expected)
     del facts["setmaxnreg"]  # one warpgroup without a main loop: a quantization pass
     return facts
 
 
 def kernel_facts(
-    fn: Callable[..., Any], specs: tuple[Any, ...], newest: pathlib.Path | None, takes_turns: bool
+    fn: Callable[..., Any], specs: tuple[Any, ...], newest: pathlib.Path | None, expected: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """One dict for each Mosaic kernel of a program."""
+    """One dict for each Mosaic kernel of a program. `expected`: what `sass.order_problems` is told of it."""
     with tempfile.TemporaryDirectory(prefix="kernel_report_") as name:
         folder = pathlib.Path(name)
         compile_kernels(fn, specs, folder)
         for ptx in sorted(folder.glob("*.ptx")):
-            facts = _assembled(ptx, cuda_tool("ptxas"), takes_turns)
+            facts = _assembled(ptx, cuda_tool("ptxas"), expected)
             launch = ptx.with_suffix(".after_layout_inference.txt").read_text()
             dynamic = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch)
             facts["shared_memory"] = facts.pop("static_shared_memory") + (int(dynamic[1]) if dynamic else 0)
             if newest is not None:
-                other = _assembled(ptx, cuda_tool("ptxas", newest), takes_turns)
+                other = _assembled(ptx, cuda_tool("ptxas", newest), expected)
                 facts["newest_ptxas"] = {key: other[key] for key in ("spill_bytes", "notes", *WATCHED) if key in other}
             yield facts
 
@@ -296,8 +300,8 @@ def main(arguments: list[str]) -> int:
         if wanted and program_name not in wanted:
             continue
         case = cases().get(program_name)
-        takes_turns = case is not None and case.config.take_turns
-        for name, facts in zip(names, kernel_facts(fn, specs, newest, takes_turns), strict=True):
+        expected = _expected(case.config) if case else {}
+        for name, facts in zip(names, kernel_facts(fn, specs, newest, expected), strict=True):
             results[name] = facts
             what = "a step" if "main_loop_instructions" in facts else "in all"
             count = facts.get("main_loop_instructions", facts["sass_instructions"])
@@ -315,6 +319,13 @@ def main(arguments: list[str]) -> int:
     for line in wrong:
         print(f"error: {line}", file=sys.stderr)
     return 1 if wrong else 0
+
+
+def _expected(config: ForwardConfig) -> dict[str, Any]:
+    return {
+        "takes_turns": config.take_turns,
+        "exponentials": sass.EXPONENTIALS * (128 - config.polynomial_columns) // 128,
+    }
 
 
 def _version(ptxas: str) -> str:

@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _LONG = 32  # instructions: half of what rescaling the sums takes
 # P of a step: 64 x 128 exponentials for the 128 threads of a warpgroup.
-_EXPONENTIALS = 64
+EXPONENTIALS = 64
 
 
 class Instruction(NamedTuple):
@@ -66,7 +66,9 @@ def skipped(loop: list[Instruction], instructions: list[Instruction], labels: di
     return count
 
 
-def order_problems(loop: list[Instruction], *, takes_turns: bool = False) -> list[str]:
+def order_problems(
+    loop: list[Instruction], *, takes_turns: bool = False, exponentials: int = EXPONENTIALS
+) -> list[str]:
     """What is out of order in a step; empty where all is well.
 
     Matmuls of both products; a wait for the first; its slot handed back; the exponentials; a wait for the second; its slot handed
@@ -75,6 +77,7 @@ def order_problems(loop: list[Instruction], *, takes_turns: bool = False) -> lis
 
     Args:
       takes_turns: whether consumers take turns: then the turn is handed over once both products were issued, not before.
+      exponentials: of the special-function unit that a thread has in a step.
     """
     marks = []
     for op, operands in loop:
@@ -100,8 +103,8 @@ def order_problems(loop: list[Instruction], *, takes_turns: bool = False) -> lis
     if "matmul" in marks[first:]:
         problems.append("a matmul is issued after the wait for Q K: the tensor cores idle meanwhile")
     between = marks[first:last].count("exponential")
-    if between < _EXPONENTIALS:
-        problems.append(f"{between} of {_EXPONENTIALS} exponentials lie between the waits: the others overlap nothing")
+    if between < exponentials:
+        problems.append(f"{between} of {exponentials} exponentials lie between the waits: the others overlap nothing")
     handed = [i for i, mark in enumerate(marks) if mark == "hand back"]
     if takes_turns:
         if "matmul" in marks[handed[0] : first] or not handed[0] < first:
@@ -112,8 +115,8 @@ def order_problems(loop: list[Instruction], *, takes_turns: bool = False) -> lis
     return problems
 
 
-def loop_facts(sass: str, *, takes_turns: bool = False) -> dict[str, object]:
-    """Numbers of the main loop. `takes_turns`: as `order_problems`."""
+def loop_facts(sass: str, *, takes_turns: bool = False, exponentials: int = EXPONENTIALS) -> dict[str, object]:
+    """Numbers of the main loop. `takes_turns`, `exponentials`: as `order_problems`."""
     instructions, labels = parse(sass)
     loop = _main_loop(instructions, labels)
     ops = Counter(x.op.split(".")[0] for x in loop)
@@ -123,7 +126,7 @@ def loop_facts(sass: str, *, takes_turns: bool = False) -> dict[str, object]:
         "main_loop_matmuls": sorted({x.op for x in loop if "GMMA" in x.op}),
         "main_loop_exponentials": sum(x.op.startswith("MUFU.EX2") for x in loop),
         "main_loop_most": dict(ops.most_common(8)),
-        "order_problems": order_problems(loop, takes_turns=takes_turns),
+        "order_problems": order_problems(loop, takes_turns=takes_turns, exponentials=exponentials),
     }
 
 

@@ -123,6 +123,10 @@ def attention(
         raise ValueError(
             f"cluster={config.cluster} doesn't divide the {problem.blocks_per_tile} blocks of a tile of {tile_size}; use 1"
         )
+    if config.polynomial_columns and not scales:
+        raise ValueError(
+            f"polynomial_columns={config.polynomial_columns} is for FP8, and these operands are {operands.q.dtype}; use 0"
+        )
     tuning.check_fits(
         config,
         head_dim=head_dim,

@@ -98,7 +98,8 @@ class _Rows(NamedTuple):
         return [k_scale[(*self.place.scales, step * count + i)] * self.to_log2 for i in range(count)]
 
     def softmax(self, s: Array, scales: list[Any], top: Array) -> tuple[Array, Array, Array]:
-        return online_softmax(s, scales, top, self.block.problem.log2_p)
+        problem = self.block.problem
+        return online_softmax(s, scales, top, problem.log2_p, problem.config.polynomial_columns)
 
     def to_operand(self, p: Array) -> Array:
         return to_fp8_operand(p) if self.block.problem.scales else p.astype(self.block.problem.operand)

@@ -14,8 +14,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.registers import EMULATED
-
 VERSIONS_CHECKED = ("0.11.2", "0.12.0.1")
 
 # Where the simulated memory keeps the matmuls that were started and not waited for: thread -> places they read, oldest first.
@@ -65,7 +63,7 @@ def _patches() -> Sequence[contextlib.AbstractContextManager[None]]:
     def inline(self, eqn, token, get_invals):
         if "_run_state" in eqn.params:
             return _run_state(self, eqn, token, get_invals)
-        emulated = EMULATED.get(eqn.params["mgpu_fn"].__name__)
+        emulated = getattr(eqn.params["mgpu_fn"], "emulated", None)  # of `registers`
         if emulated is None:
             return plain_inline(self, eqn, token, get_invals)
         return token, list(emulated(*get_invals()[: eqn.params["pytree_args"].num_leaves]))

@@ -1,6 +1,7 @@
 """What threads do with the registers that hold a wgmma accumulator, beyond what Pallas has: inline Mosaic GPU code.
 
-Checked on the versions of jax that `mosaic.VERSIONS_CHECKED` names. In interpret mode `EMULATED` is computed instead.
+Checked on the versions of jax that `mosaic.VERSIONS_CHECKED` names. In interpret mode the `emulated_` function of each is
+computed instead.
 """
 
 import functools
@@ -16,11 +17,26 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.reference import FP8
 
+# 2**f for |f| <= 1/2, rising powers of f: the smallest largest relative error (7.5e-5) of degree 3.
+_EXP2 = (0.9999280571937561, 0.6932609677314758, 0.2426111251115799, 0.0551716685295105)
+_EXP2_LEAST = -30.0
+# A float32 plus this has a whole number in its low bits; without it again, the float32 is rounded to that.
+_ROUNDING = 1.5 * 2**23
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 # In each group of 16 columns a thread holds other columns of a float32 accumulator than of an 8-bit A operand: as an operand, its
 # k-th pair of registers means column _ORDER16[k] of the accumulator.
 _ORDER16 = np.array([8 * ((k % 4) // 2) + 2 * (k // 4) + k % 2 for k in range(16)])
+
+
+def _inline(emulated: Callable[..., list[Array]], arg_types: tuple[Any, ...], return_type: Any) -> Callable[..., Any]:
+    """`plgpu.inline_mgpu`; `emulated` of the same arguments, flattened, gives the results in interpret mode."""
+
+    def decorate(code):
+        code.emulated = emulated
+        return plgpu.inline_mgpu(arg_types=arg_types, return_type=return_type)(code)
+
+    return decorate
 
 
 def kv_order(n: int) -> Int[np.ndarray, "n"]:
@@ -41,9 +57,7 @@ def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
     cost 32 stores and three barriers a step; relabelling the registers costs nothing, and V is written to match.
     """
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,), return_type=plgpu.ShapeDtypeStruct(p.shape, FP8, plgpu.Layout.WGMMA_8BIT)
-    )
+    @_inline(emulated_relabel, (plgpu.Layout.WGMMA,), plgpu.ShapeDtypeStruct(p.shape, FP8, plgpu.Layout.WGMMA_8BIT))
     def relabel_fp8(_, accumulator):
         from jax.extend.mlir import ir
 
@@ -55,7 +69,7 @@ def to_fp8_operand(p: Float[Array, "M K"]) -> Float[Array, "M K"]:
         relabelled = mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
         return relabelled.astype(ir.Float8E4M3FNType.get())
 
-    return relabel_fp8(p)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+    return relabel_fp8(p)
 
 
 def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
@@ -65,7 +79,7 @@ def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
     decide what a warp does by itself.
     """
 
-    @plgpu.inline_mgpu(arg_types=(_ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
+    @_inline(emulated_vote, (_ROWS,), plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT))
     def vote_not_1(_, rows):
         from jax.extend.mlir import ir
         from jax.extend.mlir.dialects import arith
@@ -76,7 +90,7 @@ def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
         vote = _any_in_warp([arith.cmpf(arith.CmpFPredicate.UNE, value, one) for value in values])
         return mgpu.FragmentedArray.splat(arith.extui(ir.IntegerType.get_signless(32), vote), (), is_signed=True)
 
-    return vote_not_1(x)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+    return vote_not_1(x)
 
 
 def scaled_row_max(parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[Array, "M"]]) -> Float[Array, "M"]:
@@ -91,9 +105,10 @@ def scaled_row_max(parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[
       scales: for each of them, positive.
     """
 
-    @plgpu.inline_mgpu(
-        arg_types=((plgpu.Layout.WGMMA,) * len(parts), (_ROWS,) * len(scales)),
-        return_type=plgpu.ShapeDtypeStruct(parts[0].shape[:1], jnp.float32, _ROWS),
+    @_inline(
+        emulated_row_max,
+        ((plgpu.Layout.WGMMA,) * len(parts), (_ROWS,) * len(scales)),
+        plgpu.ShapeDtypeStruct(parts[0].shape[:1], jnp.float32, _ROWS),
     )
     def max_by_bits(_, accumulators, factors):
         from jax.extend.mlir import ir
@@ -136,19 +151,72 @@ def scaled_row_max(parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[
             registers[:, :, half] = vector.broadcast(ir.VectorType.get((1,), f32), arith.bitcast(f32, bits))
         return mgpu.FragmentedArray(_registers=registers, _layout=factors[0].layout, _is_signed=None)
 
-    return max_by_bits(tuple(parts), tuple(scales))  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+    return max_by_bits(tuple(parts), tuple(scales))
+
+
+def exp2(x: Float[Array, "M N"], polynomial_columns: int = 0) -> Float[Array, "M N"]:
+    """2**x of a float32 wgmma accumulator, `polynomial_columns` of its columns (spread evenly) without the special-function unit.
+
+    That unit does 16 a cycle and multiprocessor, and is as busy as the tensor cores are with FP8 products. FlashAttention-4 (arXiv
+    2603.05451) takes some of its work to the multiply-adders: 2**x = 2**round(x) * 2**(x - round(x)), a polynomial, and its
+    exponent's bits. Relative error 7.5e-5; less than 2**-30 becomes 2**-30, which e4m3 rounds to 0. A NaN is lost.
+
+    Args:
+      x: below 127.
+      polynomial_columns: a multiple of 8.
+    """
+
+    @_inline(
+        functools.partial(emulated_exp2, polynomial_columns=polynomial_columns),
+        (plgpu.Layout.WGMMA,),
+        plgpu.ShapeDtypeStruct(x.shape, jnp.float32, plgpu.Layout.WGMMA),
+    )
+    def exp2_by_both(_, accumulator):
+        from jax.extend.mlir import ir
+        from jax.extend.mlir.dialects import arith
+        from jaxlib.mlir.dialects import math
+
+        powers = accumulator.exp2(approx=True)
+        registers = powers.registers.copy()
+        i32 = ir.IntegerType.get_signless(32)
+
+        def polynomial(pair):
+            def constant(value):
+                return mgpu.utils.c(value, pair.type)
+
+            integers = ir.VectorType.get(pair.type.shape, i32)
+            pair = arith.maximumf(pair, constant(_EXP2_LEAST))
+            shifted = arith.addf(pair, constant(_ROUNDING))
+            rest = arith.subf(pair, arith.subf(shifted, constant(_ROUNDING)))  # from the nearest whole number
+            value = constant(_EXP2[-1])
+            for coefficient in _EXP2[-2::-1]:
+                value = math.fma(value, rest, constant(coefficient))
+            up = arith.shli(arith.bitcast(integers, shifted), mgpu.utils.c(23, integers))
+            return arith.bitcast(pair.type, arith.addi(arith.bitcast(integers, value), up))
+
+        for index in np.ndindex(registers.shape):
+            if _is_polynomial(index[1], registers.shape[1], polynomial_columns // 8):
+                registers[index] = polynomial(accumulator.registers[index])
+        return mgpu.FragmentedArray(_registers=registers, _layout=powers.layout, _is_signed=None)
+
+    return exp2_by_both(x)
 
 
 def ceil(x: Float[Array, "M"]) -> Float[Array, "M"]:
     """x, a value for each row of a wgmma accumulator, rounded up: one instruction each. Pallas rounds to nearest only."""
 
-    @plgpu.inline_mgpu(arg_types=(_ROWS,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, _ROWS))
+    @_inline(lambda x: [jnp.ceil(x)], (_ROWS,), plgpu.ShapeDtypeStruct(x.shape, jnp.float32, _ROWS))
     def ceil_rows(_, rows):
         from jaxlib.mlir.dialects import math
 
         return rows._pointwise(math.ceil)
 
-    return ceil_rows(x)  # pyright: ignore[reportCallIssue]  # the decorator binds the first argument
+    return ceil_rows(x)
+
+
+def _is_polynomial(column: int, columns: int, polynomials: int) -> bool:
+    """Whether a tile of 8 columns is one of so many that are spread evenly over all."""
+    return (column + 1) * polynomials // columns > column * polynomials // columns
 
 
 def _any_in_warp(conditions: list[Any]) -> Any:
@@ -161,17 +229,27 @@ def _any_in_warp(conditions: list[Any]) -> Any:
     return nvvm.vote_sync(full_warp, functools.reduce(arith.ori, conditions), "any")
 
 
-def _emulated_relabel(p: Array) -> list[Array]:
+def emulated_relabel(p: Array) -> list[Array]:
     """What `to_fp8_operand` computes. Clipped, as the hardware's conversion saturates and XLA's gives NaN."""
     return [jnp.clip(p[:, kv_order(p.shape[1])], -448, 448).astype(FP8)]
 
 
-def _emulated_vote(x: Array) -> list[Array]:
+def emulated_vote(x: Array) -> list[Array]:
     """Over the warpgroup: interpret mode has no warps."""
     return [(x != 1).any().astype(jnp.int32)]
 
 
-def _emulated_max(*parts_and_scales: Array) -> list[Array]:
+def emulated_exp2(x: Array, polynomial_columns: int) -> list[Array]:
+    tiles = x.shape[1] // 8
+    polynomial = [_is_polynomial(tile, tiles, polynomial_columns // 8) for tile in range(tiles)]
+    least = jnp.maximum(x, _EXP2_LEAST)
+    whole = jnp.round(least)
+    value = jnp.polyval(jnp.asarray(_EXP2[::-1], jnp.float32), least - whole)
+    bits = lax.bitcast_convert_type(value, jnp.int32) + (whole.astype(jnp.int32) << 23)
+    return [jnp.where(np.repeat(polynomial, 8), lax.bitcast_convert_type(bits, jnp.float32), jnp.exp2(x))]
+
+
+def emulated_row_max(*parts_and_scales: Array) -> list[Array]:
     """By bits too, so that the same trick is tested."""
     parts, scales = np.split(np.arange(len(parts_and_scales)), 2)
 
@@ -188,12 +266,3 @@ def _emulated_max(*parts_and_scales: Array) -> list[Array]:
 
     largest = over_row(jnp.max, jnp.int32)
     return [jnp.where(jnp.signbit(largest), over_row(jnp.min, jnp.uint32), largest)]
-
-
-# Inline code, by the name of its function: what to compute instead of it in interpret mode.
-EMULATED: dict[str, Callable[..., list[Array]]] = {
-    "relabel_fp8": _emulated_relabel,
-    "vote_not_1": _emulated_vote,
-    "max_by_bits": _emulated_max,
-    "ceil_rows": lambda x: [jnp.ceil(x)],
-}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.registers import any_in_warp_is_not_1, ceil, scaled_row_max
+from pallas_kernels.registers import any_in_warp_is_not_1, ceil, exp2, scaled_row_max
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
@@ -80,19 +80,21 @@ def _by_row(x: Any, factor: Any) -> Array:
 
 
 def online_softmax(
-    s: Float[Array, "M keys"], scales: list[Array], top: Float[Array, "M"], log2_p: float
+    s: Float[Array, "M keys"], scales: list[Array], top: Float[Array, "M"], log2_p: float, polynomial_columns: int = 0
 ) -> tuple[Float[Array, "M keys"], Float[Array, "M"], Float[Array, "M"]]:
     """(P times 2**log2_p, new tops, the factor by which earlier sums shrink) of a block of products.
 
     Args:
       scales: take products to scores in log2: one for all keys, or one for each half.
       top: `reference.row_top` of the scores so far, in log2: whole numbers, `START` before the first block.
+      polynomial_columns: of the config.
     """
     parts = [s] if len(scales) == 1 else [s[:, : BLOCK_KV // 2], s[:, BLOCK_KV // 2 :]]
     row_scales = [plgpu.layout_cast(jnp.full_like(top, scale), ROWS) for scale in scales]
     new_top = ceil(jnp.maximum(top, scaled_row_max(parts, row_scales)))
     shift = new_top - log2_p
-    p = [jnp.exp2(part * scale - over_rows(shift, part.shape)) for part, scale in zip(parts, scales, strict=True)]
+    columns = polynomial_columns // len(parts)
+    p = [exp2(part * scale - over_rows(shift, part.shape), columns) for part, scale in zip(parts, scales, strict=True)]
     return p[0] if len(p) == 1 else jnp.concatenate(p, axis=1), new_top, jnp.exp2(top - new_top)
 
 

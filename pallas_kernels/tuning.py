@@ -46,6 +46,9 @@ class ForwardConfig:
         the block before. The blocks are dealt out in turn, whatever their counts.
       take_turns: a consumer issues the products of a step only after the other one has, so that one's softmax runs beside the
         other's products, not left to chance (FlashAttention-3's ping-pong, arXiv 2407.08608, section 3.1).
+      polynomial_columns: of the 128 keys of a step, 0, 16, 32 or 48 whose FP8 exponentials are a polynomial (relative error 7.5e-5)
+        on the multiply-adders, as the special-function unit is as busy as the tensor cores are (FlashAttention-4, arXiv
+        2603.05451). 7 instructions an exponential.
       consumer_registers, producer_registers: of a thread after `setmaxnreg`. 232 and 40 spill 28 bytes with two stages.
     Raises: ValueError for a value outside these, or registers that sum to more than the launch has: that would hang the GPU.
     """
@@ -55,6 +58,7 @@ class ForwardConfig:
     promote_every: int = 1
     persistent: bool = False
     take_turns: bool = False
+    polynomial_columns: int = 0
     consumer_registers: int = 240
     producer_registers: int = 24
 
@@ -65,6 +69,8 @@ class ForwardConfig:
             raise ValueError(f"cluster={self.cluster} is not 1 or 2; use 1 where a tile is one block of {BLOCK_ROWS}")
         if self.promote_every not in (1, 2, 4, 8):
             raise ValueError(f"promote_every={self.promote_every} is not 1, 2, 4 or 8; use 1")
+        if self.polynomial_columns not in (0, 16, 32, 48):
+            raise ValueError(f"polynomial_columns={self.polynomial_columns} is not 0, 16, 32 or 48; use 0")
         for name in ("consumer_registers", "producer_registers"):
             value = getattr(self, name)
             if value % 8 or not 24 <= value <= 256:
@@ -265,4 +271,6 @@ def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_p
         size = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)
         if size <= SHARED_MEMORY and blocks_per_tile % cluster == 0:
             found.append(config)
+            if operand_bytes == 1 and stages == 4 and not persistent:
+                found += [replace(config, polynomial_columns=columns) for columns in (16, 32)]
     return found

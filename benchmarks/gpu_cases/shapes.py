@@ -35,6 +35,7 @@ class Shape:
     promote_every: int = 1
     persistent: bool = False
     take_turns: bool = False
+    polynomial_columns: int = 0
 
     @property
     def tokens_per_scale(self) -> int | None:
@@ -48,6 +49,7 @@ class Shape:
             promote_every=self.promote_every,
             persistent=self.persistent,
             take_turns=self.take_turns,
+            polynomial_columns=self.polynomial_columns,
         )
 
 
@@ -93,6 +95,10 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "head dim 64": Shape(**_PAIR, head_dim=64, stages=4),
     },
     "promotion": {f"every {n} steps": Shape(tiles=12, table="all", stages=4, promote_every=n) for n in (2, 4, 8)},
+    "polynomials": {
+        "16 columns": Shape(tiles=12, stages=4, polynomial_columns=16),
+        "32 columns, two scales a block": Shape(padding="groups", scales=4, polynomial_columns=32),
+    },
     # More blocks of rows than a GPU runs at a time.
     "persistent": {
         "ragged": Shape(**_MANY, persistent=True),

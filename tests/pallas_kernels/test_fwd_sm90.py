@@ -64,6 +64,10 @@ CASES = {
     # Maxima that move, and sums that stay with the tensor cores for some steps.
     "rising": Case(tile=128, tiles=5, table="all", inputs="rising"),
     "bf16_rising": Case(scales=None, tile=128, tiles=5, table="all", inputs="rising"),
+    "polynomial_16": Case(padding="tail", config=ForwardConfig(stages=4, polynomial_columns=16)),
+    "polynomial_48_two_scales": Case(
+        scales=4, padding="groups", inputs="low", config=ForwardConfig(stages=2, polynomial_columns=48)
+    ),
     "promoted_every_2": Case(tile=128, tiles=5, table="all", config=ForwardConfig(stages=2, promote_every=2)),
     "promoted_every_4_rising": Case(
         tile=128, tiles=6, table="all", inputs="rising", config=ForwardConfig(stages=2, promote_every=4)
@@ -285,6 +289,13 @@ def test_a_cluster_wider_than_a_tile_is_refused():
     plan = AttentionPlan.build(grid=(7, 9, 4), tile=(7, 9, 2), window=None, scales_per_tile=1, quantize=True)
     with pytest.raises(ValueError, match="cluster=2 doesn't divide the 1 blocks of a tile of 128; use 1"):
         lowered(plan, 1, 128, ForwardConfig(cluster=2))
+
+
+def test_polynomial_exponentials_without_fp8_are_refused():
+    spec = jax.ShapeDtypeStruct((1, 512, 1, 128), jnp.bfloat16)
+    call = functools.partial(plain_call(None), config=ForwardConfig(stages=2, polynomial_columns=16))
+    with pytest.raises(ValueError, match="polynomial_columns=16 is for FP8, and these operands are bfloat16; use 0"):
+        jax.eval_shape(call, spec, spec, spec)
 
 
 def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():

@@ -72,7 +72,7 @@ def test_maxima_by_bits_are_maxima(x, scales, signs):
     with np.errstate(over="ignore"):
         scaled = [part * factor[:, None] for part, factor in zip(parts, factors, strict=True)]
     expected = np.concatenate(scaled, axis=1).max(axis=1)
-    (found,) = registers.EMULATED["max_by_bits"](*map(jnp.asarray, (*parts, *factors)))
+    (found,) = registers.emulated_row_max(*map(jnp.asarray, (*parts, *factors)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-126)  # XLA on a CPU takes denormal numbers for 0
 
 
@@ -80,5 +80,21 @@ def test_maxima_by_bits_are_maxima(x, scales, signs):
 def test_maxima_by_bits_of_a_nan_are_nan(sign):
     x = np.full((2, 16), sign, np.float32)
     x[1, 3] = np.nan
-    (found,) = registers.EMULATED["max_by_bits"](jnp.asarray(x), jnp.ones(2))
+    (found,) = registers.emulated_row_max(jnp.asarray(x), jnp.ones(2))
     np.testing.assert_array_equal(np.isnan(found), [False, True])
+
+
+@pytest.mark.parametrize("columns", [16, 32, 48])
+def test_so_many_columns_of_exponentials_are_polynomials_to_7_5e_5(columns):
+    x = np.linspace(-29.9, 9, 64 * 128, dtype=np.float32).reshape(128, 64).T.copy()
+    (found,) = registers.emulated_exp2(jnp.asarray(x), polynomial_columns=columns)
+    error = np.abs(np.asarray(found, np.float64) / np.exp2(x.astype(np.float64)) - 1)
+    assert 1e-5 < error.max() < 7.7e-5
+    assert (error.max(0) > 1e-5).sum() == columns
+
+
+def test_a_polynomial_is_nothing_in_e4m3_where_the_power_is():
+    x = jnp.asarray(np.full((64, 128), [-1e30, -np.inf, -200.0, -31.0] * 32, np.float32))
+    (found,) = registers.emulated_exp2(x, polynomial_columns=48)
+    assert np.asarray(found).max() <= 2.0**-29
+    assert np.asarray(found).min() >= 0

@@ -18,6 +18,7 @@ FP8_BLOCK = {"operand_bytes": 1, "output_bytes": 2}
         ({"stages": 3}, "stages=3 is not 2, 4 or 8"),
         ({"cluster": 3}, "cluster=3 is not 1 or 2"),
         ({"promote_every": 3}, "promote_every=3 is not 1, 2, 4 or 8; use 1"),
+        ({"polynomial_columns": 24}, "polynomial_columns=24 is not 0, 16, 32 or 48; use 0"),
         ({"consumer_registers": 230}, "consumer_registers=230 is not a multiple of 8 from 24 to 256"),
         ({"producer_registers": 16}, "producer_registers=16 is not a multiple of 8 from 24 to 256"),
         # 240 twice and 40 pass ptxas and interpret mode, and wait for ever on a GPU.
