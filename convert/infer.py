@@ -247,13 +247,20 @@ def image_encoder(
     )
 
 
+# What the official code takes for a task; its files don't say. The second one: up to 480 x 832 pixels.
+OFFICIAL_FLOW_SHIFT: dict[Task, tuple[float, float | None]] = {
+    "t2v": (5.0, None),
+    "i2v": (5.0, 3.0),
+    "flf2v": (16.0, None),
+}
+
+
 def flow_shift(
     layout: Layout, task: Task, scheduler: dict[str, Any], where: pathlib.Path
 ) -> tuple[float, float | None]:
     """`(flow_shift, flow_shift_480p)`: the scheduler's in diffusers; official: 5, I2V up to 480x832 3, FLF2V 16."""
     if layout == "official":
-        shifts: dict[Task, tuple[float, float | None]] = {"t2v": (5.0, None), "i2v": (5.0, 3.0), "flf2v": (16.0, None)}
-        return shifts[task]
+        return OFFICIAL_FLOW_SHIFT[task]
     name: Literal["flow_shift", "shift"] = "flow_shift" if "flow_shift" in scheduler else "shift"
     shift = _stated(scheduler, name, float, where)
     if shift <= 0:

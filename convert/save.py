@@ -13,6 +13,7 @@ import numpy as np
 from convert import layouts, mapping
 from convert.array_files import ArrayFiles
 from convert.arrays import contiguous
+from convert.infer import OFFICIAL_FLOW_SHIFT
 from convert.mapping import COMPONENTS, Component, Layout, SourceTensor
 from convert.readers import FLOATS
 from convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, open_checkpoint
@@ -183,6 +184,7 @@ def to_torch(src: str | os.PathLike, dst: str | os.PathLike, layout: Layout, ove
                     root, fresh, name, config, layout, manifest, progress, report["notes"]
                 )
         write_rest(fresh, config, layout, tokenizer)
+        report["notes"] += _lost_flow_shift(config, layout)
     report |= {"written_bytes": sum(part["bytes"] for part in report["components"].values()), "destination": str(dst)}
     report["seconds"] = round(time.monotonic() - began, 3)
     final = pathlib.Path(dst).resolve()
@@ -301,6 +303,21 @@ def write_rest(fresh: pathlib.Path, config: WanConfig, layout: Layout, tokenizer
         layouts.write_json(fresh / "image_processor" / "preprocessor_config.json", processor)
     index = layouts.diffusers_index(config, layouts.tokenizer_class(tokenizer))
     layouts.write_json(fresh / "model_index.json", index)
+
+
+def _lost_flow_shift(config: WanConfig, layout: Layout) -> list[str]:
+    """What a layout can't say of the shift of the noise levels: videos would change though every weight is the same."""
+    own = (config.flow_shift, config.flow_shift_480p)
+    kept = OFFICIAL_FLOW_SHIFT[config.task] if layout == "official" else (config.flow_shift, None)
+
+    def words(shift):
+        return f"{shift[0]:g}" + ("" if shift[1] is None else f" ({shift[1]:g} up to 480 x 832)")
+
+    if own == kept:
+        return []
+    return [
+        f"flow_shift={words(own)} has no place in the {layout} layout, which means {words(kept)}; give it when you sample"
+    ]
 
 
 def summary(report: dict[str, Any], where: str) -> str:

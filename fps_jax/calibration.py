@@ -195,7 +195,22 @@ class Calibration:
             f"largest error {errors.max():.4f} of {error_budget:g} allowed; {self.speed_up:.2f} times the speed of bf16 dense "
             "attention, estimated by the cost formula (not measured)"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._advice()])
+
+    def _advice(self) -> list[str]:
+        """What to do where the schedule gains nothing."""
+        dense = np.array([plan == plan.dense() for plan in self.plans])
+        cheaper = self.costs < self.costs[dense].min()
+        if cheaper[self.chosen].any():
+            return []
+        nothing = "this gains nothing over --attention dense:"
+        if not cheaper.any():
+            return [f"{nothing} at this size no other plan is estimated to be cheaper; measure at a larger one"]
+        least = self.errors.mean(1)[:, cheaper].min()
+        return [
+            f"{nothing} the smallest error of a cheaper plan, at any step, is {least:.4f}; choose again with an --error-budget "
+            "above that (--reuse spares the measurement)"
+        ]
 
 
 def check_choice(error_budget: float, max_regimes: int) -> None:

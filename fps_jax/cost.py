@@ -7,7 +7,7 @@ pairs: stored (query, key) pairs of the listed tiles over those of dense attenti
 rate: time a pair, beside bf16 dense. Where the kernel's tuned table (`pallas_kernels.tuning`, written by fps-tune) has both the
 plan's key and the dense bf16 one, measured on the same kind of GPU: TFLOP/s of that by TFLOP/s of the plan's. Both were measured
 on the same tiles or similar ones, so padding, which is in `pairs`, cancels. Else 1/2 in FP8, whose tensor cores are twice as fast
-(H200 datasheet: 1979 against 989 TFLOP/s), times 1.03 where 128 keys have two scales (409 against 396 instructions a step of the
+(H200 datasheet: 1979 against 989 TFLOP/s), times 1.01 where 128 keys have two scales (369 against 364 instructions a step of the
 kernel), and 1 in bf16.
 pass: 0.005 * 75600 / tokens for the quantization of q, k and v in FP8, linear in tokens where dense attention is quadratic: an
 estimate of 1.0 ms of memory traffic beside 0.2 s of bf16 attention for 40 heads at 75,600 tokens.
@@ -45,4 +45,4 @@ def _rate(plan: AttentionPlan) -> float:
         return dense.tflops / ours.tflops
     if plan.tokens_per_scale is None:
         return 1.0
-    return 0.5 * 1.03 if plan.tokens_per_scale < 128 else 0.5
+    return 0.5 * 1.01 if plan.tokens_per_scale < 128 else 0.5

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -59,5 +58,14 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        words = " ".join(re.sub(r"[╭╮╰╯│─+|]|-{3,}", " ", report.getvalue()).split())
-        raise ValueError(f"{words.split(' For full helptext')[0]} (see {prog} --help)") from None
+        raise ValueError(f"{_unboxed(report.getvalue())} (see {prog} --help)") from None
+
+
+def _unboxed(report: str) -> str:
+    """The words in a box that rich draws: without frame, title and pointer to help."""
+    _, *lines = report.strip().splitlines() or [
+        ""
+    ]  # the title: in the frame, or, where the terminal has ASCII only, above a rule
+    inside = [line.strip().strip("│|").strip() for line in lines]
+    words = " ".join(line for line in inside if line.strip("╰─╯- "))
+    return " ".join(words.split(" For full helptext")[0].split())

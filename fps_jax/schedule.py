@@ -177,7 +177,7 @@ class FPSSchedule:
         if self.grid is not None and self.grid != grid:
             raise ValueError(
                 f"schedule is for a grid of {self.grid} tokens and this video has {grid} (latent frames, rows and columns of 16 "
-                "pixels); calibrate one for this size, or set its grid to null"
+                "pixels); calibrate one for this size, or take grid and tile out of it (null)"
             )
         layout = _proposed_layout(grid) if self.tile is None else TileLayout(grid, self.tile)
 

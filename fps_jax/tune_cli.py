@@ -78,11 +78,11 @@ def _tune(options: Tune) -> None:
     if not tasks:
         raise ValueError("classes and scales name no key; leave them out for all")
     output = tuning.table_path() if options.output is None else options.output.absolute()
+    table = _old_entries(output)
     if options.dry_run:
         print(_plan_text(tasks))
         print(f"would write {output}")
         return
-    table = _old_entries(output)
     found = autotune_run.find_device(deadline=options.deadline)
     start = time.monotonic()
     _tell(f"{found['gpu']}, jax {found['jax']}: {_amount(tasks)}")

@@ -43,7 +43,10 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
+        spills = self.persistent and self.scales is None  # the copier, with 24 registers: as in `tuning.candidates`
         return ForwardConfig(
+            consumer_registers=232 if spills else 240,
+            producer_registers=40 if spills else 24,
             stages=self.stages,
             cluster=self.cluster,
             promote_every=self.promote_every,

@@ -187,7 +187,7 @@ def test_the_projection_of_an_official_tower_is_kept_and_told_where_diffusers_ha
     to_torch(tmp_path / "ours", tmp_path / "official", "official")
     assert read_all(tmp_path / "official") == read_all(source)
     report = to_torch(tmp_path / "ours", tmp_path / "diffusers", "diffusers")
-    assert report["notes"] == ["projection has no tensor in the diffusers layout and is left out"]
+    assert report["notes"][0] == "projection has no tensor in the diffusers layout and is left out"
     assert open_checkpoint(tmp_path / "diffusers").config.image_encoder == dataclasses.replace(
         tower, projection_dim=None
     )
@@ -238,6 +238,29 @@ def test_diffusers_flow_shift_is_the_schedulers(source, scheduler):
     path = source("diffusers", "i2v")
     (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     assert open_checkpoint(path).config.flow_shift == 7.5
+
+
+@pytest.mark.parametrize(
+    ("source_layout", "task", "layout", "words"),
+    [
+        ("diffusers", "t2v", "official", "flow_shift=7.5 has no place in the official layout, which means 5"),
+        (
+            "official",
+            "i2v",
+            "diffusers",
+            "flow_shift=5 (3 up to 480 x 832) has no place in the diffusers layout, which means 5",
+        ),
+        ("official", "t2v", "diffusers", None),
+        ("official", "i2v", "official", None),
+    ],
+)
+def test_a_flow_shift_that_a_layout_cannot_say_is_noted(source, tmp_path, source_layout, task, layout, words):
+    path = source(source_layout, task)
+    if source_layout == "diffusers":
+        (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"flow_shift": 7.5}))
+    to_flax(path, tmp_path / "ours")
+    notes = [note for note in to_torch(tmp_path / "ours", tmp_path / "back", layout)["notes"] if "flow_shift" in note]
+    assert notes == ([] if words is None else [f"{words}; give it when you sample"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -67,6 +67,7 @@ def test_the_keys_are_those_that_attention_asks_for():
         (["--deadline", "0"], "deadline=0.0 is not in 1 to 3600 seconds"),
         (["--output", "no/such/folder/table.json"], "doesn't exist; make it first"),
         (["--output", "."], "is a folder; name a file"),
+        (["--dry-run", "--output", "no/such/folder/table.json"], "doesn't exist; make it first"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_before_a_process_starts(arguments, words, capsys, monkeypatch):
