@@ -141,9 +141,8 @@ def conditioning_frames(
         given["image_embeds"] = embeds
     for name, value in given.items():
         if value is not None and name not in wanted and name != "image_embeds":
-            raise ValueError(
-                f"{name} was given, but this is a {config.task} model; leave {name} out or use another model"
-            )
+            model = f"{'an' if config.task == 'i2v' else 'a'} {config.task} model"
+            raise ValueError(f"{name} was given, but this is {model}; leave {name} out or use another model")
         if value is not None and name == "image_embeds":
             raise ValueError("image_embeds was given, but this is a t2v model; leave it out or use an i2v model")
         if value is None and name in wanted:

@@ -148,11 +148,11 @@ class FPSSchedule:
         except FileNotFoundError:
             raise FileNotFoundError(f"schedule={str(path)!r} doesn't exist; fps-calibrate makes one") from None
         except (IsADirectoryError, UnicodeDecodeError):
-            raise ValueError(f"schedule={str(path)!r} is not a JSON file") from None
+            raise ValueError(f"schedule={str(path)!r} is not a JSON file; fps-calibrate makes one") from None
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"schedule={str(path)!r} is not JSON: {error}") from None
+            raise ValueError(f"schedule={str(path)!r} is not JSON ({error}); fps-calibrate makes one") from None
         except ValueError as error:
             raise ValueError(f"schedule={str(path)!r}: {error}") from None
 
@@ -263,4 +263,4 @@ def _check_keys(record: dict, kind: type, what: str) -> None:
         raise ValueError(f"{what} has an unknown entry {unknown[0]!r}; it may have {', '.join(fields)}")
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in record]
     if missing:
-        raise ValueError(f"{what} lacks {missing[0]!r}")
+        raise ValueError(f"{what} lacks {missing[0]!r}; docs/attention.md has the format, and fps-calibrate writes it")
