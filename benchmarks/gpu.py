@@ -6,9 +6,9 @@
     python -m benchmarks.gpu --list
 
 Needs jax with CUDA, flax and NumPy; torch for its own baselines. Every case runs in a process of its own with a time limit, and the
-results (gpu.json in $OUT, else in benchmarks/results) are written after each. A case that has a result is skipped; where $OUT holds
-none, those in benchmarks/results count (`--again` runs all once more). No further case runs of a kernel that hung. Without a GPU the same code runs at toy size
-in interpret mode on a CPU, writes gpu_toy.json, and says "not measured".
+results (gpu.json in $OUT, else in benchmarks/results) are written after each. A case that has a result is skipped (`--again` runs it,
+too); where $OUT holds none, those in benchmarks/results count. No further case runs of a kernel that hung. Without a GPU the same
+code runs at toy size in interpret mode on a CPU, writes gpu_toy.json, and says "not measured".
 """
 
 import argparse
@@ -150,10 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A toy run elsewhere is to prove the script there: what is committed proves nothing of it.
     results = Results(out / name, toy=toy, earlier=None if toy else record.RESULTS / name)
     call = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    environment = {
-        **record.environment(),
-        "command": shlex.join(["python", "-m", "benchmarks.gpu", *["--toy"] * options.toy, *options.what]),
-    }
+    command = ["python", "-m", "benchmarks.gpu", *["--toy"] * options.toy, *options.what]
+    environment = {**record.environment(), "command": shlex.join(command)}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     work(chosen, results, call, toy=toy, budget=options.budget, again=options.again)
     best = fastest(p for r in results.records if r["stage"] == "tune" for p in r["parts"])

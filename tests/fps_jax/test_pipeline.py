@@ -222,7 +222,7 @@ def test_i2v_requests_need_their_image(i2v, flf2v):
         quick(i2v, image=frame)
     with pytest.raises(ValueError, match=r"image_embeds has shape \(1, 257, 8\); .* need \(1, 257, 80\)"):
         quick(i2v, image=frame, image_embeds=embeds[..., :8])
-    with pytest.raises(ValueError, match="last_image was given, but this is a i2v model"):
+    with pytest.raises(ValueError, match="last_image was given, but this is an i2v model"):
         quick(i2v, image=frame, last_image=frame, image_embeds=embeds)
     with pytest.raises(ValueError, match="last_image is missing, and a flf2v model needs it"):
         quick(flf2v, image=frame, image_embeds=np.zeros((1, 514, 80), np.float32))
