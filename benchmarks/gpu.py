@@ -5,10 +5,10 @@
     python -m benchmarks.gpu "fp8x1 0.20"     # cases whose name holds this
     python -m benchmarks.gpu --list
 
-Needs jax with CUDA, flax and NumPy; torch for its own baselines. Every case runs in a process of its own with a time limit, and the
-results (gpu.json in $OUT, else in benchmarks/results) are written after each. A case that has a result is skipped (`--again` repeats
-it); where $OUT holds none, those in benchmarks/results count. No further case runs of a kernel that hung. Without a GPU the same
-code runs at toy size in interpret mode on a CPU, writes gpu_toy.json, and says "not measured".
+Needs jax with CUDA, flax and NumPy; torch for its own baselines. Every case runs in a process of its own with a time limit, and
+the results (gpu.json in $OUT, else in benchmarks/results) are written after each. A case that has a result is skipped (`--again`
+repeats it); where $OUT holds none, those in benchmarks/results count. No further case runs of a kernel that hung. Without a GPU
+the same code runs at toy size in interpret mode on a CPU, writes gpu_toy.json, and says "not measured".
 """
 
 import argparse
