@@ -143,7 +143,8 @@ def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
 def _call(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     fwd_sm90.attention.clear_cache()  # it depends on the number of multiprocessors
     # The fused passes, which cost a third of a case in interpret mode, know nothing of the config: one config shows them.
-    quantize = quantize_sm90.quantize if case.config == TWO_STAGES else quantize_sm90.by_xla
+    fused = case.scales is not None and case.config == TWO_STAGES
+    quantize = quantize_sm90.quantize if fused else jax.jit(quantize_sm90.by_xla)
     with (
         mock.patch.object(fwd_sm90, "multiprocessors", return_value=case.multiprocessors),
         mock.patch.object(quantize_sm90, "quantize", quantize),
