@@ -135,8 +135,11 @@ def test_kernel_computes_the_specification(name):
     assert got["dtype"] == case.dtype
 
 
-def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them():
-    got = interpreted.run(attention_cases.broken_inputs)
+@pytest.mark.parametrize("polynomial_columns", [0, 48])
+def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them(polynomial_columns):
+    """A polynomial loses a NaN, but not the row's maximum, nor the other columns."""
+    config = ForwardConfig(stages=2, polynomial_columns=polynomial_columns)
+    got = interpreted.run(attention_cases.broken_inputs, config)
     assert got["spec"].any()
     assert not got["spec"].all()
     np.testing.assert_array_equal(got["kernel"], got["spec"])
