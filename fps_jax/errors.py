@@ -63,9 +63,8 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
 
 def _unboxed(report: str) -> str:
     """The words in a box that rich draws: without frame, title and pointer to help."""
-    lines = report.strip().splitlines()[
-        1:
-    ]  # the title is in the frame or, where the terminal has ASCII only, above a rule
+    # The title is in the frame or, where the terminal has ASCII only, above a rule.
+    lines = report.strip().splitlines()[1:]
     inside = [line.strip().strip("│|").strip() for line in lines]
     words = " ".join(line for line in inside if line.strip("╰─╯- "))
     return " ".join(words.split(" For full helptext")[0].split())
