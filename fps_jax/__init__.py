@@ -8,17 +8,17 @@ __all__ = ["AttentionPlan", "FPSSchedule", "WanPipeline", "attend", "save_video"
 
 if TYPE_CHECKING:
     from fps_jax.attention import attend
+    from fps_jax.media.video import save_video
     from fps_jax.pipeline import WanPipeline
     from fps_jax.plan import AttentionPlan
     from fps_jax.schedule import FPSSchedule
-    from fps_jax.video import save_video
 
 _LAZY = {
     "AttentionPlan": "fps_jax.plan",
     "FPSSchedule": "fps_jax.schedule",
     "WanPipeline": "fps_jax.pipeline",
     "attend": "fps_jax.attention",
-    "save_video": "fps_jax.video",
+    "save_video": "fps_jax.media.video",
 }
 
 

@@ -65,7 +65,7 @@ def _sample(options: Sample) -> None:
         np.save(buffer := io.BytesIO(), result)
         write_bytes(options.output, buffer.getvalue())
     else:
-        from fps_jax.video import save_video
+        from fps_jax.media.video import save_video
 
         save_video(result, options.output, fps=options.fps)
     seconds = time.time() - start

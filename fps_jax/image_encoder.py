@@ -107,7 +107,7 @@ def encode_image(config: ImageEncoderConfig, params: Params, pixels: Float[Array
     Args:
       config: the architecture.
       params: the `image_encoder` tree, in any float dtype; the computation is float32.
-      pixels: from `fps_jax.images.clip_pixels`; P is config.image_size.
+      pixels: from `fps_jax.media.images.clip_pixels`; P is config.image_size.
     Returns: float32, S = config.num_tokens: the class token, then patches in raster order.
     Raises: ValueError for pixels of another shape.
     Source: wan/modules/clip.py.
@@ -115,6 +115,6 @@ def encode_image(config: ImageEncoderConfig, params: Params, pixels: Float[Array
     size = config.image_size
     if pixels.ndim != 4 or pixels.shape[1:] != (size, size, 3):
         raise ValueError(
-            f"pixels of shape {pixels.shape} must be [B, {size}, {size}, 3]; use fps_jax.images.clip_pixels"
+            f"pixels of shape {pixels.shape} must be [B, {size}, {size}, 3]; use fps_jax.media.images.clip_pixels"
         )
     return _encode(config, params, jnp.asarray(pixels))

@@ -16,7 +16,7 @@ from fps_jax.checkpoint import is_checkpoint, read_config, save_checkpoint
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.flow import SigmaGrid, Solver
 from fps_jax.image_encoder import encode_image
-from fps_jax.images import clip_pixels
+from fps_jax.media.images import clip_pixels
 from fps_jax.params import Params
 from fps_jax.placement import builds, place, restore, visiting
 from fps_jax.sampling import Progress, Segments, denoise

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax.config import WanConfig
-from fps_jax.images import load_image
+from fps_jax.media.images import load_image
 from fps_jax.sampling import Progress
 from fps_jax.schedule import SETTINGS, FPSSchedule, Setting
 

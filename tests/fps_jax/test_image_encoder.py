@@ -103,5 +103,5 @@ def test_vit_h_shapes_without_computing():
 
 @pytest.mark.parametrize("shape", [(1, 56, 48, 3), (56, 56, 3), (1, 3, 56, 56)])
 def test_pixels_of_a_wrong_shape(params, shape):
-    with pytest.raises(ValueError, match=r"must be \[B, 56, 56, 3\]; use fps_jax.images.clip_pixels"):
+    with pytest.raises(ValueError, match=r"must be \[B, 56, 56, 3\]; use fps_jax.media.images.clip_pixels"):
         encode_image(CONFIG, params, np.zeros(shape, np.float32))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fps_jax.video import contact_sheet, save_video, video_to_uint8
+from fps_jax.media.video import contact_sheet, save_video, video_to_uint8
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     """A limit on file sizes stands in for a full disk: both fail inside write."""
     (tmp_path / "out.mp4").write_bytes(b"before")
     code = (
-        "import resource, sys, numpy as np; from fps_jax.video import save_video\n"
+        "import resource, sys, numpy as np; from fps_jax.media.video import save_video\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "video = np.random.default_rng(0).random((5, 64, 96, 3), np.float32)\n"
         "try: save_video(video, sys.argv[1])\n"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fps_jax.images import clip_pixels, load_image
+from fps_jax.media.images import clip_pixels, load_image
 from tests.reference import golden, rel_l2
 
 
