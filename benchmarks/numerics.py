@@ -38,19 +38,19 @@ PARITY = {
 # The attention has no PyTorch original: it is measured against its definition in NumPy, and its own specification.
 ATTENTION = {
     "sparse attention against the definition (NumPy, float64), random grids": (
-        "test_attention.py::test_sparse_attention_and_its_gradients_are_the_definitions"
+        "attention/test_attend.py::test_sparse_attention_and_its_gradients_are_the_definitions"
     ),
     "dense in tile order against raster order, output and gradients": (
-        "test_attention.py::test_dense_attention_in_tile_order_is_dense_attention_in_raster_order"
+        "attention/test_attend.py::test_dense_attention_in_tile_order_is_dense_attention_in_raster_order"
     ),
     "FP8, portable against the specification, random grids": (
-        "test_attention.py::test_portable_fp8_agrees_with_the_specification"
+        "attention/test_attend.py::test_portable_fp8_agrees_with_the_specification"
     ),
     "FP8, portable against the specification, one chunk of keys, output and gradients": (
-        "test_attention.py::test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone"
+        "attention/test_attend.py::test_portable_fp8_with_one_chunk_of_keys_differs_by_float32_alone"
     ),
     "FP8, portable against the specification, two chunks of keys, output and gradients": (
-        "test_attention.py::test_portable_fp8_with_many_chunks_of_keys_rounds_alike"
+        "attention/test_attend.py::test_portable_fp8_with_many_chunks_of_keys_rounds_alike"
     ),
 }
 

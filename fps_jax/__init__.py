@@ -7,17 +7,17 @@ __version__ = "0.1.0"
 __all__ = ["AttentionPlan", "FPSSchedule", "WanPipeline", "attend", "save_video"]
 
 if TYPE_CHECKING:
-    from fps_jax.attention import attend
+    from fps_jax.attention.attend import attend
+    from fps_jax.attention.plan import AttentionPlan
+    from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.media.video import save_video
     from fps_jax.pipeline import WanPipeline
-    from fps_jax.plan import AttentionPlan
-    from fps_jax.schedule import FPSSchedule
 
 _LAZY = {
-    "AttentionPlan": "fps_jax.plan",
-    "FPSSchedule": "fps_jax.schedule",
+    "AttentionPlan": "fps_jax.attention.plan",
+    "FPSSchedule": "fps_jax.attention.schedule",
     "WanPipeline": "fps_jax.pipeline",
-    "attend": "fps_jax.attention",
+    "attend": "fps_jax.attention.attend",
     "save_video": "fps_jax.media.video",
 }
 

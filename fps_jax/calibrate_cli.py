@@ -59,7 +59,7 @@ def _calibrate(options: Calibrate) -> None:
     prompts = _read_prompts(options.prompts)
     arguments = call_arguments(options)
     from fps_jax import calibration
-    from fps_jax.tiles import TileLayout, propose_tiles
+    from fps_jax.attention.tiles import TileLayout, propose_tiles
     from pallas_kernels import tuning
 
     check_options(options)

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention import attend
+from fps_jax.attention.attend import attend
+from fps_jax.attention.cost import attention_cost
+from fps_jax.attention.plan import AttentionPlan
+from fps_jax.attention.schedule import FPSSchedule, Regime
+from fps_jax.attention.tiles import TileLayout
+from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.config import DiTConfig
-from fps_jax.cost import attention_cost
 from fps_jax.dit import dit, stage_name
 from fps_jax.params import Params
-from fps_jax.plan import AttentionPlan
 from fps_jax.sampling import Progress
-from fps_jax.schedule import FPSSchedule, Regime
 from fps_jax.solvers import SolverState, SolverTable, solver_step
-from fps_jax.tiles import TileLayout
-from fps_jax.windows import check_density, propose_window
 from pallas_kernels.block_sparse import block_sparse_attention
 
 DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)

@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fps_jax.attention import DenseAttention, TokenAttention, dense_attention
+from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
 from fps_jax.params import Build, Params, bind, flatten, stacked, unflatten, unstack

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fps_jax.attention import dense_attention
+from fps_jax.attention.attend import dense_attention
 from fps_jax.config import ImageEncoderConfig
 from fps_jax.params import Build, Params, bind, stacked, unstack
 

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fps_jax.attention import dense_attention
+from fps_jax.attention.attend import dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.rope import apply_rope
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax import requests
+from fps_jax.attention.schedule import FPSSchedule, Setting
 from fps_jax.checkpoint import is_checkpoint, read_config, save_checkpoint
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.flow import SigmaGrid, Solver
@@ -20,7 +21,6 @@ from fps_jax.media.images import clip_pixels
 from fps_jax.params import Params
 from fps_jax.placement import builds, place, restore, visiting
 from fps_jax.sampling import Progress, Segments, denoise
-from fps_jax.schedule import FPSSchedule, Setting
 from fps_jax.solvers import SolverTable, solver_table
 from fps_jax.text_encoder import encode_text
 from fps_jax.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fps_jax.attention import TokenAttention
+from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.dit import DENSE, dit, stage_name
 from fps_jax.params import Params

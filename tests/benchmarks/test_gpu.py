@@ -261,7 +261,7 @@ child.use_standins()
 import jaxtyping
 assert "standins" in jaxtyping.__file__, jaxtyping.__file__
 from benchmarks.gpu_cases import baselines, correct, facts, peers, speed, tune
-from fps_jax import plan, windows
+from fps_jax.attention import plan, windows
 from pallas_kernels import block_sparse, fwd_sm90, portable
 assert plan.AttentionPlan.build((2, 8, 8)).density == 1
 """

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli, calibration
-from fps_jax.cost import attention_cost
+from fps_jax.attention.cost import attention_cost
+from fps_jax.attention.tiles import TileLayout
 from fps_jax.dit import dit
 from fps_jax.sampling import denoise
 from fps_jax.solvers import solver_table
-from fps_jax.tiles import TileLayout
 from pallas_kernels import tuning
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import rel_l2

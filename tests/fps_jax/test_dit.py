@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax.attention import dense_attention
+from fps_jax.attention.attend import dense_attention
 from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
 from fps_jax.dit import build_dit, cast_params, dit, stage_name
 from fps_jax.params import abstract_params, flatten, init_params
@@ -193,7 +193,7 @@ def test_real_sizes_have_upstreams_parameter_counts_and_evaluate_abstractly(conf
 
 
 def test_chunked_attention_is_softmax_attention(monkeypatch):
-    monkeypatch.setattr("fps_jax.attention._CHUNK_BYTES", 1)  # 64 queries a chunk, the last one padded
+    monkeypatch.setattr("fps_jax.attention.attend._CHUNK_BYTES", 1)  # 64 queries a chunk, the last one padded
     q, k, v = (jax.random.normal(key, (2, 150, 3, 16)) for key in jax.random.split(jax.random.key(1), 3))
     mask = jnp.arange(150)[None] < jnp.array([[150], [70]])
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / 4 + jnp.where(mask, 0, -1e30)[:, None, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax.plan import AttentionPlan
+from fps_jax.attention.plan import AttentionPlan
 from pallas_kernels import fwd_sm90, quantize_sm90, tuning
 from pallas_kernels.fwd_sm90_work import Problem, load_next, scratch
 from pallas_kernels.pattern import TilePattern

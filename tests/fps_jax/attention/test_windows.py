@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fps_jax import AttentionPlan
-from fps_jax.tiles import TileLayout, propose_tiles
-from fps_jax.windows import axis_window, propose_window, window_density
+from fps_jax.attention.tiles import TileLayout, propose_tiles
+from fps_jax.attention.windows import axis_window, propose_window, window_density
 from tests.windows_by_definition import attended
 
 

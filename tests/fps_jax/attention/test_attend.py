@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fps_jax import AttentionPlan, attend
-from fps_jax.attention import dense_attention
+from fps_jax.attention.attend import dense_attention
 from tests import windows_by_definition as definition
 from tests.reference import rel_l2
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from fps_jax.plan import AttentionPlan
-from fps_jax.tiles import TileLayout
+from fps_jax.attention.plan import AttentionPlan
+from fps_jax.attention.tiles import TileLayout
 from pallas_kernels.block_sparse import block_sparse_attention, check_operands
 from pallas_kernels.platform import target_platform
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.attention import PlannedAttention, TokenAttention
+from fps_jax.attention.attend import PlannedAttention, TokenAttention
+from fps_jax.attention.plan import AttentionPlan
+from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_tiles
+from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.files import write_json
-from fps_jax.plan import AttentionPlan
-from fps_jax.tiles import Shape3, TileLayout, check_shape3, propose_tiles
-from fps_jax.windows import check_density, propose_window
 
 Setting = Literal["dense", "fp8", "sparse", "fps"]
 SETTINGS: tuple[str, ...] = ("dense", "fp8", "sparse", "fps")

@@ -13,7 +13,7 @@ pass: 0.005 * 75600 / tokens for the quantization of q, k and v in FP8, linear i
 estimate of 1.0 ms of memory traffic beside 0.2 s of bf16 attention for 40 heads at 75,600 tokens.
 """
 
-from fps_jax.plan import AttentionPlan
+from fps_jax.attention.plan import AttentionPlan
 from pallas_kernels import tuning
 
 _HEAD_DIM = 128  # of every Wan model

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fps_jax.tiles import TileLayout, propose_tiles
+from fps_jax.attention.tiles import TileLayout, propose_tiles
 
 sizes = st.integers(1, 9)
 grids = st.tuples(sizes, sizes, sizes)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fps_jax import FPSSchedule
-from fps_jax.attention import PlannedAttention
+from fps_jax.attention.attend import PlannedAttention
+from fps_jax.attention.schedule import Regime, progress
 from fps_jax.flow import VALID_PAIRS, shift_sigma
-from fps_jax.schedule import Regime, progress
 from fps_jax.solvers import solver_table
 
 GRID = (21, 30, 52)
