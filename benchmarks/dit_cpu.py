@@ -46,8 +46,8 @@ def _ours(runs: int):
 
     from convert import mapping
     from fps_jax.config import DiTConfig, WanConfig
-    from fps_jax.dit import dit
-    from fps_jax.params import unflatten
+    from fps_jax.models.dit import dit
+    from fps_jax.models.params import unflatten
 
     config = DiTConfig(task="t2v", dim=DIM, mlp_dim=MLP, num_heads=HEADS, num_layers=LAYERS)
     rows = mapping.rows("dit", WanConfig(dit=config))

@@ -28,7 +28,7 @@ def main() -> None:
     from convert.synthetic import write_checkpoint
     from fps_jax import WanPipeline
     from fps_jax.config import WAN_T2V_1_3B
-    from fps_jax.dit import dit
+    from fps_jax.models.dit import dit
 
     # The DiT alone is of real size: the text encoder is the demo's but for its width, which the DiT has to agree with.
     text_encoder = dataclasses.replace(DEMO.text_encoder, dim=4096)

@@ -68,11 +68,11 @@ def programs() -> dict[str, Callable[[], Any]]:
     from fps_jax.attention.attend import attend
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
-    from fps_jax.dit import DENSE, build_dit, param_dtype
-    from fps_jax.params import abstract_params, flatten, unflatten
+    from fps_jax.models.dit import DENSE, build_dit, param_dtype
+    from fps_jax.models.params import abstract_params, flatten, unflatten
+    from fps_jax.models.text_encoder import build_text_encoder, encode_text
+    from fps_jax.models.vae import build_vae, decode_chunk, encode_chunk
     from fps_jax.solvers import SolverTable, solver_table
-    from fps_jax.text_encoder import build_text_encoder, encode_text
-    from fps_jax.vae import build_vae, decode_chunk, encode_chunk
 
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct

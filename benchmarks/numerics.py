@@ -17,22 +17,22 @@ from record import write
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What is measured -> the tests that measure it .
 PARITY = {
-    "DiT, output and activations": "test_dit.py::test_t2v_output_and_every_activation_match_upstream",
-    "DiT, single sample, fractional timestep": "test_dit.py::test_t2v_single_sample_and_fractional_timestep",
-    "DiT, two grids in a batch": "test_dit.py::test_batch_of_two_grids_with_masked_padding_matches_upstream",
-    "DiT, FLF2V": "test_dit.py::test_flf2v_output_matches_diffusers",
-    "VAE encode": "test_vae.py::test_encode_agrees_with_upstream",
-    "VAE decode": "test_vae.py::test_decode_agrees_with_upstream",
-    "UMT5": "test_text_encoder.py::test_float32_parity",
-    "UMT5, 512 tokens": "test_text_encoder.py::test_float32_parity_at_512_tokens",
-    "CLIP image tower": "test_image_encoder.py::test_penultimate_hidden_state",
+    "DiT, output and activations": "models/test_dit.py::test_t2v_output_and_every_activation_match_upstream",
+    "DiT, single sample, fractional timestep": "models/test_dit.py::test_t2v_single_sample_and_fractional_timestep",
+    "DiT, two grids in a batch": "models/test_dit.py::test_batch_of_two_grids_with_masked_padding_matches_upstream",
+    "DiT, FLF2V": "models/test_dit.py::test_flf2v_output_matches_diffusers",
+    "VAE encode": "models/test_vae.py::test_encode_agrees_with_upstream",
+    "VAE decode": "models/test_vae.py::test_decode_agrees_with_upstream",
+    "UMT5": "models/test_text_encoder.py::test_float32_parity",
+    "UMT5, 512 tokens": "models/test_text_encoder.py::test_float32_parity_at_512_tokens",
+    "CLIP image tower": "models/test_image_encoder.py::test_penultimate_hidden_state",
     "solvers, whole trajectories": "test_solvers.py::test_trajectories_match_the_originals",
     "pipeline T2V, latents": "test_pipeline.py::test_t2v_latents_match_upstream",
     "pipeline T2V, frames": "test_pipeline.py::test_t2v_frames_match_diffusers",
     "pipeline I2V and FLF2V, condition and latents": "test_pipeline.py::test_image_to_video_matches_diffusers",
-    "DiT in bf16: upstream's own autocast, ours": "test_dit.py::test_bf16_error_is_at_most_twice_upstreams",
+    "DiT in bf16: upstream's own autocast, ours": "models/test_dit.py::test_bf16_error_is_at_most_twice_upstreams",
     "UMT5 in bf16: valid tokens upstream's own, ours; all tokens ours, upstream's own": (
-        "test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams"
+        "models/test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams"
     ),
 }
 # The attention has no PyTorch original: it is measured against its definition in NumPy, and its own specification.
@@ -64,7 +64,7 @@ def main() -> None:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     errors = {}
     for name, test in (PARITY | ATTENTION).items():
-        mine = [error for where, error in lines if where.split("[")[0].split("/")[-1] == test]
+        mine = [error for where, error in lines if where.split("[")[0].removeprefix("tests/fps_jax/") == test]
         errors[name] = [float(f"{e:.2g}") for e in mine] if "bf16" in name else float(f"{max(mine):.2g}")
         print(f"{name:50} {errors[name]}")
     split = {

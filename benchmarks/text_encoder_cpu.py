@@ -45,8 +45,8 @@ def _ours(runs):
     import jax.numpy as jnp
 
     from fps_jax.config import TextEncoderConfig
-    from fps_jax.params import unflatten
-    from fps_jax.text_encoder import encode_text
+    from fps_jax.models.params import unflatten
+    from fps_jax.models.text_encoder import encode_text
 
     config = TextEncoderConfig(vocab_size=VOCAB, dim=DIM, mlp_dim=MLP, num_heads=HEADS, num_layers=LAYERS)
     paths = {"bias": "rel_bias/embedding", "gate": "mlp/gate/kernel", "up": "mlp/up/kernel", "down": "mlp/down/kernel"}

@@ -35,8 +35,8 @@ def _ours(runs: int):
 
     from convert import mapping
     from fps_jax.config import WAN_T2V_1_3B
-    from fps_jax.params import unflatten
-    from fps_jax.vae import decode
+    from fps_jax.models.params import unflatten
+    from fps_jax.models.vae import decode
 
     leaves = {}
     for row in mapping.rows("vae", WAN_T2V_1_3B):

@@ -16,7 +16,7 @@ from convert.pth import PthFile
 from convert.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
 from fps_jax.checkpoint import empty_aligned, is_checkpoint
 from fps_jax.config import WanConfig
-from fps_jax.params import Params, unflatten
+from fps_jax.models.params import Params, unflatten
 
 DIT_STEM = "diffusion_pytorch_model"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"

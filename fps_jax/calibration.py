@@ -23,8 +23,8 @@ from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.config import DiTConfig
-from fps_jax.dit import dit, stage_name
-from fps_jax.params import Params
+from fps_jax.models.dit import dit, stage_name
+from fps_jax.models.params import Params
 from fps_jax.sampling import Progress
 from fps_jax.solvers import SolverState, SolverTable, solver_step
 from pallas_kernels.block_sparse import block_sparse_attention

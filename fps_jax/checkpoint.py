@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from fps_jax.config import WanConfig
-from fps_jax.params import Params, flatten, unflatten
+from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
 VERSION = 1

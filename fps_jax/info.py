@@ -11,11 +11,11 @@ import numpy as np
 from fps_jax import requests
 from fps_jax.checkpoint import abstract_component, read_config
 from fps_jax.config import DiTConfig, WanConfig
-from fps_jax.dit import param_dtype
-from fps_jax.params import abstract_params, flatten
+from fps_jax.models.dit import param_dtype
+from fps_jax.models.params import abstract_params, flatten
+from fps_jax.models.vae import decode_bytes
 from fps_jax.pipeline import is_ours, resolve_checkpoint
 from fps_jax.placement import builds
-from fps_jax.vae import decode_bytes
 
 
 def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:

@@ -16,15 +16,15 @@ from fps_jax.attention.schedule import FPSSchedule, Setting
 from fps_jax.checkpoint import is_checkpoint, read_config, save_checkpoint
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.flow import SigmaGrid, Solver
-from fps_jax.image_encoder import encode_image
 from fps_jax.media.images import clip_pixels
-from fps_jax.params import Params
+from fps_jax.models.image_encoder import encode_image
+from fps_jax.models.params import Params
+from fps_jax.models.text_encoder import encode_text
+from fps_jax.models.tokenizer import Tokenizer
+from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.placement import builds, place, restore, visiting
 from fps_jax.sampling import Progress, Segments, denoise
 from fps_jax.solvers import SolverTable, solver_table
-from fps_jax.text_encoder import encode_text
-from fps_jax.tokenizer import Tokenizer
-from fps_jax.vae import decode, decode_bytes, encode
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}

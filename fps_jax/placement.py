@@ -9,11 +9,11 @@ import numpy as np
 
 from fps_jax.checkpoint import load_component
 from fps_jax.config import WanConfig
-from fps_jax.dit import build_dit, param_dtype
-from fps_jax.image_encoder import build_image_encoder
-from fps_jax.params import Build, Params, abstract_params, flatten, unflatten
-from fps_jax.text_encoder import build_text_encoder
-from fps_jax.vae import build_vae
+from fps_jax.models.dit import build_dit, param_dtype
+from fps_jax.models.image_encoder import build_image_encoder
+from fps_jax.models.params import Build, Params, abstract_params, flatten, unflatten
+from fps_jax.models.text_encoder import build_text_encoder
+from fps_jax.models.vae import build_vae
 
 
 def builds(config: WanConfig) -> dict[str, Build]:

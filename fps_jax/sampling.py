@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
-from fps_jax.dit import DENSE, dit, stage_name
-from fps_jax.params import Params
+from fps_jax.models.dit import DENSE, dit, stage_name
+from fps_jax.models.params import Params
 from fps_jax.solvers import SolverState, SolverTable, solver_step
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from convert import mapping
 from fps_jax.config import DiTConfig, WanConfig
-from fps_jax.params import Params, flatten, unflatten
+from fps_jax.models.params import Params, flatten, unflatten
 from tests.reference import DATA
 
 T2V = DATA / "Wan2.1-T2V-tiny-Diffusers"

@@ -10,7 +10,7 @@ import pytest
 from convert import mapping
 from convert.synthetic import tiny_config
 from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
-from fps_jax.params import abstract_params, flatten
+from fps_jax.models.params import abstract_params, flatten
 from fps_jax.placement import builds
 from tests.reference import DATA
 

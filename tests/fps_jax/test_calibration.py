@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli, calibration
 from fps_jax.attention.cost import attention_cost
 from fps_jax.attention.tiles import TileLayout
-from fps_jax.dit import dit
+from fps_jax.models.dit import dit
 from fps_jax.sampling import denoise
 from fps_jax.solvers import solver_table
 from pallas_kernels import tuning

@@ -23,7 +23,7 @@ from fps_jax.checkpoint import (
     save_component,
 )
 from fps_jax.errors import one_line, run_cli
-from fps_jax.params import flatten
+from fps_jax.models.params import flatten
 
 
 def params():

@@ -9,7 +9,7 @@ import pytest
 
 from fps_jax import WanPipeline, pipeline, placement
 from fps_jax.config import NEGATIVE_PROMPTS
-from fps_jax.params import flatten
+from fps_jax.models.params import flatten
 from tests.checkpoints import T2V, assemble
 from tests.reference import golden, rel_l2
 

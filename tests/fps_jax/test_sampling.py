@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fps_jax import sampling
-from fps_jax.params import flatten, unflatten
+from fps_jax.models.params import flatten, unflatten
 from fps_jax.sampling import denoise
 from fps_jax.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit

@@ -11,7 +11,7 @@ import pytest
 from fps_jax import AttentionPlan, FPSSchedule, WanPipeline, sampling
 from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import Regime
-from fps_jax.dit import dit
+from fps_jax.models.dit import dit
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import golden, rel_l2
 

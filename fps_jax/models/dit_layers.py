@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import DiTConfig
-from fps_jax.rope import apply_rope
+from fps_jax.models.rope import apply_rope
 
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v `[B, S, N, H]` -> output; what a block calls
 Taps = dict[str, Array]  # named intermediates; a block writes into the one it is given, None asks for none

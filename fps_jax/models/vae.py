@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fps_jax.config import VAEConfig
-from fps_jax.params import Build, Params, abstract_params, bind
-from fps_jax.vae_layers import AttentionBlock, Cache, Conv, Downsample, History, ResidualBlock, RMSNorm, Upsample
-from fps_jax.vae_tiling import Tiles, one_tile, plan_tiles
+from fps_jax.models.params import Build, Params, abstract_params, bind
+from fps_jax.models.vae_layers import AttentionBlock, Cache, Conv, Downsample, History, ResidualBlock, RMSNorm, Upsample
+from fps_jax.models.vae_tiling import Tiles, one_tile, plan_tiles
 
 Progress = Callable[[int, int], None]
 
@@ -99,7 +99,7 @@ class VAE(nnx.Module):
 
 @functools.cache
 def build_vae(config: VAEConfig) -> Build:
-    """What `fps_jax.params` makes parameters from."""
+    """What `fps_jax.models.params` makes parameters from."""
     return functools.partial(VAE, config)
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
-from fps_jax.dit import build_dit, cast_params, dit, stage_name
-from fps_jax.params import abstract_params, flatten, init_params
-from fps_jax.rope import rope_table
+from fps_jax.models.dit import build_dit, cast_params, dit, stage_name
+from fps_jax.models.params import abstract_params, flatten, init_params
+from fps_jax.models.rope import rope_table
 from tests.checkpoints import TINY, TINY_FLF2V, tiny_dit
 from tests.reference import golden, rel_l2
 
@@ -92,7 +92,7 @@ def test_batch_of_two_grids_with_masked_padding_matches_upstream():
         rope[:, i, :n] = rope_table((f, y, x), 32)
         mask[i, :n] = True
     texts = [np.pad(g[f"in.context{i}"], ((0, 512 - len(g[f"in.context{i}"])), (0, 0))) for i in range(2)]
-    from fps_jax.params import bind
+    from fps_jax.models.params import bind
 
     taps: dict[str, jax.Array] = {}
     with jax.default_matmul_precision("highest"):
@@ -154,7 +154,7 @@ def test_the_first_stage_with_a_nan_is_named(path, stage):
         params[path][1] = np.nan  # the second layer
     else:
         params[path][:] = np.nan
-    from fps_jax.params import unflatten
+    from fps_jax.models.params import unflatten
 
     out = dit(TINY, unflatten(params), *batch_of(golden("dit_t2v_single")))
     assert int(out.first_bad) == stage

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from fps_jax.tokenizer import Tokenizer, clean
+from fps_jax.models.tokenizer import Tokenizer, clean
 from tests.reference import DATA
 
 SOURCE = DATA / "Wan2.1-T2V-tiny-Diffusers/tokenizer"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fps_jax.config import ImageEncoderConfig
-from fps_jax.image_encoder import build_image_encoder, encode_image
-from fps_jax.params import abstract_params, bind, flatten, init_params, unflatten
+from fps_jax.models.image_encoder import build_image_encoder, encode_image
+from fps_jax.models.params import abstract_params, bind, flatten, init_params, unflatten
 from tests.reference import golden, rel_l2
 
 CONFIG = ImageEncoderConfig(image_size=56, patch_size=14, dim=32, mlp_dim=64, num_heads=4, num_layers=4)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import ImageEncoderConfig
-from fps_jax.params import Build, Params, bind, stacked, unstack
+from fps_jax.models.params import Build, Params, bind, stacked, unstack
 
 
 def _layer_norm(config: ImageEncoderConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -91,7 +91,7 @@ class ImageEncoder(nnx.Module):
 
 @functools.cache  # the same object for the same model: `bind` and jit cache by it
 def build_image_encoder(config: ImageEncoderConfig) -> Build:
-    """The tower as a `Build` for fps_jax.params."""
+    """The tower as a `Build` for fps_jax.models.params."""
     return lambda rngs: ImageEncoder(config, rngs=rngs)
 
 

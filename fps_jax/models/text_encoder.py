@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.config import TextEncoderConfig
-from fps_jax.layers import Taps, tap
-from fps_jax.params import Build, Params, bind, stacked, unstack
+from fps_jax.models.dit_layers import Taps, tap
+from fps_jax.models.params import Build, Params, bind, stacked, unstack
 
 
 def position_buckets(relative: np.ndarray, *, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -133,7 +133,7 @@ class TextEncoder(nnx.Module):
 
 @functools.cache  # the same object for the same model: `bind` and jit cache by it
 def build_text_encoder(config: TextEncoderConfig, *, dtype: Any = jnp.float32) -> Build:
-    """The encoder as a `Build` for fps_jax.params; parameters are created in float32 whatever `dtype`."""
+    """The encoder as a `Build` for fps_jax.models.params; parameters are created in float32 whatever `dtype`."""
     return lambda rngs: TextEncoder(config, dtype=dtype, rngs=rngs)
 
 

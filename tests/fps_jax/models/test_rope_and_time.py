@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.layers import time_sinusoid
-from fps_jax.rope import apply_rope, rope_table
+from fps_jax.models.dit_layers import time_sinusoid
+from fps_jax.models.rope import apply_rope, rope_table
 
 
 def test_rotation_is_upstreams_complex_product():

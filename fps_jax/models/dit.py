@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
-from fps_jax.layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
-from fps_jax.params import Build, Params, bind, flatten, stacked, unflatten, unstack
-from fps_jax.rope import rope_table
+from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
+from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
+from fps_jax.models.rope import rope_table
 
 Remat = Literal["none", "full", "dots"]
 
@@ -216,7 +216,7 @@ def _rematerialised(layer, remat: Remat):
 
 
 def build_dit(config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Build:
-    """The model as a `Build` for fps_jax.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
+    """The model as a `Build` for fps_jax.models.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
     if remat not in ("none", "full", "dots"):
         raise ValueError(f"remat={remat!r} is not one of 'none', 'full', 'dots'")
     return _build(config, jnp.dtype(dtype), remat)

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fps_jax.config import TextEncoderConfig
-from fps_jax.params import abstract_params, bind, flatten, init_params
-from fps_jax.text_encoder import build_text_encoder, encode_text, position_buckets
+from fps_jax.models.params import abstract_params, bind, flatten, init_params
+from fps_jax.models.text_encoder import build_text_encoder, encode_text, position_buckets
 from tests.reference import DATA, golden, rel_l2
 
 CONFIG = TextEncoderConfig(vocab_size=416, dim=32, mlp_dim=64, num_heads=4, head_dim=8, num_layers=3)

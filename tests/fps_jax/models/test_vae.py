@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fps_jax import vae, vae_layers, vae_tiling
 from fps_jax.config import VAEConfig
-from fps_jax.params import abstract_params, flatten, init_params, unflatten
+from fps_jax.models import vae, vae_layers, vae_tiling
+from fps_jax.models.params import abstract_params, flatten, init_params, unflatten
 from tests.reference import DATA, golden, rel_l2
 
 TINY = VAEConfig(base_dim=4)
