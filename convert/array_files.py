@@ -18,7 +18,7 @@ import numpy as np
 
 from convert.arrays import write_at
 from convert.readers import map_file, read_json
-from fps_jax.checkpoint import abstract_component, save_component
+from fps_jax.checkpoints.format import abstract_component, save_component
 from fps_jax.models.params import flatten, unflatten
 
 _CHUNK_BYTES = 128 << 20  # what any reader holds at least; about one layer of a 14B model's largest parameter

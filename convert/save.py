@@ -18,7 +18,7 @@ from convert.mapping import COMPONENTS, Component, Layout, SourceTensor
 from convert.readers import FLOATS
 from convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, open_checkpoint
 from convert.writers import SHARD_BYTES, Output, write_pth, write_safetensors
-from fps_jax.checkpoint import new_directory, read_config, read_manifest, write_config
+from fps_jax.checkpoints.format import new_directory, read_config, read_manifest, write_config
 from fps_jax.config import WanConfig
 
 DTYPES = ("bfloat16", "float16", "float32")

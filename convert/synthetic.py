@@ -17,7 +17,7 @@ from convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
 from convert.readers import FLOATS
 from convert.save import write_rest, write_weights
 from convert.writers import Output
-from fps_jax.checkpoint import new_directory
+from fps_jax.checkpoints.format import new_directory
 from fps_jax.config import WAN_T2V_1_3B, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig, WanConfig
 
 _BLOCK = 1 << 20  # random numbers that are drawn; larger tensors repeat them, shifted, which is as good and far faster

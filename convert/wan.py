@@ -14,7 +14,7 @@ from convert.arrays import contiguous, copy, in_threads
 from convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
 from convert.pth import PthFile
 from convert.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
-from fps_jax.checkpoint import empty_aligned, is_checkpoint
+from fps_jax.checkpoints.format import empty_aligned, is_checkpoint
 from fps_jax.config import WanConfig
 from fps_jax.models.params import Params, unflatten
 

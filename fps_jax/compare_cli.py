@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _compare(options: Compare) -> None:
     arguments = call_arguments(options)
-    from fps_jax.checkpoint import new_directory
+    from fps_jax.checkpoints.format import new_directory
     from fps_jax.pipeline import WanPipeline, resolve_checkpoint
 
     check_options(options)
@@ -97,7 +97,7 @@ def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.P
 
 
 def _read_config(model: pathlib.Path) -> Any:
-    from fps_jax.checkpoint import read_config
+    from fps_jax.checkpoints.format import read_config
     from fps_jax.pipeline import is_ours
 
     if is_ours(model):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fps_jax import requests
-from fps_jax.checkpoint import abstract_component, read_config
+from fps_jax.checkpoints.format import abstract_component, read_config
+from fps_jax.checkpoints.placement import builds
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
 from fps_jax.pipeline import is_ours, resolve_checkpoint
-from fps_jax.placement import builds
 
 
 def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:

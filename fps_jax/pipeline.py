@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from fps_jax import requests
 from fps_jax.attention.schedule import FPSSchedule, Setting
-from fps_jax.checkpoint import is_checkpoint, read_config, save_checkpoint
+from fps_jax.checkpoints.format import is_checkpoint, read_config, save_checkpoint
+from fps_jax.checkpoints.placement import builds, place, restore, visiting
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.flow import SigmaGrid, Solver
 from fps_jax.media.images import clip_pixels
@@ -22,7 +23,6 @@ from fps_jax.models.params import Params
 from fps_jax.models.text_encoder import encode_text
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
-from fps_jax.placement import builds, place, restore, visiting
 from fps_jax.sampling import Progress, Segments, denoise
 from fps_jax.solvers import SolverTable, solver_table
 

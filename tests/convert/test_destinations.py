@@ -11,7 +11,7 @@ import pytest
 
 import convert.cli
 from convert import array_files, open_checkpoint, to_flax, to_torch
-from fps_jax import checkpoint
+from fps_jax.checkpoints.format import is_checkpoint
 from tests.convert.failing import fails, snapshot
 from tests.convert.tensors import read_all, rewrite
 
@@ -57,7 +57,7 @@ def test_an_existing_destination_needs_overwrite_and_is_lost_only_to_a_whole_one
     assert snapshot(tmp_path) == before
     to_flax(path, out, overwrite=True)
     assert not (out / "precious").exists()
-    assert checkpoint.is_checkpoint(out)
+    assert is_checkpoint(out)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "broken", "out"}
 
 
@@ -65,8 +65,8 @@ def test_an_empty_destination_and_missing_parents_are_fine(pristine, tmp_path):
     (tmp_path / "out").mkdir()
     to_flax(pristine("official"), tmp_path / "out")
     to_flax(pristine("official"), tmp_path / "a" / "b" / "out")
-    assert checkpoint.is_checkpoint(tmp_path / "out")
-    assert checkpoint.is_checkpoint(tmp_path / "a" / "b" / "out")
+    assert is_checkpoint(tmp_path / "out")
+    assert is_checkpoint(tmp_path / "a" / "b" / "out")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "x"), KeyboardInterrupt()])

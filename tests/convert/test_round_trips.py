@@ -13,7 +13,7 @@ from convert import open_checkpoint, to_flax, to_torch
 from convert.pth import PthFile
 from convert.synthetic import tiny_config
 from convert.writers import Output, write_pth
-from fps_jax.checkpoint import abstract_component, load_component, read_config, read_manifest
+from fps_jax.checkpoints.format import abstract_component, load_component, read_config, read_manifest
 from fps_jax.models.params import flatten
 from tests.checkpoints import T2V
 from tests.convert.tensors import read_all, rewrite

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax import WanPipeline, pipeline, placement
+from fps_jax import WanPipeline, pipeline
+from fps_jax.checkpoints import placement
 from fps_jax.config import NEGATIVE_PROMPTS
 from fps_jax.models.params import flatten
 from tests.checkpoints import T2V, assemble

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,7 @@ import numpy as np
 import pytest
 
 from convert.synthetic import tiny_config
-from fps_jax import checkpoint
-from fps_jax.checkpoint import (
+from fps_jax.checkpoints.format import (
     abstract_component,
     empty_aligned,
     is_checkpoint,
@@ -175,14 +175,14 @@ def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_text("kept")
-    rename = checkpoint.pathlib.Path.rename
+    rename = pathlib.Path.rename
 
     def fail(self, target):
         if self.suffix == ".partial":
             raise OSError(5, "Input/output error", str(self))
         return rename(self, target)
 
-    monkeypatch.setattr(checkpoint.pathlib.Path, "rename", fail)
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output"), new_directory(out, overwrite=True) as fresh:
         (fresh / "new").write_text("x")
     assert (out / "old").read_text() == "kept"

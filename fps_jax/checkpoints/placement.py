@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.checkpoint import load_component
+from fps_jax.checkpoints.format import load_component
 from fps_jax.config import WanConfig
 from fps_jax.models.dit import build_dit, param_dtype
 from fps_jax.models.image_encoder import build_image_encoder
