@@ -64,7 +64,6 @@ def programs() -> dict[str, Callable[[], Any]]:
     import jax
     import jax.numpy as jnp
 
-    from fps_jax import sampling
     from fps_jax.attention.attend import attend
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
@@ -72,7 +71,8 @@ def programs() -> dict[str, Callable[[], Any]]:
     from fps_jax.models.params import abstract_params, flatten, unflatten
     from fps_jax.models.text_encoder import build_text_encoder, encode_text
     from fps_jax.models.vae import build_vae, decode_chunk, encode_chunk
-    from fps_jax.solvers import SolverTable, solver_table
+    from fps_jax.sampling.denoise import _denoise
+    from fps_jax.sampling.solvers import SolverTable, solver_table
 
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct
@@ -94,7 +94,7 @@ def programs() -> dict[str, Callable[[], Any]]:
             segments = FPSSchedule.default(grid).segments(sigma, 5.0, grid, config.dit.num_layers)
 
         def run(params, latents, table, text, negative, condition, image, guidance, number):
-            return sampling._denoise(
+            return _denoise(
                 params, latents, table, text, negative, condition, image, guidance, number,
                 config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, segments=segments, report=False,
             )  # fmt: skip

@@ -26,10 +26,10 @@ PARITY = {
     "UMT5": "models/test_text_encoder.py::test_float32_parity",
     "UMT5, 512 tokens": "models/test_text_encoder.py::test_float32_parity_at_512_tokens",
     "CLIP image tower": "models/test_image_encoder.py::test_penultimate_hidden_state",
-    "solvers, whole trajectories": "test_solvers.py::test_trajectories_match_the_originals",
-    "pipeline T2V, latents": "test_pipeline.py::test_t2v_latents_match_upstream",
-    "pipeline T2V, frames": "test_pipeline.py::test_t2v_frames_match_diffusers",
-    "pipeline I2V and FLF2V, condition and latents": "test_pipeline.py::test_image_to_video_matches_diffusers",
+    "solvers, whole trajectories": "sampling/test_solvers.py::test_trajectories_match_the_originals",
+    "pipeline T2V, latents": "sampling/test_pipeline.py::test_t2v_latents_match_upstream",
+    "pipeline T2V, frames": "sampling/test_pipeline.py::test_t2v_frames_match_diffusers",
+    "pipeline I2V and FLF2V, condition and latents": "sampling/test_pipeline.py::test_image_to_video_matches_diffusers",
     "DiT in bf16: upstream's own autocast, ours": "models/test_dit.py::test_bf16_error_is_at_most_twice_upstreams",
     "UMT5 in bf16: valid tokens upstream's own, ours; all tokens ours, upstream's own": (
         "models/test_text_encoder.py::test_bf16_error_is_at_most_twice_upstreams"

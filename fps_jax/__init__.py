@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from fps_jax.attention.plan import AttentionPlan
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.media.video import save_video
-    from fps_jax.pipeline import WanPipeline
+    from fps_jax.sampling.pipeline import WanPipeline
 
 _LAZY = {
     "AttentionPlan": "fps_jax.attention.plan",
     "FPSSchedule": "fps_jax.attention.schedule",
-    "WanPipeline": "fps_jax.pipeline",
+    "WanPipeline": "fps_jax.sampling.pipeline",
     "attend": "fps_jax.attention.attend",
     "save_video": "fps_jax.media.video",
 }

@@ -102,8 +102,9 @@ def _measure(
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax import calibration, requests
-    from fps_jax.pipeline import WanPipeline
+    from fps_jax import calibration
+    from fps_jax.sampling import request
+    from fps_jax.sampling.pipeline import WanPipeline
 
     pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
     pipe.show_progress = True
@@ -112,7 +113,7 @@ def _measure(
     errors = []
     for number, prompt in enumerate(prompts, 1):
         prepared = pipe.prepare(prompt, **keywords)
-        with requests.progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
+        with request.progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
             errors.append(
                 calibration.measure(
                     pipe.config.dit,

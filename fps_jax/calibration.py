@@ -25,8 +25,8 @@ from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import dit, stage_name
 from fps_jax.models.params import Params
-from fps_jax.sampling import Progress
-from fps_jax.solvers import SolverState, SolverTable, solver_step
+from fps_jax.sampling.denoise import Progress
+from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 from pallas_kernels.block_sparse import block_sparse_attention
 
 DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
@@ -110,7 +110,7 @@ def measure(
       plans: candidates on one layout.
       query_tiles: how many tiles of queries, spread over the grid, stand for all; each is compared over all of its keys.
       progress: called after each step with (steps done, steps).
-      others: as `fps_jax.sampling.denoise`.
+      others: as `fps_jax.sampling.denoise.denoise`.
     Raises: FloatingPointError naming the step and layer of a NaN or inf.
     """
     layout = plans[0].layout

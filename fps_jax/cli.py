@@ -52,7 +52,7 @@ def info(argv: list[str] | None = None) -> None:
 def _sample(options: Sample) -> None:
     _check_output(options)
     arguments = call_arguments(options)
-    from fps_jax.pipeline import WanPipeline
+    from fps_jax.sampling.pipeline import WanPipeline
 
     start = time.time()
     check_options(options)

@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from fps_jax.attention.schedule import FPSSchedule, Setting
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.media.video import save_video, video_to_uint8
-from fps_jax.pipeline import WanPipeline
 from fps_jax.quality import psnr, relative_l2, ssim
+from fps_jax.sampling.pipeline import WanPipeline
 
 AMPLIFICATION = 4  # of the difference shown
 _PANEL = 320  # pixels: narrower videos are shown enlarged, so that the labels fit

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 def _compare(options: Compare) -> None:
     arguments = call_arguments(options)
     from fps_jax.checkpoints.format import new_directory
-    from fps_jax.pipeline import WanPipeline, resolve_checkpoint
+    from fps_jax.sampling.pipeline import WanPipeline, resolve_checkpoint
 
     check_options(options)
     _check_output(options)
@@ -77,19 +77,19 @@ def _check_output(options: Compare) -> None:
 
 def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.Path) -> Any:
     """Holds the arguments against the model's config, before its weights are read. Returns the schedule for this video."""
-    from fps_jax import requests
-    from fps_jax.solvers import solver_table
+    from fps_jax.sampling import request
+    from fps_jax.sampling.solvers import solver_table
 
     config = _read_config(model)
     size = (options.height, options.width, options.num_frames)
-    shape = requests.latent_shape(1, *size, config)
-    requests.noise(arguments["latents"], options.seed, shape)
+    shape = request.latent_shape(1, *size, config)
+    request.noise(arguments["latents"], options.seed, shape)
     embeds = arguments["image_embeds"]
-    requests.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
-    requests.image_embeds(config, embeds, 1)
+    request.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
+    request.image_embeds(config, embeds, 1)
     grid = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
-    schedule: Any = requests.schedule(options.attention, options.schedule, grid)
-    shift = requests.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
+    schedule: Any = request.schedule(options.attention, options.schedule, grid)
+    shift = request.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
     sigma = solver_table(options.solver, options.sigma_grid, options.num_inference_steps, shift).sigma
     schedule.segments(sigma, shift, grid, config.dit.num_layers)
     _tell(f"{options.attention}: {schedule.describe(grid)}")
@@ -98,7 +98,7 @@ def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.P
 
 def _read_config(model: pathlib.Path) -> Any:
     from fps_jax.checkpoints.format import read_config
-    from fps_jax.pipeline import is_ours
+    from fps_jax.sampling.pipeline import is_ours
 
     if is_ours(model):
         return read_config(model)

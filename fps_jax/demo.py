@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     print("importing jax", file=sys.stderr, flush=True)
     from convert import to_flax
     from fps_jax.media.video import contact_sheet, save_video
-    from fps_jax.pipeline import WanPipeline
+    from fps_jax.sampling.pipeline import WanPipeline
 
     print(f"converting {CHECKPOINT} (diffusers layout)", file=sys.stderr)
     to_flax(CHECKPOINT, folder / "checkpoint", overwrite=True)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax import requests
 from fps_jax.checkpoints.format import abstract_component, read_config
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
-from fps_jax.pipeline import is_ours, resolve_checkpoint
+from fps_jax.sampling import request
+from fps_jax.sampling.pipeline import is_ours, resolve_checkpoint
 
 
 def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:
@@ -37,7 +37,7 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
         source = open_checkpoint(directory)
         layout, config, components = source.layout, source.config, list(source.components)
         dtypes = {name: Counter(map(str, source.stored_dtypes(name).values())) for name in source.components}
-    shape = requests.latent_shape(1, height, width, num_frames, config)
+    shape = request.latent_shape(1, height, width, num_frames, config)
     lines = [f"{directory}", f"Wan2.1 {config.task.upper()}, {layout} layout, flow shift {_shift(config)}", ""]
     for name, build in builds(config).items():
         if name in components:

@@ -64,24 +64,24 @@ class VideoOptions:
 
 def check_options(options: VideoOptions) -> None:
     """What needs no checkpoint is checked before one is read, which can take minutes. Raises ValueError or FileNotFoundError."""
-    from fps_jax import requests
-    from fps_jax.solvers import solver_table
+    from fps_jax.sampling import request
+    from fps_jax.sampling.solvers import solver_table
 
-    requests.check_frame(options.height, options.width, options.num_frames)
+    request.check_frame(options.height, options.width, options.num_frames)
     solver_table(
         options.solver,
         options.sigma_grid,
         options.num_inference_steps,
         5.0 if options.flow_shift is None else options.flow_shift,
     )
-    requests.guidance(options.guidance_scale)
+    request.guidance(options.guidance_scale)
     if options.latents is None:
-        requests.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
+        request.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
     # Every Wan2.1: 4 frames, 8 x 8 pixels a latent, 1 x 2 x 2 latents a token.
     grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
-    requests.schedule(options.attention, options.schedule, grid)
+    request.schedule(options.attention, options.schedule, grid)
 
 
 def call_arguments(options: VideoOptions) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def run_record(options: VideoOptions, pipe: Any) -> dict[str, Any]:
 
     import fps_jax
     from fps_jax.config import NEGATIVE_PROMPTS
-    from fps_jax.requests import default_flow_shift
+    from fps_jax.sampling.request import default_flow_shift
 
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
     if settings["flow_shift"] is None:

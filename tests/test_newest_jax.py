@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fps_jax import AttentionPlan, attend
 from fps_jax.models.dit import dit
-from fps_jax.sampling import denoise
-from fps_jax.solvers import solver_table
+from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 from tests.fps_jax.models.test_dit import batch_of, outputs
 from tests.reference import golden, rel_l2

@@ -14,8 +14,8 @@ from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli, calibrati
 from fps_jax.attention.cost import attention_cost
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.models.dit import dit
-from fps_jax.sampling import denoise
-from fps_jax.solvers import solver_table
+from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.solvers import solver_table
 from pallas_kernels import tuning
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import rel_l2
@@ -243,7 +243,7 @@ def test_bad_input_is_one_line_before_the_model_is_read(arguments, message, tmp_
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "one.txt").write_text("A cat.\n")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("fps_jax.pipeline.WanPipeline.from_pretrained", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr("fps_jax.WanPipeline.from_pretrained", lambda *a, **k: pytest.fail("it was read"))
     code, said = run(capsys, *arguments)
     assert code == 2
     assert message in said
@@ -255,7 +255,7 @@ def test_a_tuned_table_that_cannot_be_read_is_found_before_the_measurement(tmp_p
     prompts = tmp_path / "one.txt"
     prompts.write_text("A cat.\n")
     monkeypatch.setenv("FPS_TUNED_TABLE", str(tmp_path / "none.json"))
-    monkeypatch.setattr("fps_jax.pipeline.WanPipeline.from_pretrained", lambda *a, **k: pytest.fail("it was read"))
+    monkeypatch.setattr("fps_jax.WanPipeline.from_pretrained", lambda *a, **k: pytest.fail("it was read"))
     code, said = run(capsys, "--prompts", prompts, "--output", tmp_path / "s.json")
     assert code == 2
     assert "none.json' doesn't exist; run fps-tune to write it" in said

@@ -10,8 +10,8 @@ import pytest
 from fps_jax import FPSSchedule
 from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import Regime, progress
-from fps_jax.flow import VALID_PAIRS, shift_sigma
-from fps_jax.solvers import solver_table
+from fps_jax.sampling.flow import VALID_PAIRS, shift_sigma
+from fps_jax.sampling.solvers import solver_table
 
 GRID = (21, 30, 52)
 DEFAULT = FPSSchedule.default(GRID)

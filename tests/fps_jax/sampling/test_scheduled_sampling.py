@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax import AttentionPlan, FPSSchedule, WanPipeline, sampling
+from fps_jax import AttentionPlan, FPSSchedule, WanPipeline
 from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import Regime
 from fps_jax.models.dit import dit
+from fps_jax.sampling import denoise
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import golden, rel_l2
 
@@ -102,8 +103,8 @@ def test_dense_layers_at_every_layer_are_the_dense_model(pipe):
 def test_the_schedule_is_one_program_with_the_sampler(pipe, monkeypatch):
     """No call per regime or step: one dispatch of one compiled loop, and none of it compiled again for another seed."""
     calls = []
-    compiled = sampling._denoise
-    monkeypatch.setattr(sampling, "_denoise", lambda *a, **k: calls.append(1) or compiled(*a, **k))
+    compiled = denoise._denoise
+    monkeypatch.setattr(denoise, "_denoise", lambda *a, **k: calls.append(1) or compiled(*a, **k))
     arguments = {"num_inference_steps": 4, "output_type": "latent", "attention": "fps", **SIZE}
     pipe(CAT, seed=1, **arguments)
     assert len(calls) == 1
@@ -145,10 +146,10 @@ def test_a_plan_for_another_grid_is_refused_by_the_model():
 
 
 def test_segments_have_to_cover_the_steps():
-    from fps_jax.solvers import solver_table
+    from fps_jax.sampling.solvers import solver_table
 
     with pytest.raises(ValueError, match="segments cover 3 steps of 4"):
-        sampling.denoise(
+        denoise.denoise(
             TINY, tiny_dit(), jnp.zeros((1, 16, 3, 8, 8)), solver_table("unipc", "wan", 4, 5.0), jnp.zeros((1, 4, 32)),
             segments=((3, PlannedAttention(AttentionPlan.build((3, 4, 4)))),),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fps_jax.flow import Grid, SigmaGrid, Solver, sigma_grid
+from fps_jax.sampling.flow import Grid, SigmaGrid, Solver, sigma_grid
 
 
 class SolverTable(NamedTuple):
@@ -44,7 +44,7 @@ def solver_step(state: SolverState, row: SolverTable, velocity: Any) -> SolverSt
 
 
 def solver_table(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) -> SolverTable:
-    """Coefficients of a whole trajectory. Raises as `fps_jax.flow.sigma_grid`."""
+    """Coefficients of a whole trajectory. Raises as `fps_jax.sampling.flow.sigma_grid`."""
     levels = sigma_grid(solver, grid, num_steps, shift)
     steps = {"unipc": _unipc, "dpm++": _dpmpp, "euler": _euler}[solver](levels)
     corrector, predictor = (np.array(rows, np.float64).astype(np.float32) for rows in zip(*steps, strict=True))

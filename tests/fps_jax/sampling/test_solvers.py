@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fps_jax.flow import VALID_PAIRS, sigma_grid
-from fps_jax.solvers import solver_table
+from fps_jax.sampling.flow import VALID_PAIRS, sigma_grid
+from fps_jax.sampling.solvers import solver_table
 from tests.reference import golden, rel_l2
 
 ORIGINALS = {
@@ -25,7 +25,7 @@ def table_for(key: str):
 
 
 def integrate(table, x, model):
-    """The denoise loop in NumPy: what `fps_jax.sampling` does with a table."""
+    """The denoise loop in NumPy: what `fps_jax.sampling.denoise` does with a table."""
     previous = x0_last = x0_before = np.zeros_like(x)
     states = [x]
     for i in range(len(table.sigma)):

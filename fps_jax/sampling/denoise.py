@@ -13,7 +13,7 @@ from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import DENSE, dit, stage_name
 from fps_jax.models.params import Params
-from fps_jax.solvers import SolverState, SolverTable, solver_step
+from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order

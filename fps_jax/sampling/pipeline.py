@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax import requests
 from fps_jax.attention.schedule import FPSSchedule, Setting
 from fps_jax.checkpoints.format import is_checkpoint, read_config, save_checkpoint
 from fps_jax.checkpoints.placement import builds, place, restore, visiting
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
-from fps_jax.flow import SigmaGrid, Solver
 from fps_jax.media.images import clip_pixels
 from fps_jax.models.image_encoder import encode_image
 from fps_jax.models.params import Params
 from fps_jax.models.text_encoder import encode_text
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
-from fps_jax.sampling import Progress, Segments, denoise
-from fps_jax.solvers import SolverTable, solver_table
+from fps_jax.sampling import request
+from fps_jax.sampling.denoise import Progress, Segments, denoise
+from fps_jax.sampling.flow import SigmaGrid, Solver
+from fps_jax.sampling.solvers import SolverTable, solver_table
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -132,7 +132,7 @@ class WanPipeline:
           num_frames: 4k + 1.
           guidance_scale: classifier-free guidance weight; at 1 or below the negative prompt isn't evaluated.
           flow_shift: shift of the noise levels; None for the checkpoint's own.
-          solver, sigma_grid: see `fps_jax.flow.VALID_PAIRS`.
+          solver, sigma_grid: see `fps_jax.sampling.flow.VALID_PAIRS`.
           seed: sample i of a batch uses seed + i; or one seed per sample.
           latents: initial noise [B, 16, (num_frames - 1)/4 + 1, height/8, width/8] in place of the seed's.
           output_type: 'np' float32 [B, F, H, W, 3] in [0, 1]; 'latent' float32 normalised, as `latents`; 'pil' B lists of images.
@@ -144,7 +144,7 @@ class WanPipeline:
           schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
-        requests.output_type(output_type)
+        request.output_type(output_type)
         prepared = self.prepare(
             prompt,
             negative_prompt,
@@ -165,7 +165,7 @@ class WanPipeline:
             attention=attention,
             schedule=schedule,
         )
-        with requests.progress_bar("denoise", self.show_progress) as bar:
+        with request.progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar(done, total)
@@ -190,13 +190,13 @@ class WanPipeline:
         if output_type == "latent":
             return np.asarray(out)
         video = self.decode(out, tiling=prepared.tiling)
-        return requests.to_pil(video) if output_type == "pil" else video
+        return request.to_pil(video) if output_type == "pil" else video
 
     def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
         """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
-        with requests.progress_bar("decode", self.show_progress) as bar:
+        with request.progress_bar("decode", self.show_progress) as bar:
             video = decode(self.config.vae, self.params["vae"], latents, tiling=tiling, progress=bar)
-        return requests.to_unit_range(video)
+        return request.to_unit_range(video)
 
     def prepare(
         self,
@@ -221,21 +221,21 @@ class WanPipeline:
         schedule: FPSSchedule | str | os.PathLike | None = None,
     ) -> "Prepared":
         """What the denoising loop needs of a call with these arguments: everything checked first, then encoded."""
-        prompts, negatives = requests.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
+        prompts, negatives = request.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
         batch = len(prompts)
-        shape = requests.latent_shape(batch, height, width, num_frames, self.config)
-        requests.integer("num_inference_steps", num_inference_steps)
-        requests.guidance(guidance_scale)
+        shape = request.latent_shape(batch, height, width, num_frames, self.config)
+        request.integer("num_inference_steps", num_inference_steps)
+        request.guidance(guidance_scale)
         if flow_shift is None:
-            flow_shift = requests.default_flow_shift(self.config, height, width)
+            flow_shift = request.default_flow_shift(self.config, height, width)
         table = solver_table(solver, sigma_grid, num_inference_steps, flow_shift)
         resolved = self.resolve_schedule(attention, schedule, height, width, num_frames)
         segments = None
         if resolved is not None and resolved.grid is not None:
             segments = resolved.segments(table.sigma, flow_shift, resolved.grid, self.config.dit.num_layers)
-        noise = requests.noise(latents, seed, shape)
-        frames = requests.conditioning_frames(self.config, image, last_image, image_embeds, height, width, num_frames)
-        embeds = requests.image_embeds(self.config, image_embeds, batch)
+        noise = request.noise(latents, seed, shape)
+        frames = request.conditioning_frames(self.config, image, last_image, image_embeds, height, width, num_frames)
+        embeds = request.image_embeds(self.config, image_embeds, batch)
         if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
             raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
         tiling = vae_tiling or self.needs_tiling(height, width)
@@ -258,9 +258,9 @@ class WanPipeline:
         num_frames: int,
     ) -> FPSSchedule | None:
         """The schedule that a call with these arguments follows, tile and windows filled in; None for dense. Raises ValueError."""
-        frames, rows, columns = requests.latent_shape(1, height, width, num_frames, self.config)[2:]
+        frames, rows, columns = request.latent_shape(1, height, width, num_frames, self.config)[2:]
         pf, py, px = self.config.dit.patch_size
-        return requests.schedule(attention, schedule, (frames // pf, rows // py, columns // px))
+        return request.schedule(attention, schedule, (frames // pf, rows // py, columns // px))
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""
@@ -294,7 +294,7 @@ class WanPipeline:
         if len(frames) == 2:
             video[:, -1] = 2 * frames[1] - 1
             mask[:, 3, -1] = 1
-        with requests.progress_bar("encode image", self.show_progress) as bar:
+        with request.progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
         condition = np.concatenate([mask, np.asarray(latents)], axis=1)
         return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
@@ -305,7 +305,7 @@ class WanPipeline:
         if "bytes_limit" not in stats:
             return False
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        return requests.log_tiling(decode_bytes(self.config.vae, height, width), free)
+        return request.log_tiling(decode_bytes(self.config.vae, height, width), free)
 
 
 def is_ours(directory: pathlib.Path) -> bool:

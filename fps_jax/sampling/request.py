@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from fps_jax.attention.schedule import SETTINGS, FPSSchedule, Setting
 from fps_jax.config import WanConfig
 from fps_jax.media.images import load_image
-from fps_jax.sampling import Progress
+from fps_jax.sampling.denoise import Progress
 
 OUTPUT_TYPES = ("np", "latent", "pil")
 

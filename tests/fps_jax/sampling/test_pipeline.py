@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax import WanPipeline, pipeline
+from fps_jax import WanPipeline
 from fps_jax.checkpoints import placement
 from fps_jax.config import NEGATIVE_PROMPTS
 from fps_jax.models.params import flatten
+from fps_jax.sampling import pipeline
 from tests.checkpoints import T2V, assemble
 from tests.reference import golden, rel_l2
 

@@ -4,10 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from fps_jax import sampling
 from fps_jax.models.params import flatten, unflatten
-from fps_jax.sampling import denoise
-from fps_jax.solvers import solver_table
+from fps_jax.sampling.denoise import _denoise, denoise
+from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 from tests.reference import rel_l2
 
@@ -50,11 +49,11 @@ def test_same_inputs_give_the_same_bits_and_the_noise_survives(inputs):
 
 def test_solver_shift_guidance_and_prompt_share_one_program(inputs):
     noise, text, negative = inputs
-    before = sampling._denoise._cache_size()
+    before = _denoise._cache_size()
     for solver, shift, scale in (("unipc", 3.0, 5.0), ("dpm++", 5.0, 2.0), ("euler", 8.0, 3.0)):
         table = solver_table(solver, "wan", 4, shift)
         denoise(TINY, tiny_dit(), noise, table, text, negative, guidance_scale=scale, progress=lambda *_: None)
-    assert sampling._denoise._cache_size() == before + 1
+    assert _denoise._cache_size() == before + 1
 
 
 def test_progress_arrives_in_order_and_its_error_is_raised(inputs):

@@ -1,0 +1,1 @@
+"""From a prompt to a video: a request checked, noise levels, solvers, the compiled loop, the pipeline. Knows no command line."""
