@@ -58,8 +58,8 @@ def _calibrate(options: Calibrate) -> None:
     _check_output(options.output)
     prompts = _read_prompts(options.prompts)
     arguments = call_arguments(options)
-    from fps_jax import calibration
     from fps_jax.attention.tiles import TileLayout, propose_tiles
+    from fps_jax.tuning import calibration
     from pallas_kernels import tuning
 
     check_options(options)
@@ -79,7 +79,7 @@ def _calibrate(options: Calibrate) -> None:
         plans, errors, error_budget=options.error_budget, max_regimes=options.max_regimes
     )
 
-    from fps_jax import calibration_plots
+    from fps_jax.tuning import calibration_plots
 
     out = options.output
     write_json(
@@ -102,9 +102,9 @@ def _measure(
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax import calibration
     from fps_jax.sampling import request
     from fps_jax.sampling.pipeline import WanPipeline
+    from fps_jax.tuning import calibration
 
     pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
     pipe.show_progress = True

@@ -63,7 +63,7 @@ def _interrupt(*_) -> None:
 def _tune(options: Tune) -> None:
     if not 1 <= options.deadline <= 3600:
         raise ValueError(f"deadline={options.deadline} is not in 1 to 3600 seconds; 90 are enough for a large grid")
-    from fps_jax import autotune, autotune_run
+    from fps_jax.tuning import autotune, autotune_run
     from pallas_kernels import tuning
 
     heads, height, width = _PRESETS[options.preset]
@@ -122,7 +122,7 @@ def _old_entries(output: pathlib.Path) -> dict[Any, Any]:
 
 
 def _amount(tasks: Any) -> str:
-    from fps_jax import autotune_run
+    from fps_jax.tuning import autotune_run
 
     configs = sum(len(task.candidates) for task in tasks)
     minutes = autotune_run.expected_seconds(tasks) / 60
@@ -131,7 +131,7 @@ def _amount(tasks: Any) -> str:
 
 def _plan_text(tasks: Any) -> str:
     """What would be measured."""
-    from fps_jax import autotune, autotune_run
+    from fps_jax.tuning import autotune, autotune_run
 
     first = tasks[0]
     f, y, x = first.grid
@@ -150,7 +150,7 @@ def _plan_text(tasks: Any) -> str:
 
 def _table_text(tasks: Any, all_results: list[list[dict[str, Any]]]) -> str:
     """The fastest config of each key, and what was out."""
-    from fps_jax import autotune, autotune_run
+    from fps_jax.tuning import autotune, autotune_run
     from pallas_kernels import tuning
 
     lines = [f"{'key':18} {'fastest':32} {'ms':>9} {'TFLOP/s':>8} {'x safe':>8} {'right':>6} {'out':>4}"]

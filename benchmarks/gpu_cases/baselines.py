@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, median_seconds, rates, size_of
-from fps_jax.timing import summary
+from fps_jax.tuning.timing import summary
 
 
 def torch_seconds(call: Callable[[], Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 from benchmarks.gpu_cases.facts import copy_bandwidth
 from benchmarks.gpu_cases.results import NOT_MEASURED
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, kernels, median_seconds, rates, size_of
-from fps_jax.autotune import Task
+from fps_jax.tuning.autotune import Task
 from pallas_kernels import fwd_sm90, quantize_sm90, tuning
 
 

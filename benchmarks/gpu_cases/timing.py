@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu_cases.results import NOT_MEASURED
-from fps_jax import timing
+from fps_jax.tuning import timing
 
 BF16_LIMIT, FP8_LIMIT = 989e12, 1979e12  # FLOP/s of an H100 or H200, dense, by datasheet
 

@@ -8,7 +8,7 @@ def sweep(toy: bool, *, size: str, density: float, scales: int | None, cluster: 
     """Configs with clusters of this size: one process, so that a hang costs no others."""
     from benchmarks.gpu_cases.speed import make_task
     from benchmarks.gpu_cases.timing import kernels, median_seconds, size_of
-    from fps_jax import autotune, timing
+    from fps_jax.tuning import autotune, timing
     from pallas_kernels.tuning import ForwardConfig
 
     task = make_task(size_of(size, toy), density, scales)

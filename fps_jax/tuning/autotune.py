@@ -1,8 +1,8 @@
 """The autotuner's engine: one attention call by a real 3D window, and how fast each tuning config of the Hopper kernel does it.
 
-`sweep` runs in the process that calls it, and a config that hangs takes that along; `fps_jax.autotune_run` starts one a kernel:
+`sweep` runs in the process that calls it, and a config that hangs takes that along; `autotune_run` starts one a kernel:
 
-    python -m fps_jax.autotune '{"task": {...}, "configs": [{...}], "best": 0.1}'
+    python -m fps_jax.tuning.autotune '{"task": {...}, "configs": [{...}], "best": 0.1}'
 """
 
 import datetime
@@ -23,7 +23,7 @@ from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_ti
 from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
-from fps_jax.timing import median_seconds
+from fps_jax.tuning.timing import median_seconds
 from pallas_kernels import fwd_sm90, quantize_sm90, tuning
 from pallas_kernels.platform import target_device
 from pallas_kernels.tuning import ForwardConfig, TuningKey

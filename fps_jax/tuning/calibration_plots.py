@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from fps_jax.calibration import Calibration
 from fps_jax.media import plots
+from fps_jax.tuning.calibration import Calibration
 
 
 def save_errors(result: Calibration, error_budget: float, path: pathlib.Path) -> None:

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli, calibration
+from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli
 from fps_jax.attention.cost import attention_cost
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.models.dit import dit
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.solvers import solver_table
+from fps_jax.tuning import calibration
 from pallas_kernels import tuning
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import rel_l2

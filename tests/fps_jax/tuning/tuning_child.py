@@ -48,7 +48,7 @@ def misbehave(fate: object) -> None:
 
 def interpret() -> None:
     """The real thing in interpret mode, which has no times: its own, rising."""
-    from fps_jax import autotune
+    from fps_jax.tuning import autotune
     from pallas_kernels import mosaic
 
     del sys.argv[1]

@@ -12,8 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from fps_jax import autotune, autotune_run, processes, tune_cli
-from fps_jax.timing import median_seconds
+from fps_jax import processes, tune_cli
+from fps_jax.tuning import autotune, autotune_run
+from fps_jax.tuning.timing import median_seconds
 from pallas_kernels import fwd_sm90, tuning
 from pallas_kernels.tuning import ForwardConfig, TunedEntry, TuningKey
 
@@ -32,7 +33,7 @@ def pretend(monkeypatch, **fates: object) -> None:
     """The sweep's processes are those of tuning_child, and configs are four: 2 or 4 stages, clusters of 1 or 2."""
     found = [ForwardConfig(stages=stages, cluster=cluster) for cluster in (1, 2) for stages in (2, 4)]
     monkeypatch.setattr(tuning, "candidates", lambda **_: found)
-    monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning_child", json.dumps(fates)))
+    monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", json.dumps(fates)))
 
 
 def test_the_keys_are_those_that_attention_asks_for():
@@ -260,7 +261,7 @@ def test_the_engine_times_what_agrees_with_the_safe_config_and_what_is_slow_only
 
 
 def test_the_real_processes_measure_real_kernels(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning_child", "interpret"))
+    monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", "interpret"))
     monkeypatch.setenv("NPROC", "12")  # warpgroups wait for each other in XLA's thread pool
     monkeypatch.setattr(tuning, "candidates", lambda **_: [ForwardConfig(), ForwardConfig(stages=2)])
     arguments = ["--grid", 2, 8, 16, "--heads", 1, "--classes", "dense", "--scales", 1, "--output", tmp_path / "t.json"]
