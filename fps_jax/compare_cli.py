@@ -48,7 +48,7 @@ def _compare(options: Compare) -> None:
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
         model = resolve_checkpoint(options.model)
         schedule = _check_request(options, arguments, model)
-        from fps_jax.compare import compare, write
+        from fps_jax.evaluation.compare import compare, write
 
         pipe = WanPipeline.from_pretrained(model, dtype=options.dtype)
         pipe.show_progress = True

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from fps_jax.quality import mean_squared_error, psnr, relative_l2, ssim
+from fps_jax.evaluation.quality import mean_squared_error, psnr, relative_l2, ssim
 
 
 @pytest.fixture(params=[0.003, 0.05, 0.4], ids="noise {}".format)

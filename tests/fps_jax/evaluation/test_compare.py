@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from fps_jax import WanPipeline, compare, compare_cli
+from fps_jax import WanPipeline, compare_cli
 from fps_jax.attention.schedule import FPSSchedule, Regime
-from fps_jax.compare import Comparison, Run, plot, side_by_side
+from fps_jax.evaluation import compare
+from fps_jax.evaluation.compare import Comparison, Run, plot, side_by_side
+from fps_jax.evaluation.quality import psnr, ssim
 from fps_jax.media.video import save_video
-from fps_jax.quality import psnr, ssim
 from tests.checkpoints import T2V, assemble
 from tests.reference import rel_l2
 

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fps_jax.attention.schedule import FPSSchedule, Setting
+from fps_jax.evaluation.quality import psnr, relative_l2, ssim
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.media.video import save_video, video_to_uint8
-from fps_jax.quality import psnr, relative_l2, ssim
 from fps_jax.sampling.pipeline import WanPipeline
 
 AMPLIFICATION = 4  # of the difference shown

@@ -1,0 +1,1 @@
+"""What a setting does to a video: two samples side by side, and measures of their difference."""
