@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	@$(BIN)/python -m fps_jax.demo
+	@$(BIN)/python -m fps_jax.commands.demo
 
 test: lint types unit
 

@@ -29,11 +29,10 @@ LAZY_ONLY = {
     "matplotlib",
     "safetensors",
 }
-COMMAND_LINES = {"calibrate_cli.py", "cli.py", "compare_cli.py", "demo.py", "options.py"}
 
 
 def is_command(file: pathlib.Path) -> bool:
-    return file.name in COMMAND_LINES or file.parent.name == "commands"
+    return file.parent.name == "commands"
 
 
 def module_level_imports(tree: ast.Module):

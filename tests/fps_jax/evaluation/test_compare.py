@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from fps_jax import WanPipeline, compare_cli
+from fps_jax import WanPipeline
 from fps_jax.attention.schedule import FPSSchedule, Regime
+from fps_jax.commands import compare as compare_cli
 from fps_jax.evaluation import compare
 from fps_jax.evaluation.compare import Comparison, Run, plot, side_by_side
 from fps_jax.evaluation.quality import psnr, ssim

@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from fps_jax import processes, tune_cli
+from fps_jax import processes
+from fps_jax.commands import tune as tune_cli
 from fps_jax.tuning import autotune, autotune_run
 from fps_jax.tuning.timing import median_seconds
 from pallas_kernels import fwd_sm90, tuning
@@ -110,7 +111,7 @@ def test_a_gpu_that_does_not_answer_is_one_line_too(fate, deadline, words, tmp_p
 
 def test_a_dry_run_lists_every_config_and_touches_no_device():
     code = (
-        "from fps_jax.tune_cli import main\n"
+        "from fps_jax.commands.tune import main\n"
         "try: main(['--dry-run', '--output', 'mine.json'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "from jax._src import xla_bridge\n"

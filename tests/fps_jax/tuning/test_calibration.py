@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fps_jax import AttentionPlan, FPSSchedule, attend, calibrate_cli
+from fps_jax import AttentionPlan, FPSSchedule, attend
 from fps_jax.attention.cost import attention_cost
 from fps_jax.attention.tiles import TileLayout
+from fps_jax.commands import calibrate as calibrate_cli
 from fps_jax.models.dit import dit
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.solvers import solver_table

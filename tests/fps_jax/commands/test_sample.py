@@ -1,19 +1,19 @@
-"""fps-sample and fps-info: what they write, and one line on stderr with exit status 2 for anything wrong."""
+"""fps-sample: what it writes, and one line on stderr with exit status 2 for anything wrong."""
 
 import json
 
 import numpy as np
 import pytest
 
-from fps_jax import cli
+from fps_jax.commands import sample
 from tests.checkpoints import T2V, assemble
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--num-inference-steps", "2", "--dtype", "float32"]
 
 
-def run(entry, *argv: str) -> int:
+def run(*argv: str) -> int:
     with pytest.raises(SystemExit) as stop:
-        entry([str(a) for a in argv])
+        sample.main([str(a) for a in argv])
     return stop.value.code
 
 
@@ -21,7 +21,7 @@ def test_sample_writes_a_video_and_its_settings(tmp_path, capsys):
     import av
 
     out = tmp_path / "cat.mp4"
-    assert run(cli.sample, T2V, "--prompt", "A cat", "--output", out, *SMALL, "--seed", "3", "--fps", "8") == 0
+    assert run(T2V, "--prompt", "A cat", "--output", out, *SMALL, "--seed", "3", "--fps", "8") == 0
     with av.open(str(out)) as container:
         frames = list(container.decode(video=0))
         assert (len(frames), frames[0].width, frames[0].height) == (5, 48, 32)
@@ -40,7 +40,7 @@ def test_sample_latents_in_and_out(tmp_path):
     np.save(tmp_path / "noise.npy", noise)
     out = tmp_path / "latents.npy"
     arguments = ["--prompt", "A cat", "--latents", tmp_path / "noise.npy", "--output", out, "--output-type", "latent"]
-    assert run(cli.sample, T2V, *arguments, *SMALL) == 0
+    assert run(T2V, *arguments, *SMALL) == 0
     assert np.load(out).shape == noise.shape
 
 
@@ -66,7 +66,7 @@ BAD = [
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
 def test_bad_arguments_give_one_line_and_status_2(tmp_path, monkeypatch, capsys, argv, message):
     monkeypatch.chdir(tmp_path)
-    assert run(cli.sample, T2V, *argv) == 2
+    assert run(T2V, *argv) == 2
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -78,13 +78,13 @@ def test_bad_arguments_give_one_line_and_status_2(tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize("taken", ["a.mp4", "a.mp4.json"])
 def test_a_folder_in_place_of_an_output_is_told_before_the_work(tmp_path, capsys, taken):
     (tmp_path / taken).mkdir()
-    assert run(cli.sample, T2V, "--prompt", "x", "--output", tmp_path / "a.mp4", *SMALL) == 2
+    assert run(T2V, "--prompt", "x", "--output", tmp_path / "a.mp4", *SMALL) == 2
     assert f"{taken}' is a folder; name a file" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == [taken]
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
-    assert run(cli.sample, tmp_path / "nowhere", "--prompt", "x", "--output", tmp_path / "a.mp4", "--debug") == 2
+    assert run(tmp_path / "nowhere", "--prompt", "x", "--output", tmp_path / "a.mp4", "--debug") == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
     assert "doesn't exist; pass a directory" in err
@@ -92,7 +92,7 @@ def test_debug_shows_the_traceback(tmp_path, capsys):
 
 def test_a_pickled_array_is_refused_and_not_run(tmp_path, capsys):
     np.save(tmp_path / "noise.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    assert run(cli.sample, T2V, "--prompt", "x", "--latents", tmp_path / "noise.npy") == 2
+    assert run(T2V, "--prompt", "x", "--latents", tmp_path / "noise.npy") == 2
     assert "is not a readable .npy array" in capsys.readouterr().err
 
 
@@ -100,28 +100,5 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = assemble(tmp_path / "i2v", "i2v")
     (tmp_path / "frame.png").write_bytes(b"not a picture")
-    assert run(cli.sample, model, "--prompt", "x", "--image", "frame.png", *SMALL) == 2
+    assert run(model, "--prompt", "x", "--image", "frame.png", *SMALL) == 2
     assert "frame.png" in capsys.readouterr().err
-
-
-def test_info_describes_without_loading(capsys):
-    assert run(cli.info, T2V, "--height", "32", "--width", "48", "--num-frames", "9") == 0
-    out = capsys.readouterr().out
-    for words in (
-        "Wan2.1 T2V, diffusers layout, flow shift 3",
-        "212,160 parameters  float32",
-        "(18 tokens)",
-        "VAE decode",
-    ):
-        assert words in out
-
-
-def test_info_says_what_a_checkpoint_lacks(tmp_path, capsys):
-    from convert.synthetic import tiny_config, write_checkpoint
-
-    write_checkpoint(tmp_path / "i2v", tiny_config("i2v"), layout="official")
-    assert run(cli.info, tmp_path / "i2v") == 0
-    out = capsys.readouterr().out
-    assert "Wan2.1 I2V, official layout, flow shift 5 (3 up to 480 x 832)" in out
-    assert run(cli.info, tmp_path) == 2
-    assert "error: " in capsys.readouterr().err

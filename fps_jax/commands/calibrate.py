@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fps_jax.commands.options import VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
-from fps_jax.options import VideoOptions, call_arguments, check_options, run_record
 
 
 @dataclass(frozen=True, kw_only=True)

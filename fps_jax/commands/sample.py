@@ -1,4 +1,4 @@
-"""Command lines: fps-sample and fps-info. jax is imported once the arguments are known to be right."""
+"""fps-sample: a video from a prompt. jax is imported once the arguments are known to be right."""
 
 import io
 import os
@@ -6,13 +6,11 @@ import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-
+from fps_jax.commands.options import VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_bytes, write_json
-from fps_jax.options import VideoOptions, call_arguments, check_options, run_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +23,9 @@ class Sample(VideoOptions):
     """'latent' writes the denoised latents as .npy and decodes no video."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Info:
-    """Describe a Wan2.1 checkpoint without loading its weights."""
-
-    model: Annotated[str, tyro.conf.Positional]
-    """A converted checkpoint, or an official or diffusers directory."""
-    height: int = 480
-    """Frame height that the memory estimate is for."""
-    width: int = 832
-    """Frame width that the memory estimate is for."""
-    num_frames: int = 81
-    """Frames that the memory estimate is for."""
-
-
-def sample(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-sample."""
     sys.exit(run_cli(lambda args: _sample(parse(Sample, args, prog="fps-sample")), argv))
-
-
-def info(argv: list[str] | None = None) -> None:
-    """Entry point of fps-info."""
-    sys.exit(run_cli(lambda args: _info(parse(Info, args, prog="fps-info")), argv))
 
 
 def _sample(options: Sample) -> None:
@@ -86,9 +65,3 @@ def _check_output(options: Sample) -> None:
     for path in (options.output, options.output.with_name(options.output.name + ".json")):
         if path.is_dir():
             raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
-
-
-def _info(options: Info) -> None:
-    from fps_jax.info import describe
-
-    print(describe(options.model, options.height, options.width, options.num_frames))

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fps_jax.commands.options import FILES, VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
-from fps_jax.options import FILES, VideoOptions, call_arguments, check_options, run_record
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 

@@ -6,7 +6,7 @@ import time
 
 from fps_jax.errors import run_cli
 
-CHECKPOINT = pathlib.Path(__file__).parent / "demo_checkpoint"
+CHECKPOINT = pathlib.Path(__file__).parents[1] / "demo_checkpoint"
 
 
 def main(arguments: list[str]) -> None:
