@@ -1,70 +1,176 @@
-"""The direction of imports between the rooms, and what importing them costs."""
+"""The rooms' order, what each may import, and what importing them costs. docs/architecture.md has the picture."""
 
 import ast
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A room may import, at module level, the rooms named here. `fps_jax` reaches `convert` from inside functions only.
-MAY_IMPORT = {
-    "pallas_kernels": {"pallas_kernels"},
-    "fps_jax": {"fps_jax", "pallas_kernels"},
-    "convert": {"convert", "fps_jax"},
-    "train": {"train", "fps_jax", "pallas_kernels"},
+ANY = "*"
+
+
+class Room(NamedTuple):
+    """What the files of a room may import, at any depth of its folders.
+
+    Attributes:
+      rooms: others of ours, each above it in the table.
+      packages: other people's.
+      inside: ours or theirs, inside functions only: whoever doesn't call the function needn't have it, nor wait for it.
+    """
+
+    rooms: str = ""
+    packages: str = ""
+    inside: str = ""
+
+
+LEAVES = "fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes"
+ARRAYS = "jax jaxtyping numpy"
+# The one table. A room is a package, or a module at the top of fps_jax; a new one, file or folder, needs its line here.
+ROOMS = {
+    "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
+    "fps_jax.config": Room(),
+    "fps_jax.errors": Room(inside="tyro"),
+    "fps_jax.files": Room(),
+    "fps_jax.processes": Room(),
+    "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
+    "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
+    "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
+    "fps_jax.checkpoints": Room(f"{LEAVES} fps_jax.models", ARRAYS, inside="orbax"),
+    "convert": Room(f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"),
+    "fps_jax.sampling": Room(
+        f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
+        ARRAYS,
+        inside="convert PIL huggingface_hub tqdm",
+    ),
+    "fps_jax.tuning": Room(
+        f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", ARRAYS
+    ),
+    "fps_jax.evaluation": Room(
+        f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", f"{ARRAYS} scipy", inside="PIL"
+    ),
+    # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
+    "fps_jax": Room(inside="fps_jax.media fps_jax.attention fps_jax.sampling"),
+    "train": Room(
+        f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling",
+        ARRAYS,
+    ),
+    # Arguments are parsed before jax is imported.
+    "fps_jax.commands": Room(
+        LEAVES,
+        "tyro",
+        inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
+        "fps_jax.tuning fps_jax.evaluation convert jax numpy",
+    ),
+    "benchmarks": Room(ANY, ANY),  # on top: they also compare with what isn't ours
 }
-LAZY_ONLY = {
-    "tyro",
-    "av",
-    "PIL",
-    "tokenizers",
-    "sentencepiece",
-    "ftfy",
-    "tqdm",
-    "rich",
-    "orbax",
-    "huggingface_hub",
-    "matplotlib",
-    "safetensors",
-}
+TOPS = {room.split(".")[0] for room in ROOMS} | {"tests"}
 
 
-def is_command(file: pathlib.Path) -> bool:
-    return file.parent.name == "commands"
+def file_of(module: str) -> pathlib.Path | None:
+    """The file of one of our modules or packages."""
+    path = ROOT / module.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
 
 
-def module_level_imports(tree: ast.Module):
-    for node in tree.body:
+def room_of(module: str) -> str | None:
+    """The room that a module of ours lies in; only its __init__ is in the front door."""
+    if module == "fps_jax":
+        return module
+    inner = [room for room in ROOMS if room != "fps_jax" and f"{module}.".startswith(f"{room}.")]
+    return inner[0] if inner else None
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Every module of ours but the tests, by its dotted name."""
+    files = [file for top in sorted(TOPS - {"tests"}) for file in sorted((ROOT / top).rglob("*.py"))]
+    files = [file for file in files if "standins" not in file.parts]  # take the place of packages that are missing
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+
+
+def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
+    """(what is imported, is it inside a function or for type checkers only), of the whole file."""
+    for node in ast.iter_child_nodes(tree):
+        late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        )
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module.split(".")[0]
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: a relative import"
+            yield from ((f"{node.module}.{alias.name}", inside) for alias in node.names)
+        yield from imports(node, inside or late)
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_rooms_import_only_in_the_agreed_direction(room):
-    files = list((ROOT / room).rglob("*.py"))
+def imported(name: str) -> str:
+    """A room of ours, or the top package of somebody else's, of a dotted name that may end in what a module defines."""
+    top = name.split(".")[0]
+    if top not in TOPS or top == "tests":
+        return top
+    while not file_of(name):
+        name = name.rpartition(".")[0]
+        assert name
+    return room_of(name) or name
+
+
+def test_every_module_lies_in_a_room():
+    for module, file in modules().items():
+        assert room_of(module), f"{file.relative_to(ROOT)} lies in no room of the table; see docs/architecture.md"
+    for room in ROOMS:
+        assert file_of(room), f"the table has {room}, which isn't there"
+
+
+def test_the_table_is_an_order():
+    seen: list[str] = []
+    for name, room in ROOMS.items():
+        assert room.rooms == ANY or set(room.rooms.split()) <= set(seen), f"{name} uses a room below it in the table"
+        seen.append(name)
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_import_only_what_the_table_lets_them(name):
+    room = ROOMS[name]
+    always, inside = {*room.rooms.split(), *room.packages.split()}, set(room.inside.split())
+    files = [(module, file) for module, file in modules().items() if room_of(module) == name]
     assert files
-    for file in files:
-        for name in module_level_imports(ast.parse(file.read_text())):
-            assert name not in MAY_IMPORT or name in MAY_IMPORT[room], f"{file.relative_to(ROOT)} imports {name}"
-            assert name not in ("torch", "diffusers", "transformers"), f"{file.relative_to(ROOT)} imports {name}"
-            if room in ("fps_jax", "pallas_kernels") and not is_command(file):
-                assert name not in LAZY_ONLY, f"{file.relative_to(ROOT)} imports {name} at module level"
+    for _, file in files:
+        for what, late in imports(ast.parse(file.read_text())):
+            target = imported(what)
+            if target == name or target in always or target in sys.stdlib_module_names or (late and target in inside):
+                continue
+            ours = what.split(".")[0] in TOPS
+            if ANY in always and target != "tests":
+                assert not ours or target in ROOMS
+                continue
+            where = "at module level" if target in inside else "at all"
+            pytest.fail(f"{file.relative_to(ROOT)} imports {what}, which {name} may not {where}; see ROOMS")
 
 
-def test_the_library_imports_with_only_jax_flax_numpy_einops_and_jaxtyping():
-    modules = [
-        ".".join(f.relative_to(ROOT).with_suffix("").parts)
-        for room in ("pallas_kernels", "fps_jax")
-        for f in sorted((ROOT / room).rglob("*.py"))
-        if not is_command(f) and f.name != "__init__.py"
-    ]
-    assert "fps_jax.sampling.pipeline" in modules
-    blocked = sorted(LAZY_ONLY - {"orbax", "rich"})  # flax itself imports these
-    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {', '.join(modules)}\n"
+def test_every_package_that_we_import_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    used = {p for r in ROOMS.values() for p in f"{r.packages} {r.inside}".split()} - {ANY} - set(ROOMS)
+    assert {"jax", "scipy", "tyro"} <= used
+    for package in sorted(used - {"jaxlib"}):  # jax brings its own
+        names = {name.lower().replace("_", "-") for name in providers[package]}
+        assert names & declared, f"{package} (of {', '.join(sorted(names))}) is not in pyproject.toml's dependencies"
+
+
+def test_the_library_imports_without_what_is_for_functions_only():
+    core = {name: room for name, room in ROOMS.items() if name not in ("fps_jax.commands", "benchmarks", "convert")}
+    names = [module for module in modules() if room_of(module) in core]
+    assert "fps_jax.sampling.pipeline" in names
+    inside = {p for room in core.values() for p in room.inside.split()} - set(ROOMS) - {"jaxlib"}
+    blocked = sorted(inside - {"orbax"})  # flax itself imports that
+    assert "tyro" in blocked
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {', '.join(names)}\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
 
