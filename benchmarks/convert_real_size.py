@@ -23,15 +23,15 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import record
-from convert.pth import PthFile
-from convert.readers import open_safetensors
-from convert.synthetic import write_checkpoint
+from fps_convert.pth import PthFile
+from fps_convert.readers import open_safetensors
+from fps_convert.synthetic import write_checkpoint
 from fps_jax.config import WAN_T2V_1_3B
 
 MEASURED = """
 import json, sys, threading, time
 from fps_jax.errors import run_cli
-import convert.cli
+import fps_convert.cli
 peak, done = 0, threading.Event()
 def sample():
     global peak
@@ -40,7 +40,7 @@ def sample():
             peak = max(peak, next(int(line.split()[1]) for line in status if line.startswith("RssAnon")))
 threading.Thread(target=sample, daemon=True).start()
 began = time.perf_counter()
-status = run_cli(convert.cli._run, sys.argv[1:])
+status = run_cli(fps_convert.cli._run, sys.argv[1:])
 print(json.dumps({"status": status, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time(),
                   "peak_rss_anon_gib": peak / 2**20}))
 """

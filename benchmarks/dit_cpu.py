@@ -44,7 +44,7 @@ def _ours(runs: int):
     import jax
     import jax.numpy as jnp
 
-    from convert import mapping
+    from fps_convert import mapping
     from fps_jax.config import DiTConfig, WanConfig
     from fps_jax.models.dit import dit
     from fps_jax.models.params import unflatten

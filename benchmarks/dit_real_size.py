@@ -23,9 +23,9 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from convert import to_flax
-    from convert.make_demo import DEMO, write_tokenizer
-    from convert.synthetic import write_checkpoint
+    from fps_convert import to_flax
+    from fps_convert.make_demo import DEMO, write_tokenizer
+    from fps_convert.synthetic import write_checkpoint
     from fps_jax import WanPipeline
     from fps_jax.config import WAN_T2V_1_3B
     from fps_jax.models.dit import dit

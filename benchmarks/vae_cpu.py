@@ -33,7 +33,7 @@ def _ours(runs: int):
     sys.path.insert(0, str(ROOT))
     import jax.numpy as jnp
 
-    from convert import mapping
+    from fps_convert import mapping
     from fps_jax.config import WAN_T2V_1_3B
     from fps_jax.models.params import unflatten
     from fps_jax.models.vae import decode

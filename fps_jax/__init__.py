@@ -4,21 +4,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPlan", "FPSSchedule", "WanPipeline", "attend", "save_video"]
+__all__ = [
+    "AttentionPlan",
+    "FPSSchedule",
+    "Regime",
+    "WanPipeline",
+    "attend",
+    "save_video",
+    "to_flax",
+    "to_torch",
+]
 
 if TYPE_CHECKING:
+    from fps_convert import to_flax, to_torch
     from fps_jax.attention.attend import attend
     from fps_jax.attention.plan import AttentionPlan
-    from fps_jax.attention.schedule import FPSSchedule
+    from fps_jax.attention.schedule import FPSSchedule, Regime
     from fps_jax.media.video import save_video
     from fps_jax.sampling.pipeline import WanPipeline
 
 _LAZY = {
     "AttentionPlan": "fps_jax.attention.plan",
     "FPSSchedule": "fps_jax.attention.schedule",
+    "Regime": "fps_jax.attention.schedule",
     "WanPipeline": "fps_jax.sampling.pipeline",
     "attend": "fps_jax.attention.attend",
     "save_video": "fps_jax.media.video",
+    "to_flax": "fps_convert",
+    "to_torch": "fps_convert",
 }
 
 

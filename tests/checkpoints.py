@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from convert import mapping
+from fps_convert import mapping
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.params import Params, flatten, unflatten
 from tests.reference import DATA

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
+HOMES = {"fps_convert": ROOT / "convert", "fps_train": ROOT / "train"}  # the others lie in ROOT
 ANY = "*"
 
 
@@ -43,11 +44,13 @@ ROOMS = {
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
     "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
     "fps_jax.checkpoints": Room(f"{LEAVES} fps_jax.models", ARRAYS, inside="orbax"),
-    "convert": Room(f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"),
+    "fps_convert": Room(
+        f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"
+    ),
     "fps_jax.sampling": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
         ARRAYS,
-        inside="convert PIL huggingface_hub tqdm",
+        inside="fps_convert PIL huggingface_hub tqdm",
     ),
     "fps_jax.tuning": Room(
         f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", ARRAYS
@@ -56,8 +59,8 @@ ROOMS = {
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", f"{ARRAYS} scipy", inside="PIL"
     ),
     # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
-    "fps_jax": Room(inside="fps_jax.media fps_jax.attention fps_jax.sampling"),
-    "train": Room(
+    "fps_jax": Room(inside="fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
+    "fps_train": Room(
         f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling",
         ARRAYS,
     ),
@@ -66,7 +69,7 @@ ROOMS = {
         LEAVES,
         "tyro",
         inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
-        "fps_jax.tuning fps_jax.evaluation convert jax numpy",
+        "fps_jax.tuning fps_jax.evaluation fps_convert jax numpy",
     ),
     "benchmarks": Room(ANY, ANY),  # on top: they also compare with what isn't ours
 }
@@ -75,7 +78,7 @@ TOPS = {room.split(".")[0] for room in ROOMS} | {"tests"}
 
 def file_of(module: str) -> pathlib.Path | None:
     """The file of one of our modules or packages."""
-    path = ROOT / module.replace(".", "/")
+    path = HOMES.get(module.split(".")[0], ROOT) / module.replace(".", "/")
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
 
 
@@ -89,9 +92,13 @@ def room_of(module: str) -> str | None:
 
 def modules() -> dict[str, pathlib.Path]:
     """Every module of ours but the tests, by its dotted name."""
-    files = [file for top in sorted(TOPS - {"tests"}) for file in sorted((ROOT / top).rglob("*.py"))]
-    files = [file for file in files if "standins" not in file.parts]  # take the place of packages that are missing
-    return {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    found = {}
+    for top in sorted(TOPS - {"tests"}):
+        home = HOMES.get(top, ROOT)
+        for file in sorted((home / top).rglob("*.py")):
+            if "standins" not in file.parts:  # they take the place of packages that are missing
+                found[".".join(file.relative_to(home).with_suffix("").parts).removesuffix(".__init__")] = file
+    return found
 
 
 def imports(tree: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
@@ -164,7 +171,7 @@ def test_every_package_that_we_import_is_a_declared_dependency():
 
 
 def test_the_library_imports_without_what_is_for_functions_only():
-    core = {name: room for name, room in ROOMS.items() if name not in ("fps_jax.commands", "benchmarks", "convert")}
+    core = {name: room for name, room in ROOMS.items() if name not in ("fps_jax.commands", "benchmarks", "fps_convert")}
     names = [module for module in modules() if room_of(module) in core]
     assert "fps_jax.sampling.pipeline" in names
     inside = {p for room in core.values() for p in room.inside.split()} - set(ROOMS) - {"jaxlib"}

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.synthetic import tiny_config
+from fps_convert.synthetic import tiny_config
 from fps_jax.checkpoints.format import (
     abstract_component,
     empty_aligned,

@@ -25,7 +25,7 @@ def test_info_describes_without_loading(capsys):
 
 
 def test_info_says_what_a_checkpoint_lacks(tmp_path, capsys):
-    from convert.synthetic import tiny_config, write_checkpoint
+    from fps_convert.synthetic import tiny_config, write_checkpoint
 
     write_checkpoint(tmp_path / "i2v", tiny_config("i2v"), layout="official")
     assert run(tmp_path / "i2v") == 0

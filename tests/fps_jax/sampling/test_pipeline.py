@@ -82,7 +82,7 @@ def test_image_to_video_matches_diffusers(task, request):
 
 
 def test_image_tower_reads_the_frame_where_no_embeds_are_given(tmp_path):
-    from convert.synthetic import tiny_config, write_checkpoint
+    from fps_convert.synthetic import tiny_config, write_checkpoint
 
     write_checkpoint(tmp_path / "i2v", tiny_config("i2v"), layout="diffusers", tokenizer_dir=T2V / "tokenizer")
     pipe = WanPipeline.from_pretrained(tmp_path / "i2v", dtype="float32")
@@ -277,7 +277,7 @@ def test_loading_errors_name_the_path_and_the_fix(tmp_path):
 def test_a_saved_pipeline_goes_back_to_torch_bit_for_bit(t2v, tmp_path):
     from safetensors.numpy import load_file
 
-    from convert import to_torch
+    from fps_convert import to_torch
 
     t2v.save_pretrained(tmp_path / "saved")
     to_torch(tmp_path / "saved", tmp_path / "back", layout="diffusers")

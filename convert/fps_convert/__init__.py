@@ -7,19 +7,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.save import to_flax, to_torch
-    from convert.wan import open_checkpoint
+    from fps_convert.save import to_flax, to_torch
+    from fps_convert.wan import open_checkpoint
 
 __all__ = ["open_checkpoint", "to_flax", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "open_checkpoint":
-        from convert.wan import open_checkpoint
+        from fps_convert.wan import open_checkpoint
 
         return open_checkpoint
     if name in __all__:
-        import convert.save
+        import fps_convert.save
 
-        return getattr(convert.save, name)
+        return getattr(fps_convert.save, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

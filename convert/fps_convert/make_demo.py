@@ -1,6 +1,6 @@
 """Writes the checkpoint that `make demo` samples: the diffusers layout, synthetic weights, a tokenizer of 300 pieces.
 
-    python -m convert.make_demo fps_jax/demo_checkpoint
+    python -m fps_convert.make_demo fps_jax/demo_checkpoint
 
 Only needed to make fps_jax/demo_checkpoint anew; the result is the same every time.
 """
@@ -9,7 +9,7 @@ import pathlib
 import sys
 import tempfile
 
-from convert.synthetic import write_checkpoint
+from fps_convert.synthetic import write_checkpoint
 from fps_jax.config import DiTConfig, TextEncoderConfig, VAEConfig, WanConfig
 
 # Enough English to spell any prompt; the synthetic model doesn't understand it anyway.

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-import convert.cli
+import fps_convert.cli
 
 
 def snapshot(root: pathlib.Path) -> dict[str, bytes]:
@@ -14,7 +14,7 @@ def snapshot(root: pathlib.Path) -> dict[str, bytes]:
 def fails(capsys, *argv) -> str:
     """The one line that `fps-convert *argv` ends with."""
     with pytest.raises(SystemExit) as stop:
-        convert.cli.main([str(a) for a in argv])
+        fps_convert.cli.main([str(a) for a in argv])
     captured = capsys.readouterr()
     assert stop.value.code == 2
     assert captured.out == ""

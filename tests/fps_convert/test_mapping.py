@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from convert import mapping
-from convert.synthetic import tiny_config
+from fps_convert import mapping
+from fps_convert.synthetic import tiny_config
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
 from fps_jax.models.params import abstract_params, flatten

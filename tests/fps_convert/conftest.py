@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from convert.synthetic import tiny_config, write_checkpoint
+from fps_convert.synthetic import tiny_config, write_checkpoint
 from fps_jax.config import WanConfig
 from tests.checkpoints import T2V
 

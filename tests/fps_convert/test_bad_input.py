@@ -9,9 +9,9 @@ import struct
 import numpy as np
 import pytest
 
-from convert import to_flax
-from tests.convert.failing import fails, snapshot
-from tests.convert.tensors import rewrite
+from fps_convert import to_flax
+from tests.fps_convert.failing import fails, snapshot
+from tests.fps_convert.tensors import rewrite
 
 DIT = "diffusion_pytorch_model.safetensors"
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import open_checkpoint, to_flax, to_torch
-from convert.pth import PthFile
-from convert.synthetic import tiny_config
-from convert.writers import Output, write_pth
+from fps_convert import open_checkpoint, to_flax, to_torch
+from fps_convert.pth import PthFile
+from fps_convert.synthetic import tiny_config
+from fps_convert.writers import Output, write_pth
 from fps_jax.checkpoints.format import abstract_component, load_component, read_config, read_manifest
 from fps_jax.models.params import flatten
 from tests.checkpoints import T2V
-from tests.convert.tensors import read_all, rewrite
+from tests.fps_convert.tensors import read_all, rewrite
 
 LAYOUTS = ("official", "diffusers")
 BF16 = {"dit": "BF16", "text_encoder": "BF16", "image_encoder": "F16"}

@@ -61,7 +61,7 @@ def _run(argv: list[str]) -> None:
     )
     # Late: until here, JAX isn't imported, and a wrong argument is told at once. The accelerator has no part in this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from convert.save import summary, to_flax, to_torch
+    from fps_convert.save import summary, to_flax, to_torch
 
     if isinstance(command, ToFlax):
         report = to_flax(command.src, command.dst, command.dtype, command.overwrite)

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-import convert.cli
-from convert import array_files, open_checkpoint, to_flax, to_torch
+import fps_convert.cli
+from fps_convert import array_files, open_checkpoint, to_flax, to_torch
 from fps_jax.checkpoints.format import is_checkpoint
-from tests.convert.failing import fails, snapshot
-from tests.convert.tensors import read_all, rewrite
+from tests.fps_convert.failing import fails, snapshot
+from tests.fps_convert.tensors import read_all, rewrite
 
 DIT = "diffusion_pytorch_model.safetensors"
 
@@ -84,7 +84,7 @@ def test_a_failure_halfway_leaves_nothing(capsys, pristine, tmp_path, monkeypatc
 
     monkeypatch.setattr(array_files, "write_at", stop)
     with pytest.raises(SystemExit) as status:
-        convert.cli.main(["to-flax", str(pristine("official")), str(old), "--overwrite"])
+        fps_convert.cli.main(["to-flax", str(pristine("official")), str(old), "--overwrite"])
     assert len(written) >= 40
     assert status.value.code == (2 if isinstance(error, OSError) else 130)
     assert capsys.readouterr().err in ("error: x: No space left on device\n", "error: interrupted\n")
@@ -92,7 +92,7 @@ def test_a_failure_halfway_leaves_nothing(capsys, pristine, tmp_path, monkeypatc
 
 
 def test_a_full_disk_on_the_way_back_leaves_nothing(capsys, pristine, tmp_path, monkeypatch):
-    from convert import writers
+    from fps_convert import writers
 
     to_flax(pristine("official"), tmp_path / "ours")
     before = snapshot(tmp_path)
@@ -155,7 +155,7 @@ def test_the_command_in_a_process_of_its_own(source, tmp_path):
     path = source("official")
 
     def run(*argv):
-        command = [sys.executable, "-m", "convert.cli", *map(str, argv)]
+        command = [sys.executable, "-m", "fps_convert.cli", *map(str, argv)]
         return subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2])
 
     bad = run("to-flax", tmp_path / "nowhere", tmp_path / "out")
@@ -175,7 +175,7 @@ def test_the_command_in_a_process_of_its_own(source, tmp_path):
 
 
 def test_arguments_are_parsed_without_jax():
-    code = "import sys, convert, convert.cli; sys.exit('jax' in sys.modules)"
+    code = "import sys, fps_convert, fps_convert.cli; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2]).returncode == 0
 
 
