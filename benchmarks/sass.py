@@ -14,6 +14,8 @@ _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _LONG = 32  # instructions: half of what rescaling the sums takes
 # P of a step: 64 x 128 exponentials for the 128 threads of a warpgroup.
 EXPONENTIALS = 64
+# What the special-function unit does, 16 lanes a cycle and multiprocessor: exponentials and the like, and rounding (FRND).
+SPECIAL_FUNCTIONS = ("MUFU", "FRND")
 
 
 class Instruction(NamedTuple):
@@ -50,26 +52,31 @@ def _main_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[
     return min(loops, key=len, default=[])
 
 
-def skipped(loop: list[Instruction], instructions: list[Instruction], labels: dict[str, int]) -> int:
-    """Instructions of a step that branches jump over in the usual case: long stretches of arithmetic, done where a maximum moved.
+def usual_step(loop: list[Instruction], instructions: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
+    """A step without what its branches usually jump over: long stretches of arithmetic, done where a maximum moved.
+
+    Special functions may be among it, a wait or a matmul may not.
 
     Args:
       loop: as `main_loop` has it, of these instructions and labels.
     """
+    if not loop:
+        return []
     start = next(i for i in range(len(instructions)) if instructions[i : i + len(loop)] == loop)
-    count = 0
+    kept = [True] * len(loop)
     for i, (op, operands) in enumerate(loop):
         target = re.search(r"(\.L_x_\d+)", operands) if op.startswith("BRA") else None
-        inside = loop[i + 1 : labels[target[1]] - start] if target and target[1] in labels else []
-        if len(inside) >= _LONG and not any(x.op.startswith(("WARPGROUP", "SYNCS", "MUFU")) for x in inside):
-            count += len(inside)
-    return count
+        end = labels[target[1]] - start if target and target[1] in labels else 0
+        inside = loop[i + 1 : end]
+        if len(inside) >= _LONG and not any(x.op.startswith(("WARPGROUP", "SYNCS")) or "GMMA" in x.op for x in inside):
+            kept[i + 1 : end] = [False] * len(inside)
+    return [x for x, keep in zip(loop, kept, strict=True) if keep]
 
 
 def order_problems(
     loop: list[Instruction], *, takes_turns: bool = False, exponentials: int = EXPONENTIALS
 ) -> list[str]:
-    """What is out of order in a step; empty where all is well.
+    """What is out of order in a step, of which `loop` is what is usually done; empty where all is well.
 
     Matmuls of both products; a wait for the first; its slot handed back; the exponentials; a wait for the second; its slot handed
     back. A slot that is handed back before its wait is overwritten while it is read; exponentials after the second wait don't
@@ -119,14 +126,15 @@ def loop_facts(sass: str, *, takes_turns: bool = False, exponentials: int = EXPO
     """Numbers of the main loop. `takes_turns`, `exponentials`: as `order_problems`."""
     instructions, labels = parse(sass)
     loop = _main_loop(instructions, labels)
+    usual = usual_step(loop, instructions, labels)
     ops = Counter(x.op.split(".")[0] for x in loop)
     return {
         "main_loop_instructions": len(loop),
-        "usual_step_instructions": len(loop) - (skipped(loop, instructions, labels) if loop else 0),
+        "usual_step_instructions": len(usual),
+        "special_functions": sum(x.op.startswith(SPECIAL_FUNCTIONS) for x in usual),
         "main_loop_matmuls": sorted({x.op for x in loop if "GMMA" in x.op}),
-        "main_loop_exponentials": sum(x.op.startswith("MUFU.EX2") for x in loop),
         "main_loop_most": dict(ops.most_common(8)),
-        "order_problems": order_problems(loop, takes_turns=takes_turns, exponentials=exponentials),
+        "order_problems": order_problems(usual, takes_turns=takes_turns, exponentials=exponentials),
     }
 
 

@@ -52,7 +52,7 @@ def _consumer(block: Block, wg: Array) -> None:
         pl.when(wg == 1)(lambda: plgpu.barrier_arrive(memory.turn_barriers.at[0]))
     load_queries(lax.axis_index("worker"), jnp.int32(0))
     each_item(problem, item_body)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # shared memory must outlive its readers; what they wrote lasts
 
 
 def _copier(block: Block) -> None:

@@ -37,6 +37,9 @@ f32, i32 = jnp.float32, jnp.int32
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _LOG2E = math.log2(math.e)
 
+# What a step hands to the next: sums, tops, P and its shrink, all of this step, and K's scales of the next.
+_Carry = tuple[Sums, Array, Array, Array, list[Any]]
+
 _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=f32)
 
 
@@ -51,12 +54,14 @@ def consume(block: Block, place: Place, wg: Array, queries_were_read: Callable[[
     if block.problem.scales:
         to_log2 = to_log2 * block.operands.q_scale[place.group, place.block * CONSUMERS + wg]
     rows = _Rows(block, place, wg, to_log2)
-    s, scales = rows.first_scores()
+    first_scales, next_scales = rows.key_scales(i32(0)), rows.key_scales(i32(1))
+    s = rows.first_products()
     start = plgpu.layout_cast(jnp.full((BLOCK_Q,), START, f32), ROWS)
-    p, top, shrink = rows.softmax(s, scales, start)
+    p, top, shrink = rows.softmax(s, rows.to_scores(first_scales), start)
     rows.wait_for_keys(i32(1))
     sums = no_sums(block.problem.head_dim, block.problem.promote_every)
-    sums, top, p, shrink = lax.fori_loop(1, place.steps, rows.step, (sums, top, rows.to_operand(p), shrink))
+    carry = (sums, top, rows.to_operand(p), shrink, next_scales)
+    sums, top, p, shrink, _ = lax.fori_loop(1, place.steps, rows.step, carry)
     queries_were_read()
     acc = sums.total() * over_rows(shrink, (BLOCK_Q, block.problem.head_dim + VALID_ROWS)) + rows.last_output(p)
     rows.store(acc, top)
@@ -90,12 +95,18 @@ class _Rows(NamedTuple):
         barriers = self.block.memory.k_barriers
         pl.when(step < self.place.steps)(lambda: plgpu.barrier_wait(barriers.at[self.slot(step)]))
 
-    def score_scales(self, step: Array) -> list[Any]:
-        """Factors that take products of q and k to scores in log2, one for each group of the key block."""
+    def key_scales(self, step: Array) -> list[Any]:
+        """K's scales of a step, loaded, one for each group of the key block; those of the last step for any after it.
+
+        A step loads those of the next: its own would come too late, as their products with `to_log2` stand before its matmuls.
+        """
         k_scale, count = self.block.operands.k_scale, self.block.problem.scales
-        if not count:
-            return [self.to_log2]
-        return [k_scale[(*self.place.scales, step * count + i)] * self.to_log2 for i in range(count)]
+        step = jnp.minimum(step, self.place.steps - 1)
+        return [k_scale[(*self.place.scales, step * count + i)] for i in range(count)]
+
+    def to_scores(self, key_scales: list[Any]) -> list[Any]:
+        """Factors that take products of q and k to scores in log2: one for each of K's scales, or one alone without any."""
+        return [scale * self.to_log2 for scale in key_scales] or [self.to_log2]
 
     def softmax(self, s: Array, scales: list[Any], top: Array) -> tuple[Array, Array, Array]:
         problem = self.block.problem
@@ -104,26 +115,25 @@ class _Rows(NamedTuple):
     def to_operand(self, p: Array) -> Array:
         return to_fp8_operand(p) if self.block.problem.scales else p.astype(self.block.problem.operand)
 
-    def first_scores(self) -> tuple[Array, list[Any]]:
-        """Products of the first step, and the factors that make scores of them."""
+    def first_products(self) -> Array:
+        """Q K of the first step."""
         step, memory = i32(0), self.block.memory
 
         def multiply(s_acc):
             plgpu.wgmma(s_acc, self.queries, self.keys(step))
             return s_acc[...]
 
-        scales = self.score_scales(step)
         plgpu.barrier_wait(memory.k_barriers.at[self.slot(step)])
         s = pl.run_scoped(multiply, _accumulator((BLOCK_Q, BLOCK_KV)))
         plgpu.barrier_arrive(memory.k_consumed_barriers.at[self.slot(step)])
-        return s, scales
+        return s
 
-    def step(self, step: Array, carry: tuple[Sums, Array, Array, Array]) -> tuple[Sums, Array, Array, Array]:
-        """Scores and softmax of this step beside P V of the one before. `carry`: sums, tops, P and its shrink, of that one."""
-        sums, top, p, shrink = carry
+    def step(self, step: Array, carry: _Carry) -> _Carry:
+        """Scores and softmax of this step beside P V of the one before."""
+        sums, top, p, shrink, key_scales = carry
         memory, problem = self.block.memory, self.block.problem
         v_slot = self.slot(step - 1)
-        scales = self.score_scales(step)
+        scales, next_scales = self.to_scores(key_scales), self.key_scales(step + 1)
         sums = before_step(sums, shrink, step, problem.promote_every)
         # Before the matmuls, not between them: a branch there would part the zeros of a fresh accumulator from the first P V, into
         # which they fold (34 instructions a step). There is nothing to wait for: V was copied before the K that has arrived.
@@ -133,7 +143,7 @@ class _Rows(NamedTuple):
         recent, p, top, new_shrink = self.products(step, p, scales, top, shrink, sums.recent)
         plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
         # Converted after the wait for P V: before it, ptxas serializes every wgmma (C7513).
-        return after_step(sums, recent, shrink), top, self.to_operand(p), new_shrink
+        return after_step(sums, recent, shrink), top, self.to_operand(p), new_shrink, next_scales
 
     def products(self, step, p, scales, top, shrink, recent):
         """(P V of the step before, added to `recent` where that isn't None; new P; its tops; its shrink)."""

@@ -189,7 +189,7 @@ def quantize_groups(
         for part in range(parts):
             rows = pl.ds(group * tokens_per_scale + part * _ROWS, _ROWS)
             plgpu.copy_smem_to_gmem(out_smem.at[part], out_ref.at[out_head, rows])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,
@@ -236,7 +236,7 @@ def quantize_transposed(
             out_smem[c] = to_fp8_operand(jnp.where(kept, _quotient(x, reciprocal), 0.0))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[out_head, :, keys])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kernel = plgpu.kernel(
         body,

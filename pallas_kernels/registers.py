@@ -23,6 +23,7 @@ _EXP2_LEAST = -30.0
 # A float32 plus this has a whole number in its low bits; without it again, the float32 is rounded to that.
 _ROUNDING = 1.5 * 2**23
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
+_ROWS_OF_WARP = 16  # of the 64 of a wgmma accumulator
 
 # In each group of 16 columns a thread holds other columns of a float32 accumulator than of an 8-bit A operand: as an operand, its
 # k-th pair of registers means column _ORDER16[k] of the accumulator.
@@ -93,37 +94,46 @@ def any_in_warp_is_not_1(x: Float[Array, "M"]) -> Int[Array, ""]:
     return vote_not_1(x)
 
 
-def scaled_row_max(parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[Array, "M"]]) -> Float[Array, "M"]:
-    """The largest of `part * scale` in each row, in about half the instructions of `part.max(axis=1)`; NaN for a NaN.
+def next_tops(
+    parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[Array, "M"]], top: Float[Array, "M"]
+) -> tuple[Float[Array, "M"], Float[Array, "M"]]:
+    """(tops with a block of scores `part * scale`: whole numbers; by what sums relative to the tops before it shrink).
 
-    Hopper has a maximum of three numbers (VIMNMX3) for integers only. Floats that aren't negative are in the order of their bits,
-    so the largest integer is the row's maximum wherever one isn't negative. Negative floats are in the opposite order: a warp with
-    a row that is negative throughout looks again, for the smallest of the bits.
+    Tops seldom move. So a warp votes once, and where none of its rows may have moved it jumps over everything but the search for
+    the largest score: rounding up, the shrink's exponential, and a second look.
+
+    The search takes about half the instructions of `part.max(axis=1)`. Hopper has a maximum of three numbers (VIMNMX3) for integers
+    only. Floats that aren't negative are in the order of their bits, so the largest integer is the row's maximum wherever one score
+    isn't negative. Negative floats are in the opposite order: where a row is negative throughout, the largest integer is its
+    smallest score, and its maximum takes a second look, for the smallest of the bits. That matters only to a row whose top is
+    negative too: such a row always votes for the long way. A NaN votes for it as well, and makes both results NaN, as does inf.
 
     Args:
       parts: ranges of columns of a float32 wgmma accumulator.
       scales: for each of them, positive.
+      top: of the blocks before: whole numbers, or NaN.
     """
+    row = plgpu.ShapeDtypeStruct(top.shape, jnp.float32, _ROWS)
 
-    @_inline(
-        emulated_row_max,
-        ((plgpu.Layout.WGMMA,) * len(parts), (_ROWS,) * len(scales)),
-        plgpu.ShapeDtypeStruct(parts[0].shape[:1], jnp.float32, _ROWS),
-    )
-    def max_by_bits(_, accumulators, factors):
+    @_inline(emulated_next_tops, ((plgpu.Layout.WGMMA,) * len(parts), (_ROWS,) * len(scales), _ROWS), (row, row))
+    def tops_by_bits(_, accumulators, factors, tops):
         from jax.extend.mlir import ir
         from jax.extend.mlir.dialects import arith
-        from jaxlib.mlir.dialects import scf, vector
+        from jaxlib.mlir.dialects import math, scf, vector
 
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        zero = mgpu.utils.c(0, i32)
+        floats, integers = arith.CmpFPredicate, arith.CmpIPredicate
+
+        def of_half(rows, half):
+            """A thread's value of a row array in one of its two rows."""
+            return vector.extract(rows.registers[:, :, half].item(), [], [0])
 
         def row_bits(half):
             """Of each part, a thread's elements in one of its two rows, and their scale."""
             for accumulator, factor in zip(accumulators, factors, strict=True):
                 pairs = accumulator.registers[:, :, :, :, half].flat
                 bits = [arith.bitcast(i32, vector.extract(pair, [], [i])) for pair in pairs for i in (0, 1)]
-                yield bits, vector.extract(factor.registers[:, :, half].item(), [], [0])
+                yield bits, of_half(factor, half)
 
         def over_row(op, half):
             scaled = [
@@ -135,23 +145,35 @@ def scaled_row_max(parts: Sequence[Float[Array, "M _"]], scales: Sequence[Float[
                 best = op(best, mgpu.utils.shfl_bfly(best, distance))
             return best
 
-        def negative(x):
-            return arith.cmpi(arith.CmpIPredicate.slt, x, zero)
+        def raised(old, largest, smallest):
+            negative = arith.cmpi(integers.slt, largest, mgpu.utils.c(0, i32))
+            maximum = arith.bitcast(f32, arith.select(negative, smallest, largest))
+            new = math.ceil(arith.maximumf(old, maximum))
+            infinite = arith.cmpf(floats.OEQ, new, mgpu.utils.c(np.inf, f32))
+            return arith.select(infinite, mgpu.utils.c(np.nan, f32), new)
 
+        def like_tops(values):
+            registers = np.empty_like(tops.registers)
+            for half, value in enumerate(values):
+                registers[:, :, half] = vector.broadcast(ir.VectorType.get((1,), f32), value)
+            return mgpu.FragmentedArray(_registers=registers, _layout=tops.layout, _is_signed=None)
+
+        old = [of_half(tops, half) for half in (0, 1)]
         largest = [over_row(arith.maxsi, half) for half in (0, 1)]
-        look_again = scf.IfOp(_any_in_warp([negative(x) for x in largest]), [i32, i32], has_else=True)
-        with ir.InsertionPoint(look_again.then_block):
+        # Unordered comparisons: true of a NaN. "Below 0" is of floats, so that -0.0 isn't.
+        may_move = [arith.cmpf(floats.ULT, x, mgpu.utils.c(0.0, f32)) for x in old]
+        may_move += [arith.cmpf(floats.UGT, arith.bitcast(f32, x), y) for x, y in zip(largest, old, strict=True)]
+        branch = scf.IfOp(_any_in_warp(may_move), [f32] * 4, has_else=True)
+        with ir.InsertionPoint(branch.then_block):
             smallest = [over_row(arith.minui, half) for half in (0, 1)]
-            scf.yield_([arith.select(negative(x), y, x) for x, y in zip(largest, smallest, strict=True)])
-        with ir.InsertionPoint(look_again.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]  # there is one
-            scf.yield_(largest)
+            new = [raised(*x) for x in zip(old, largest, smallest, strict=True)]
+            shrink = (tops - like_tops(new)).exp2(approx=True)
+            scf.yield_([*new, *(of_half(shrink, half) for half in (0, 1))])
+        with ir.InsertionPoint(branch.else_block):  # pyright: ignore[reportArgumentType, reportCallIssue]  # there is one
+            scf.yield_([*old, *[mgpu.utils.c(1.0, f32)] * 2])
+        return like_tops(branch.results[:2]), like_tops(branch.results[2:])
 
-        registers = np.empty_like(factors[0].registers)
-        for half, bits in enumerate(look_again.results):
-            registers[:, :, half] = vector.broadcast(ir.VectorType.get((1,), f32), arith.bitcast(f32, bits))
-        return mgpu.FragmentedArray(_registers=registers, _layout=factors[0].layout, _is_signed=None)
-
-    return max_by_bits(tuple(parts), tuple(scales))
+    return tops_by_bits(tuple(parts), tuple(scales), top)
 
 
 def exp2(x: Float[Array, "M N"], polynomial_columns: int = 0) -> Float[Array, "M N"]:
@@ -202,18 +224,6 @@ def exp2(x: Float[Array, "M N"], polynomial_columns: int = 0) -> Float[Array, "M
     return exp2_by_both(x)
 
 
-def ceil(x: Float[Array, "M"]) -> Float[Array, "M"]:
-    """x, a value for each row of a wgmma accumulator, rounded up: one instruction each. Pallas rounds to nearest only."""
-
-    @_inline(lambda x: [jnp.ceil(x)], (_ROWS,), plgpu.ShapeDtypeStruct(x.shape, jnp.float32, _ROWS))
-    def ceil_rows(_, rows):
-        from jaxlib.mlir.dialects import math
-
-        return rows._pointwise(math.ceil)
-
-    return ceil_rows(x)
-
-
 def _is_polynomial(column: int, columns: int, polynomials: int) -> bool:
     """Whether a tile of 8 columns is one of so many that are spread evenly over all."""
     return (column + 1) * polynomials // columns > column * polynomials // columns
@@ -235,7 +245,7 @@ def emulated_relabel(p: Array) -> list[Array]:
 
 
 def emulated_vote(x: Array) -> list[Array]:
-    """Over the warpgroup: interpret mode has no warps."""
+    """Over the warpgroup: interpret mode has no warps, and what the vote decides is a branch of all its rows."""
     return [(x != 1).any().astype(jnp.int32)]
 
 
@@ -249,8 +259,9 @@ def emulated_exp2(x: Array, polynomial_columns: int) -> list[Array]:
     return [jnp.where(np.repeat(polynomial, 8), lax.bitcast_convert_type(bits, jnp.float32), jnp.exp2(x))]
 
 
-def emulated_row_max(*parts_and_scales: Array) -> list[Array]:
-    """By bits too, so that the same trick is tested."""
+def emulated_next_tops(*parts_and_scales_and_top: Array) -> list[Array]:
+    """By bits and by the votes of warps, of 16 rows each, so that the same tricks are tested."""
+    *parts_and_scales, top = parts_and_scales_and_top
     parts, scales = np.split(np.arange(len(parts_and_scales)), 2)
 
     def over_row(reduce: Any, dtype: Any) -> Array:
@@ -262,7 +273,14 @@ def emulated_row_max(*parts_and_scales: Array) -> list[Array]:
             * parts_and_scales[scale]
             for part, scale in zip(parts, scales, strict=True)
         ]
+        best = [
+            jnp.where(jnp.isnan(x), jnp.nan, x) for x in best
+        ]  # a NaN of a GPU's arithmetic has no sign, a CPU's may
         return lax.bitcast_convert_type(reduce(jnp.stack([bits(x) for x in best]), axis=0), jnp.float32)
 
     largest = over_row(jnp.max, jnp.int32)
-    return [jnp.where(jnp.signbit(largest), over_row(jnp.min, jnp.uint32), largest)]
+    may_move = ~((top >= 0) & (largest <= top))
+    vote = jnp.repeat(may_move.reshape(-1, _ROWS_OF_WARP).any(1), _ROWS_OF_WARP)
+    new = jnp.ceil(jnp.maximum(top, jnp.where(jnp.signbit(largest), over_row(jnp.min, jnp.uint32), largest)))
+    new = jnp.where(jnp.isposinf(new), jnp.nan, new)
+    return [jnp.where(vote, new, top), jnp.where(vote, jnp.exp2(top - new), 1)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.registers import any_in_warp_is_not_1, ceil, exp2, scaled_row_max
+from pallas_kernels.registers import any_in_warp_is_not_1, exp2, next_tops
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
@@ -91,11 +91,11 @@ def online_softmax(
     """
     parts = [s] if len(scales) == 1 else [s[:, : BLOCK_KV // 2], s[:, BLOCK_KV // 2 :]]
     row_scales = [plgpu.layout_cast(jnp.full_like(top, scale), ROWS) for scale in scales]
-    new_top = ceil(jnp.maximum(top, scaled_row_max(parts, row_scales)))
+    new_top, shrink = next_tops(parts, row_scales, top)
     shift = new_top - log2_p
     columns = polynomial_columns // len(parts)
     p = [exp2(part * scale - over_rows(shift, part.shape), columns) for part, scale in zip(parts, scales, strict=True)]
-    return p[0] if len(p) == 1 else jnp.concatenate(p, axis=1), new_top, jnp.exp2(top - new_top)
+    return p[0] if len(p) == 1 else jnp.concatenate(p, axis=1), new_top, shrink
 
 
 def over_rows(x: Float[Array, "M"], shape: tuple[int, ...]) -> Float[Array, "M N"]:

@@ -84,8 +84,18 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         q[..., 0], k[..., 0] = 4, 3 * np.arange(k.shape[1])[None, :, None] / 64
     if case.inputs == "jumping":  # 150 powers of two up and down from block to block: more than float32 has
         q[..., 0], k[..., 0] = 40, 30 * (np.arange(k.shape[1]) // BLOCK_KV % 2)[None, :, None]
-    if case.inputs == "broken":  # inf in a key of tile 0, NaN in a channel of V
+    if (
+        case.inputs == "mixed"
+    ):  # rows rise, fall, rise or fall below 0, do neither: warps of each kind, and of all kinds
+        row = np.arange(q.shape[1])
+        kind = np.where(row // 16 % 6 == 5, row % 5, row // 16 % 6)
+        q[..., 0] = np.array([4, -4, 4, -4, 0], np.float32)[kind][None, :, None]
+        q[..., 1] = np.array([0, 0, -60, -60, 1], np.float32)[kind][None, :, None]
+        k[..., 0], k[..., 1] = 3 * np.arange(k.shape[1])[None, :, None] / 64, 60
+    if case.inputs.startswith("broken"):  # inf in a key of tile 0, NaN in a channel of V
         k[0, 3, 0, 5], v[0, 1, 0, 7] = np.inf, np.nan
+    if case.inputs == "broken_query":  # not for the fused passes: XLA loses it in their maximum on a CPU
+        q[0, -case.tile // 2, -1, 9] = np.nan
     for x, valid in ((q, q_valid), (k, k_valid), (v, k_valid)):
         x[:, ~valid] = np.nan
     key_tiles, counts = permuted_table(case.table, case.heads, query_tiles, case.tiles, rng)
@@ -169,9 +179,9 @@ def errors(case: Case) -> dict[str, Any]:
     }
 
 
-def broken_inputs(config: ForwardConfig) -> dict[str, Any]:
-    """Where the output is NaN for inf in a key and NaN in V: (kernel, specification)."""
-    case = Case(tile=128, tiles=3, heads=2, inputs="broken", padding="tail", config=config)
+def broken_inputs(inputs: str, scales: int | None, config: ForwardConfig) -> dict[str, Any]:
+    """Where the output is NaN for inf in a key and NaN in V, and in a query: (kernel, specification)."""
+    case = Case(tile=128, tiles=3, heads=2, scales=scales, inputs=inputs, padding="tail", config=config)
     x = make_inputs(case)
     out, _ = call_kernel(case, x)
     spec, _ = jax.jit(reference.attention)(*x.args(case))

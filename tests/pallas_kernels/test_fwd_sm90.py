@@ -64,6 +64,14 @@ CASES = {
     # Maxima that move, and sums that stay with the tensor cores for some steps.
     "rising": Case(tile=128, tiles=5, table="all", inputs="rising"),
     "bf16_rising": Case(scales=None, tile=128, tiles=5, table="all", inputs="rising"),
+    "mixed_two_scales": Case(tile=128, tiles=3, scales=2, table="all", inputs="mixed"),
+    "bf16_mixed": Case(scales=None, tile=128, tiles=3, table="all", inputs="mixed"),
+    "polynomial_32_mixed": Case(
+        tile=128, tiles=3, table="all", inputs="mixed", config=ForwardConfig(stages=2, polynomial_columns=32)
+    ),
+    "promoted_every_2_mixed": Case(
+        tile=128, tiles=3, table="all", inputs="mixed", config=ForwardConfig(stages=2, promote_every=2)
+    ),
     "polynomial_16": Case(padding="tail", config=ForwardConfig(stages=4, polynomial_columns=16)),
     "polynomial_48_two_scales": Case(
         scales=4, padding="groups", inputs="low", config=ForwardConfig(stages=2, polynomial_columns=48)
@@ -135,11 +143,13 @@ def test_kernel_computes_the_specification(name):
     assert got["dtype"] == case.dtype
 
 
-@pytest.mark.parametrize("polynomial_columns", [0, 48])
-def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them(polynomial_columns):
+@pytest.mark.parametrize(
+    ("inputs", "scales", "polynomial_columns"), [("broken", 1, 0), ("broken_query", 2, 48), ("broken_query", None, 0)]
+)
+def test_non_finite_inputs_show_in_the_output_where_the_specification_has_them(inputs, scales, polynomial_columns):
     """A polynomial loses a NaN, but not the row's maximum, nor the other columns."""
     config = ForwardConfig(stages=2, polynomial_columns=polynomial_columns)
-    got = interpreted.run(attention_cases.broken_inputs, config)
+    got = interpreted.run(attention_cases.broken_inputs, inputs, scales, config)
     assert got["spec"].any()
     assert not got["spec"].all()
     np.testing.assert_array_equal(got["kernel"], got["spec"])

@@ -1,5 +1,6 @@
 """Inline code on registers: that it takes each element for what Mosaic's layouts say it is, and the maximum by bits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_kv_order_is_what_mosaics_layouts_say_for_every_element():
 
 
 def test_a_threads_rows_are_those_of_the_reduced_layout():
-    """`scaled_row_max` writes the maximum of registers[:, :, :, :, half] to [:, :, half] of a layout of row values."""
+    """`next_tops` writes what it finds in registers[:, :, :, :, half] to [:, :, half] of a layout of row values."""
     row = elements(mgpu.WGMMA_LAYOUT, (64, 128)) // 128
     reduced = elements(mgpu.WGMMA_LAYOUT.reduce([1]), (64,))
     assert mgpu.WGMMA_LAYOUT.warp_dims == (-7,)
@@ -57,32 +58,99 @@ def test_a_threads_rows_are_those_of_the_reduced_layout():
         np.testing.assert_array_equal(row[:, :, warp, :, half, :, lane], reduced[0, warp, half, lane, 0])
 
 
+_emulated = jax.jit(registers.emulated_next_tops)
+
+
+def next_tops(x, top, scales=(1.0,)):
+    """`registers.next_tops` as interpret mode computes it. `scales`: of the parts, equally wide, that x is cut into."""
+    parts = np.split(np.asarray(x, np.float32), len(scales), axis=1)
+    factors = [np.full(len(x), scale, np.float32) for scale in scales]
+    found = _emulated(*map(jnp.asarray, (*parts, *factors, np.asarray(top, np.float32))))
+    return [np.asarray(x) for x in found]
+
+
+START = -1e30
+ROWS = 48  # three warps
+TOPS = [START, -130.0, -2.0, -1.0, -0.0, 0.0, 1.0, 7.0, 128.0]
+
+
 @settings(deadline=None, max_examples=100)
 @given(
-    arrays.arrays(np.float32, (6, 16), elements=st.floats(width=32, allow_nan=False)),
+    arrays.arrays(np.float32, (ROWS, 4), elements=st.floats(-200, 200, width=32)),
     st.lists(st.floats(2.0**-20, 2.0**20, width=32), min_size=1, max_size=2),
-    st.lists(st.sampled_from([-1, 0, 1]), min_size=6, max_size=6),
+    st.lists(st.sampled_from([-1, 0, 1]), min_size=ROWS, max_size=ROWS),
+    st.lists(st.sampled_from(TOPS), min_size=ROWS, max_size=ROWS) | st.sampled_from(TOPS).map(lambda top: [top] * ROWS),
 )
-def test_maxima_by_bits_are_maxima(x, scales, signs):
-    """Rows of either sign throughout, of both, of zeros of both signs and of infinities; one part and two."""
+def test_tops_are_maxima_rounded_up_whatever_the_warp_votes(x, scales, signs, top):
+    """Rows of either sign throughout, of both, of zeros of both signs; below their tops, at them, above; one part and two."""
     signs = np.array(signs)[:, None]
     x = np.where(signs == 0, x, np.copysign(x, signs.astype(np.float32)))
-    parts = np.split(x, len(scales), axis=1)
-    factors = [np.full(6, scale, np.float32) for scale in scales]
-    with np.errstate(over="ignore"):
-        scaled = [part * factor[:, None] for part, factor in zip(parts, factors, strict=True)]
-    expected = np.concatenate(scaled, axis=1).max(axis=1)
-    (found,) = registers.emulated_row_max(*map(jnp.asarray, (*parts, *factors)))
-    tiny = 2.0**-126 * max(1, *scales)  # XLA on a CPU takes denormal numbers for 0, before scales and after
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tiny)
+    top = np.array(top, np.float32)
+    by_part = np.repeat(np.array(scales, np.float32), 4 // len(scales))
+    x = (x / by_part).astype(np.float32)
+    scaled = np.where(np.abs(x) < 2.0**-126, 0, x) * by_part  # XLA on a CPU takes denormal numbers for 0
+    expected = np.maximum(top, np.ceil(scaled.max(axis=1)))
+    found, shrink = next_tops(x, top, scales)
+    np.testing.assert_array_equal(found, expected)
+    # XLA's exp2 on a CPU rounds x * log(2) to a float32 first.
+    np.testing.assert_allclose(shrink, np.exp2(top - expected), rtol=2.0**-16, atol=2.0**-126)
+
+
+WARP = 16
+HELD = np.arange(WARP) != 5  # all rows of a warp but one
+
+
+@pytest.mark.parametrize(
+    ("score", "top", "moved"),
+    [
+        (3.5, 4.0, False),
+        (4.0, 4.0, False),
+        (4.5, 4.0, True),
+        (-1.0, 4.0, False),
+        (-1.0, 0.0, False),
+        (-0.0, 0.0, False),
+        (0.0, -0.0, False),
+        (-0.25, -0.0, False),
+        (0.25, -0.0, True),
+        (-1.5, -2.0, True),
+        (0.0, START, True),
+        (-np.inf, 4.0, False),
+        (np.nan, 4.0, True),
+        (-np.nan, 4.0, True),
+        (-np.nan, -4.0, True),
+        (np.inf, 4.0, True),
+        (3.5, np.nan, True),
+    ],
+)
+def test_a_warp_takes_the_long_way_where_one_of_its_rows_moves(score, top, moved):
+    """Which way shows in a row whose top is no whole number, as none is: the long way rounds it up, the short one leaves it."""
+    scores, tops = np.full((WARP, 8), -1.0), np.full(WARP, 0.5)
+    scores[~HELD], tops[~HELD] = score, top
+    found, _ = next_tops(np.concatenate([scores, np.full((WARP, 8), -1.0)]), np.concatenate([tops, np.full(WARP, 0.5)]))
+    np.testing.assert_array_equal(found[:WARP][HELD], 1.0 if moved else 0.5)
+    np.testing.assert_array_equal(found[WARP:], 0.5)  # another warp, of which none moves
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_maxima_by_bits_of_a_nan_are_nan(sign):
-    x = np.full((2, 16), sign, np.float32)
-    x[1, 3] = np.nan
-    (found,) = registers.emulated_row_max(jnp.asarray(x), jnp.ones(2))
-    np.testing.assert_array_equal(np.isnan(found), [False, True])
+@pytest.mark.parametrize("special", [np.nan, -np.nan, np.inf])
+def test_a_score_that_is_not_finite_makes_its_row_nan_from_then_on(special, sign):
+    """Also inf: otherwise a later step would find exp2(inf - inf) only by the long way, which it doesn't take."""
+    scores, top = np.full((WARP, 8), sign, np.float32), np.full(WARP, START)
+    scores[5] = sign
+    scores[5, 3] = np.copysign(special, sign) if np.isnan(special) else special
+    top, shrink = next_tops(scores, top)
+    np.testing.assert_array_equal(np.isnan(top), ~HELD)
+    np.testing.assert_array_equal(np.isnan(shrink), ~HELD)
+    top, shrink = next_tops(np.full((WARP, 8), sign - 1.0), top)
+    np.testing.assert_array_equal(np.isnan(top), ~HELD)
+    np.testing.assert_array_equal(np.isnan(shrink), ~HELD)
+    np.testing.assert_array_equal(shrink[HELD], 1)
+
+
+def test_scores_of_minus_infinity_alone_leave_a_top_as_it_is():
+    top, shrink = next_tops(np.full((WARP, 8), -np.inf), np.full(WARP, START))
+    np.testing.assert_array_equal(top, np.float32(START))
+    np.testing.assert_array_equal(shrink, 1)
 
 
 @pytest.mark.parametrize("columns", [16, 32, 48])
