@@ -47,6 +47,75 @@ def say(result: Mapping[str, Any]) -> None:
     print(_MARK + json.dumps(_plain(result)), flush=True)
 
 
+class Running:
+    """A command under way in a process of its own, which can be heard, told a word, and ended with all that it started.
+
+    Args: as of `run`. `listens`: it reads from stdin what `tell` says; otherwise stdin is this process's.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        folder: str | os.PathLike | None = None,
+        listens: bool = False,
+    ):
+        # To files: what a process that hangs had written is there, and no pipe to a grandchild keeps us waiting.
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
+        self._start, self._read, self._heard = time.monotonic(), 0, 0
+        self._said: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE if listens else None,
+            stdout=self._out,
+            stderr=self._err,
+            start_new_session=True,
+        )
+
+    def hear(self) -> list[dict[str, Any]]:
+        """The results that came since the last time; after `end` those that came until then."""
+        if not self._out.closed:
+            self._read, new = _results(self._out, self._read)
+            self._said += new
+        unheard, self._heard = self._said[self._heard :], len(self._said)
+        return unheard
+
+    def tell(self, line: str) -> None:
+        """Writes a line to its stdin; nothing where it has ended."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after that long at most."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.poll() is not None
+
+    def end(self, *, timed_out: bool = False) -> Ended:
+        """Ends it, and what it started. `timed_out`: what the record says of why."""
+        gone = _end(self._process)
+        self._read, new = _results(self._out, self._read)
+        self._said += new
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        with self._out, self._err:
+            complaint = (_text(self._err) or _text(self._out))[-_TAIL:]
+        return Ended(
+            said=self._said,
+            status=self._process.returncode,
+            timed_out=timed_out,
+            seconds=time.monotonic() - self._start,
+            complaint=complaint,
+            gone=gone,
+        )
+
+
 def run(
     command: Sequence[str],
     *,
@@ -64,43 +133,26 @@ def run(
       folder: to run it in; None for this process's.
     """
     start = heard = time.monotonic()
-    said: list[dict[str, Any]] = []
-    read = 0
+    timed_out = ended = False
+    process = Running(command, environment=environment, folder=folder)
 
     def listen() -> None:
-        nonlocal heard, read
-        read, new = _results(out, read)
-        for result in new:
-            said.append(result)
+        nonlocal heard
+        for result in process.hear():
             heard = time.monotonic()
             if hear is not None:
                 hear(result)
 
-    # To files: what a process that hangs had written is there, and no pipe to a grandchild keeps us waiting.
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = subprocess.Popen(
-            command, cwd=folder, env={**os.environ, **environment}, stdout=out, stderr=err, start_new_session=True
-        )
-        timed_out = gone = False
-        try:
-            while process.poll() is None and not timed_out:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, min(_LOOK, start + seconds - time.monotonic())))
-                listen()
-                late = time.monotonic() >= min(start + seconds, heard + silence)
-                timed_out = late and process.poll() is None
-        finally:
-            gone = _end(process)
-        listen()
-        complaint = (_text(err) or _text(out))[-_TAIL:]
-    return Ended(
-        said=said,
-        status=process.returncode,
-        timed_out=timed_out,
-        seconds=time.monotonic() - start,
-        complaint=complaint,
-        gone=gone,
-    )
+    try:
+        while not ended and not timed_out:
+            ended = process.wait(max(0.0, min(_LOOK, start + seconds - time.monotonic())))
+            listen()
+            timed_out = not ended and time.monotonic() >= min(start + seconds, heard + silence)
+        if ended:
+            listen()
+    finally:
+        finished = process.end(timed_out=timed_out)
+    return finished
 
 
 def _end(process: subprocess.Popen) -> bool:

@@ -1,12 +1,14 @@
-"""Dense attention by others, on the real tokens without padding: what ours is compared with."""
+"""Dense attention by others, on the real tokens without padding: what ours is compared with. cuDNN's is in `attention`."""
 
-import importlib.util
+import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, Size, median_seconds, rates, size_of
 from fps_jax.tuning.timing import summary
+
+_NEEDS = {"not available": "needs a GPU"}
 
 
 def torch_seconds(call: Callable[[], Any]) -> dict[str, Any]:
@@ -39,25 +41,15 @@ def _normal(size: Size, dtype: Any, tokens: int | None = None) -> list[Any]:
     return [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3)]
 
 
-def cudnn(toy: bool, *, size: str) -> dict[str, Any]:
-    """cuDNN through jax.nn.dot_product_attention, bf16."""
-    import jax
-    import jax.numpy as jnp
-
-    shape = size_of(size, toy)
-    q, k, v = _normal(shape, jnp.bfloat16)
-    implementation = "xla" if toy else "cudnn"
-    attention = jax.jit(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=implementation))
-    return rates(median_seconds(lambda: attention(q, k, v), toy), shape.flop(), BF16_LIMIT)
-
-
-def cudnn_fp8(toy: bool, *, size: str) -> dict[str, Any]:
+def cudnn_fp8(toy: bool, *, size: str) -> Iterator[dict[str, Any] | None]:
     """cuDNN's FP8 attention with one scale a tensor, through jax's private wrapper: quantization not included."""
+    yield None
+    if toy:
+        yield _NEEDS
+        return
     import jax
     import jax.numpy as jnp
 
-    if toy:
-        return {"not available": "needs a GPU"}
     fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     shape = size_of(size, toy)
     q, k, v = (x.astype(jnp.float8_e4m3fn) for x in _normal(shape, jnp.bfloat16))
@@ -69,37 +61,44 @@ def cudnn_fp8(toy: bool, *, size: str) -> dict[str, Any]:
             q, k, v, fp8_params=scales, scale=shape.head_dim**-0.5, use_fp8=True
         )
     )
-    return rates(median_seconds(lambda: attention(q, k, v), toy), shape.flop(), FP8_LIMIT)
+    yield rates(median_seconds(lambda: attention(q, k, v), toy), shape.flop(), FP8_LIMIT)
 
 
-def mosaic(toy: bool, *, size: str, block_kv: int, steps: int) -> dict[str, Any]:
+def mosaic(toy: bool, *, size: str, block_kv: int, steps: int) -> Iterator[dict[str, Any] | None]:
     """jax's own Pallas kernel, float16, which its shared memory is hard-wired to; it wants whole blocks of keys."""
+    if toy:
+        yield None
+        yield _NEEDS
+        return
     import jax
     import jax.numpy as jnp
-
-    if toy:
-        return {"not available": "needs a GPU"}
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     shape = size_of(size, toy)
-    q, k, v = _normal(shape, jnp.float16, -(-shape.tokens // 128) * 128)
+    tokens = -(-shape.tokens // 128) * 128
     config = attention_mgpu.TuningConfig(block_q=64, block_kv=block_kv, max_concurrent_steps=steps)
-    attention = jax.jit(lambda q, k, v: attention_mgpu.attention(q, k, v, config))
-    return rates(median_seconds(lambda: attention(q, k, v), toy), shape.flop(), BF16_LIMIT)
+    like = jax.ShapeDtypeStruct((1, tokens, shape.heads, shape.head_dim), jnp.float16)
+    attention = jax.jit(lambda q, k, v: attention_mgpu.attention(q, k, v, config)).lower(like, like, like).compile()
+    yield None
+    q, k, v = _normal(shape, jnp.float16, tokens)
+    yield rates(median_seconds(lambda: attention(q, k, v), toy), shape.flop(), BF16_LIMIT)
 
 
-def torch_sdpa(toy: bool, *, size: str, backend: str) -> dict[str, Any]:
+def torch_sdpa(toy: bool, *, size: str, backend: str) -> Iterator[dict[str, Any] | None]:
     """torch's scaled_dot_product_attention, bf16. `backend`: CUDNN_ATTENTION or FLASH_ATTENTION."""
     if toy:
-        return {"not available": "needs a GPU"}
+        yield None
+        yield _NEEDS
+        return
     import torch  # pyright: ignore[reportMissingImports]
     from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 
+    yield None
     shape = size_of(size, toy)
     q, k, v = torch_normal(shape)
     with torch.inference_mode(), sdpa_kernel(getattr(SDPBackend, backend)):
         timing = torch_seconds(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    return rates(timing, shape.flop(), BF16_LIMIT)
+    yield rates(timing, shape.flop(), BF16_LIMIT)
 
 
 def torch_normal(size: Size, tokens_first: bool = False) -> list[Any]:

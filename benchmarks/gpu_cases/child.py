@@ -1,42 +1,80 @@
-"""The process of one case: calls its function and prints each part of the result as a line of JSON."""
+"""The process of a family: prepares all of its cases, waits for its turn, runs them, and says each part of their results."""
 
 import importlib
-import importlib.util
 import json
 import os
-import pathlib
 import sys
+import time
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
 from fps_jax.processes import say
 
-_STANDINS = pathlib.Path(__file__).parents[1] / "standins"
+_TAIL = 1500  # characters of an error that are kept
 
 
-def use_standins() -> None:
-    """Makes a bare machine do: stand-in modules for what isn't installed and only annotates types."""
-    if importlib.util.find_spec("jaxtyping") is None:
-        sys.path.append(str(_STANDINS))
+def _prepared(case: dict[str, Any], toy: bool) -> Iterator[dict[str, Any]]:
+    """The case's generator, before its turn. An error in preparation is raised where the case would run."""
+    module, name = case["function"].split(":")
+    parts = getattr(importlib.import_module(module), name)(toy, **case["kwargs"])
+    first = next(parts)
+    assert first is None, f"{case['function']} said {first} before its turn"
+    return parts
 
 
-def _parts(function: str, toy: bool, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    module, name = function.split(":")
-    result = getattr(importlib.import_module(module), name)(toy, **kwargs)
-    if isinstance(result, dict):
-        yield result
-    else:
-        yield from result
+def _alive(toy: bool) -> bool:
+    """Whether the GPU still answers this process: after an illegal address or a trap it never does again."""
+    if toy or "jax" not in sys.modules:
+        return True
+    import jax.numpy as jnp
+
+    try:
+        return bool((jnp.zeros(1) + 1).block_until_ready()[0] == 1)
+    except Exception:
+        return False
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))
+    return {"failed": f"{type(error).__name__}: {str(error)[:300]}", "error_tail": text[-_TAIL:]}
 
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    use_standins()
-    if asked["toy"]:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    toy = asked["toy"]
+    if toy:
         os.environ.setdefault("NPROC", "12")  # interpret mode runs a warpgroup a thread of XLA's pool
-    for part in _parts(asked["function"], asked["toy"], asked["kwargs"]):
-        say(part)
+    waiting: list[tuple[str, Iterator[dict[str, Any]] | Exception, float]] = []
+    for case in asked["cases"]:
+        start = time.monotonic()
+        try:
+            parts: Iterator[dict[str, Any]] | Exception = _prepared(case, toy)
+        except Exception as error:
+            parts = error
+        waiting.append((case["name"], parts, time.monotonic() - start))
+        say({"prepared": case["name"]})
+    say({"ready": True})
+    if not sys.stdin.readline():
+        return  # the parent has gone
+    for name, parts, seconds in waiting:
+        say({"starting": name})
+        try:
+            if isinstance(parts, Exception):
+                raise parts
+            for part in parts:
+                say({"case": name, **part})
+        except Exception as error:
+            failure = {"case": name, **_failure(error)}
+            if not _alive(toy):
+                # The process is lost, and says so for the case; what is left of the family needs a new one.
+                say(
+                    {**failure, "trapped": "trap" in failure["error_tail"].lower() or "LAUNCH" in failure["error_tail"]}
+                )
+                os._exit(3)
+            say(failure)
+        say({"case": name, "part": "preparation", "took": round(seconds, 2)})
+        say({"finished": name})
 
 
 if __name__ == "__main__":

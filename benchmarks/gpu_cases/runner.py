@@ -1,82 +1,278 @@
-"""Runs a case in a process of its own, ends it at its time, and keeps what it had said until then."""
+"""Runs families of cases, each in a process of its own, so that the GPU measures all the time.
 
+A family imports, lowers and compiles without the GPU's attention, several of them at once; then it waits for its turn. Turns are
+given one at a time, to the first family in the order of the plan that is ready. A process that falls silent has hung: it is ended,
+the case that it had started is blamed, and the family starts again with what is left of it.
+"""
+
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from fps_jax import processes
+from benchmarks.gpu_cases.results import Results
+from fps_jax.processes import Ended, Running
 
 ROOT = pathlib.Path(__file__).parents[2]
+CACHE = pathlib.Path(tempfile.gettempdir()) / "fps_benchmarks_xla"
+REFERENCES = "FPS_BENCHMARK_REFERENCES"  # names the folder where `references` leaves what it computes
+_LOOK = 0.1  # seconds between two looks
+_HOPELESS = 3  # hangs in a row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One process.
+    """One thing that is checked or timed.
 
     Attributes:
-      name: of the case, 'speed fp8 0.20 14B'.
-      stage: facts, correct, speed, peers or tune.
-      function: 'module:function', called with `toy` and kwargs.
+      name: of the case, 'fp8x1 0.20 14B'.
+      function: 'module:function', a generator called with `toy` and kwargs. What it does before its first yield, of None, is
+        done before the family's turn: nothing that keeps the GPU busy. Each dict that it yields is a part of the result.
       kernels: what it launches, the one under test last. A hang is blamed on that, and no other case that launches it runs.
-      seconds: its time; not to have ended by then is a hang.
-      silence: the time between two of its results; for a case with many, whose hang is then seen early.
-      baseline: measured again in every call that measures something beside it, since ratios are within one call.
+      expected: of the ratio to the fastest 16-bit dense attention, for the table.
+    """
+
+    name: str
+    function: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
+    expected: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Cases that share a process, what it compiled and its arrays.
+
+    Attributes:
+      stage: facts, correct, speed, peers or whole.
+      seconds: for its turn; what is not done by then is left out, and is no hang.
+      silence: seconds without a word of a turn that are a hang.
+      baseline: its cases run in every call that measures something, since ratios are within one call.
       environment: more environment variables.
     """
 
     name: str
     stage: str
-    function: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    kernels: tuple[str, ...] = ()
-    seconds: float = 90
-    silence: float = math.inf
+    cases: tuple[Case, ...]
+    seconds: float = 60
+    silence: float = 25
     baseline: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def run(case: Case, *, toy: bool, seconds: float) -> dict[str, Any]:
-    """The record of a case: what, config, parts (results), seconds, and `failed` and `hung` where it did.
+class Process(Protocol):
+    """What is needed of `fps_jax.processes.Running`."""
 
-    Args:
-      seconds: what is left of the budget. A case that this cut short did not hang, and is `unfinished`.
-    """
-    limit = min(case.seconds, seconds)
-    asked = json.dumps({"function": case.function, "toy": toy, "kwargs": case.kwargs})
-    ended = processes.run(
-        [sys.executable, "-m", "benchmarks.gpu_cases.child", asked],
+    def hear(self) -> list[dict[str, Any]]: ...
+    def tell(self, line: str) -> None: ...
+    def wait(self, seconds: float) -> bool: ...
+    def end(self, *, timed_out: bool = False) -> Ended: ...
+
+
+Launch = Callable[[Family, bool], Process]
+
+
+def launch(family: Family, toy: bool) -> Process:
+    """The process of a family (`benchmarks.gpu_cases.child`)."""
+    asked = {"toy": toy, "cases": [{"name": c.name, "function": c.function, "kwargs": c.kwargs} for c in family.cases]}
+    return Running(
+        [sys.executable, "-m", "benchmarks.gpu_cases.child", json.dumps(asked)],
         environment={
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTHONUNBUFFERED": "1",
             "TF_CPP_MIN_LOG_LEVEL": "2",
-            **case.environment,
+            # A plugin that is broken must not have a CPU timed in the GPU's place.
+            "JAX_PLATFORMS": "cpu" if toy else "cuda",
+            # A family that starts again, or a later call on the same machine, has most of it compiled.
+            **({} if toy else {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}),
+            **family.environment,
         },
-        seconds=limit,
-        silence=case.silence,
         folder=ROOT,
+        listens=True,
     )
-    record: dict[str, Any] = {
-        "case": case.name,
-        "stage": case.stage,
-        "kernels": list(case.kernels),
-        "config": case.kwargs,
-        "seconds_in_all": round(ended.seconds, 1),
-        "parts": ended.said,
-    }
-    silent = ended.timed_out and ended.seconds < limit
-    if ended.timed_out and limit < case.seconds and not silent:
-        record |= {"failed": f"unfinished: the budget ended after {limit:.0f} s", "unfinished": True}
-    elif ended.timed_out:
-        what = f"no further case of {case.kernels[-1]}" if case.kernels else "of no kernel of ours"
-        when = f"said nothing for {case.silence:.0f} s" if silent else f"timed out after {limit:.0f} s"
-        record |= {"failed": f"{when} (a hang: {what})", "hung": True}
-    elif ended.status:
-        record |= {"failed": f"exit status {ended.status}"}
-    if "failed" in record:
-        record["error_tail"] = ended.complaint
-    if not ended.gone:
-        record["still_running"] = "its process did not end when killed"
-    return record
+
+
+@dataclass
+class _Started:
+    family: Family
+    process: Process
+    since: float
+    ready: bool = False
+
+
+class Runner:
+    """One call of the benchmark.
+
+    Args:
+      ahead: families that prepare at a time, beside the one that has the GPU.
+      clock, sleep: of `time`; a rehearsal passes its own.
+    """
+
+    def __init__(
+        self,
+        results: Results,
+        call: str,
+        *,
+        toy: bool,
+        budget: float,
+        ahead: int = 1,
+        prepare_seconds: float = 240,
+        launch: Launch = launch,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self.results, self.call, self.toy = results, call, toy
+        self.end = clock() + budget
+        self.ahead, self.prepare_seconds = ahead, prepare_seconds
+        self._launch, self._clock, self._sleep = launch, clock, sleep
+        self._begin = clock()
+        self._hangs = 0
+
+    def run(self, families: Sequence[Family]) -> None:
+        """All of them, until the budget is over or nothing more is to be expected of the GPU."""
+        waiting, started = list(families), []
+        try:
+            while waiting or started:
+                while waiting and len(started) <= self.ahead and self._left() > 0:
+                    family = self._without_hung(waiting.pop(0))
+                    if family.cases:
+                        started.append(_Started(family, self._launch(family, self.toy), self._clock()))
+                turn = self._next(started)
+                if turn is not None:
+                    started.remove(turn)
+                    waiting[:0] = self._turn(turn)
+                if self._left() <= 0 or self._hangs == _HOPELESS:
+                    break
+        finally:
+            for one in started:
+                one.process.end(timed_out=True)
+        why = f"{_HOPELESS} hangs in a row: the GPU itself may" if self._hangs == _HOPELESS else "the budget is spent"
+        for family in [*(s.family for s in started), *waiting]:
+            self._leave(family, f"not run: {why}; call again to continue")
+
+    def _left(self) -> float:
+        return self.end - self._clock()
+
+    def _next(self, started: list[_Started]) -> _Started | None:
+        """The first that is ready; None where there is none yet, after a moment, or where one that never will be was dropped."""
+        for one in started:
+            one.ready = one.ready or any(said.get("ready") for said in one.process.hear())
+            if one.ready:
+                return one
+            ended = one.process.wait(0)
+            if ended or self._clock() - one.since > self.prepare_seconds:
+                started.remove(one)
+                done = one.process.end(timed_out=not ended)
+                what = f"exit status {done.status}" if ended else f"not ready after {self.prepare_seconds:.0f} s"
+                for case in one.family.cases:
+                    self._record(one.family, case, [], failed=f"in preparation: {what}", error_tail=done.complaint)
+                return None
+        self._sleep(_LOOK)
+        return None
+
+    def _turn(self, one: _Started) -> list[Family]:
+        """Gives a family the GPU. Returns what is left of it, where it has to start again."""
+        family, process = one.family, one.process
+        begin = heard = case_begin = self._clock()
+        limit = min(begin + family.seconds, self.end)
+        names = {c.name: c for c in family.cases}
+        parts: dict[str, list[dict[str, Any]]] = {}
+        failed: dict[str, dict[str, Any]] = {}
+        finished: set[str] = set()
+        current: Case | None = None
+        process.tell("go")
+        ended = timed_out = silent = False
+
+        def listen() -> None:
+            nonlocal heard, current, case_begin
+            for said in process.hear():
+                heard = self._clock()
+                if "starting" in said:
+                    current, case_begin = names[said["starting"]], heard
+                elif "finished" in said:
+                    case = names[said["finished"]]
+                    finished.add(case.name)
+                    self._record(
+                        family, case, parts.get(case.name, []), heard - case_begin, **failed.get(case.name, {})
+                    )
+                    self._hangs = 0
+                    current = None
+                elif "failed" in said:
+                    failed[said["case"]] = {k: v for k, v in said.items() if k != "case"}
+                elif "case" in said:
+                    parts.setdefault(said["case"], []).append({k: v for k, v in said.items() if k != "case"})
+
+        while not ended and not timed_out:
+            ended = process.wait(0)
+            listen()
+            if ended:
+                break
+            now = self._clock()
+            silent = now > heard + family.silence
+            timed_out = silent or now > limit
+            if not timed_out:
+                self._sleep(_LOOK)
+        done = process.end(timed_out=timed_out)
+        listen()
+        kept = parts.get(current.name, []) if current else []
+        left = [c for c in family.cases if c.name not in finished and c is not current]
+        if timed_out and not silent:
+            for case in ([current] if current else []) + left:
+                self._leave(dataclasses.replace(family, cases=(case,)), "unfinished: its time was over", kept)
+            return []
+        if current is not None:  # it hung, or took the process along
+            self._hangs += silent
+            why = f"hung: said nothing for {family.silence:.0f} s" if silent else f"exit status {done.status}"
+            more = {"hung": True} if silent or failed.get(current.name, {}).get("trapped") else {}
+            self._record(
+                family, current, kept, self._clock() - case_begin,
+                **{"failed": why, "error_tail": done.complaint} | failed.get(current.name, {}) | more,
+            )  # fmt: skip
+        elif left and done.status:
+            self._record(family, left.pop(0), [], failed=f"exit status {done.status}", error_tail=done.complaint)
+        return [dataclasses.replace(family, cases=tuple(left))] if left else []
+
+    def _without_hung(self, family: Family) -> Family:
+        """Without the cases of kernels that hung, which are recorded as such."""
+        hung = self.results.hung()
+        kept = []
+        for case in family.cases:
+            banned = [kernel for kernel in case.kernels if hung.get(kernel, case.name) != case.name]
+            if banned:
+                alone = dataclasses.replace(family, cases=(case,))
+                self._leave(alone, f"not run: {banned[0]} hung in '{hung[banned[0]]}'")
+            else:
+                kept.append(case)
+        return dataclasses.replace(family, cases=tuple(kept))
+
+    def _leave(self, family: Family, why: str, parts: Sequence[dict[str, Any]] = ()) -> None:
+        for case in family.cases:
+            self._record(family, case, list(parts), failed=why, unfinished=True)
+
+    def _record(
+        self, family: Family, case: Case, parts: list[dict[str, Any]], seconds: float = math.nan, **more: Any
+    ) -> None:
+        record = {
+            "case": case.name, "family": family.name, "stage": family.stage, "kernels": list(case.kernels),
+            "config": case.kwargs, "expected": case.expected, "parts": parts, "call": self.call, **more,
+        }  # fmt: skip
+        if not math.isnan(seconds):
+            record["seconds_in_all"] = round(seconds, 2)
+        self.results.add(record)
+        wrong = [str(p.get("part")) for p in parts if p.get("ok") is False]
+        outcome = more.get("failed") or (f"WRONG: {', '.join(wrong)}" if wrong else f"{len(parts)} results")
+        took = f"{seconds:5.1f} s" if not math.isnan(seconds) else "       "
+        print(f"{self._clock() - self._begin:5.0f} s  {case.name:40} {took}  {outcome}", flush=True)
+
+
+def cases_of(families: Sequence[Family]) -> Iterator[tuple[Family, Case]]:
+    for family in families:
+        for case in family.cases:
+            yield family, case

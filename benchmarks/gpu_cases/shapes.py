@@ -1,15 +1,17 @@
 """Attention calls whose results are checked: random data, every kind of padding, table and granularity."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pallas_kernels.pattern import TilePattern
 from pallas_kernels.tuning import ForwardConfig
+
+if TYPE_CHECKING:  # the process that starts the others imports no jax
+    import jax
+
+    from pallas_kernels.pattern import TilePattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,7 @@ class Shape:
 
 _BF16: dict[str, Any] = {"scales": None}
 _PAIR: dict[str, Any] = {"cluster": 2}
-_MANY: dict[str, Any] = {"tiles": 16, "heads": 6, "batch": 2}
-# Groups are processes: what one holds is lost together where a shape of it hangs.
+_MANY: dict[str, Any] = {"tiles": 10, "heads": 4, "batch": 2}
 SHAPES: dict[str, dict[str, Shape]] = {
     "first": {"one tile": Shape(tile=128, tiles=2, heads=1, padding="none", table="one")},
     "tables": {
@@ -130,9 +131,30 @@ SHAPES: dict[str, dict[str, Shape]] = {
     },
 }
 
+# Quantization alone: tile, scales, head dim, padding.
+QUANTIZED = (
+    (256, 1, 128, "tail"),
+    (256, 4, 128, "groups"),
+    (256, 2, 64, "scattered"),
+    (128, 2, 128, "single"),
+    (384, 3, 128, "scattered"),
+    (384, 1, 64, "groups"),
+)
+# The public op, forward and backward.
+OPERATIONS = {
+    "fp8": Shape(tiles=6, padding="scattered", scales=2),
+    "fp8, per head": Shape(tiles=6, heads=3, table="per_head", batch=2),
+    "bf16": Shape(tiles=6, scales=None),
+    "float32": Shape(tiles=4, dtype="float32"),
+}
 
-def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern]:
+
+def make_call(shape: Shape, seed: int = 0) -> tuple[list["jax.Array"], "TilePattern"]:
     """([q, k, v], pattern). Padding holds NaN, unused slots of the table nonsense."""
+    import jax.numpy as jnp
+
+    from pallas_kernels.pattern import TilePattern
+
     rng = np.random.default_rng(seed)
     query_tiles = shape.tiles if shape.query_tiles is None else shape.query_tiles
     k_valid, q_valid = (valid_slots(shape.padding, tiles, shape.tile, rng) for tiles in (shape.tiles, query_tiles))

@@ -1,6 +1,5 @@
 """Seconds of a call on a GPU, and the sizes that are measured."""
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ class Size:
 SIZES = {
     "14B": Size(heads=40, grid=(21, 45, 80)),  # Wan 14B, 720p, 81 frames
     "1.3B": Size(heads=12, grid=(21, 30, 52)),  # Wan 1.3B, 480p, 81 frames
-    "head64": Size(heads=24, grid=(21, 30, 52), head_dim=64),  # for tuning: no Wan model has it
 }
 _TOY = Size(heads=1, grid=(4, 8, 16), head_dim=64, tile=(2, 8, 16))
 
@@ -43,10 +41,10 @@ def size_of(name: str, toy: bool) -> Size:
     return _TOY if toy else SIZES[name]
 
 
-def median_seconds(call: Callable[[], Any], toy: bool) -> dict[str, Any]:
+def median_seconds(call: Callable[[], Any], toy: bool, rounds: int = 7) -> dict[str, Any]:
     """As `fps_jax.timing.median_seconds`. At toy size the call runs once, and isn't timed."""
     if not toy:
-        return timing.median_seconds(call)
+        return timing.median_seconds(call, rounds=rounds)
     import jax
 
     jax.block_until_ready(call())
@@ -59,12 +57,3 @@ def rates(timing: dict[str, Any], flop: float, limit: float) -> dict[str, Any]:
     if isinstance(seconds, str):
         return {**timing, "tflops": NOT_MEASURED, "share_of_limit": NOT_MEASURED}
     return {**timing, "tflops": flop / seconds / 1e12, "share_of_limit": flop / seconds / limit}
-
-
-def kernels(toy: bool) -> contextlib.AbstractContextManager[None]:
-    """Open around calls of Hopper kernels: interpret mode at toy size, nothing on a GPU."""
-    if not toy:
-        return contextlib.nullcontext()
-    from pallas_kernels import mosaic
-
-    return mosaic.interpret(detect_races=False)

@@ -10,14 +10,15 @@ _ROUNDS = 7
 _ROUND_SECONDS = 0.06  # calls are queued for that long, so that the host's 50 us a call hide behind the GPU
 
 
-def median_seconds(call: Callable[[], Any], limit: float = math.inf) -> dict[str, Any]:
+def median_seconds(call: Callable[[], Any], limit: float = math.inf, *, rounds: int = _ROUNDS) -> dict[str, Any]:
     """Times a call that returns arrays, after one that warms up.
 
     A round queues the call often enough to fill 60 ms, and waits once.
 
     Args:
       limit: seconds above which two single calls are enough.
-    Returns: 'seconds': median of 7 rounds, 'spread': (slowest - fastest) / median, 'calls': how many in all. Of a call slower
+      rounds: of which the median is taken.
+    Returns: 'seconds': median of the rounds, 'spread': (slowest - fastest) / median, 'calls': how many in all. Of a call slower
       than `limit`: 'seconds' of the faster of two, 'calls', and 'slow': True.
     """
     import jax
@@ -35,7 +36,7 @@ def median_seconds(call: Callable[[], Any], limit: float = math.inf) -> dict[str
     if single > limit:
         return {"seconds": single, "calls": 2, "slow": True}
     repeats = max(1, min(50, round(_ROUND_SECONDS / single)))
-    return summary([seconds(repeats) for _ in range(_ROUNDS)], repeats)
+    return summary([seconds(repeats) for _ in range(rounds)], repeats)
 
 
 def summary(rounds: Sequence[float], repeats: int) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""What the cases of a family share: compiled programs and the arrays that they take, made once a process."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu_cases.timing import size_of
+from fps_jax.tuning.autotune import Task
+from pallas_kernels import fwd_sm90, quantize_sm90, reference
+from pallas_kernels.tuning import ForwardConfig
+
+BF16 = jnp.dtype(jnp.bfloat16)
+
+
+def kernels(toy: bool) -> contextlib.AbstractContextManager[None]:
+    """Open around calls of Hopper kernels: interpret mode at toy size, nothing on a GPU."""
+    if not toy:
+        return contextlib.nullcontext()
+    from pallas_kernels import mosaic
+
+    return mosaic.interpret(detect_races=False)
+
+
+def compiled(toy: bool, fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """fn compiled ahead for arguments of these shapes. At toy size it compiles when it is called, inside `kernels`."""
+    jitted = jax.jit(fn)
+    return jitted if toy else jitted.lower(*args).compile()
+
+
+@functools.cache
+def task_of(toy: bool, size: str, density: float, scales: int | None) -> Task:
+    """The call: the window of a density on the tiles that are proposed for the grid. `scales`: a tile; None for bf16."""
+    shape = size_of(size, toy)
+    return Task(
+        grid=shape.grid,
+        heads=shape.heads,
+        head_dim=shape.head_dim,
+        tile=shape.tile,
+        density=density,
+        scales_per_tile=scales,
+    )
+
+
+def like(task: Task) -> jax.ShapeDtypeStruct:
+    """Of q, k and v."""
+    return jax.ShapeDtypeStruct((1, task.plan.layout.num_stored, task.heads, task.head_dim), BF16)
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(toy: bool, size: str) -> list[jax.Array]:
+    """q, k, v in bf16, in tile order."""
+    return task_of(toy, size, 1.0, 1).inputs()
+
+
+@functools.cache
+def quantizer(toy: bool, size: str, scales: int | None) -> Callable[..., quantize_sm90.Operands]:
+    """q, k, v -> operands; the same for every density."""
+    task = task_of(toy, size, 1.0, scales)
+    run = compiled(toy, quantize_sm90.quantize, *[like(task)] * 3, task.plan.pattern)
+    return lambda q, k, v: run(q, k, v, task.plan.pattern)
+
+
+@functools.lru_cache(maxsize=1)
+def operands(toy: bool, size: str, scales: int | None) -> quantize_sm90.Operands:
+    with kernels(toy):
+        return jax.block_until_ready(quantizer(toy, size, scales)(*inputs(toy, size)))
+
+
+@functools.cache
+def forward(
+    toy: bool, size: str, density: float, scales: int | None, config: ForwardConfig
+) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
+    """operands -> (output, log-sum-exp), as the pipeline calls the kernel."""
+    task = task_of(toy, size, density, scales)
+    pattern = task.plan.pattern
+    specs = jax.eval_shape(quantize_sm90.quantize, *[like(task)] * 3, pattern)
+
+    def call(operands: Any, pattern: Any) -> Any:
+        return fwd_sm90.attention(operands, pattern, batch=1, dtype=BF16, config=config)
+
+    run = compiled(toy, call, specs, pattern)
+    return lambda operands: run(operands, pattern)
+
+
+@functools.cache
+def last_tile_error(
+    toy: bool, size: str, density: float, scales: int | None
+) -> Callable[[list[jax.Array], jax.Array], dict[str, float]]:
+    """(q, k, v), output -> how far its last tile of the last head is from the specification, in float32, at this size.
+
+    Addresses are largest there. 'rel_l2' over the tile's tokens, 'worst_row' of one of them.
+    """
+    task = task_of(toy, size, density, scales)
+    pattern = task.plan.pattern
+    stored = pattern.tile_size
+    last = dataclasses.replace(
+        pattern,
+        key_tiles=pattern.key_tiles[..., -1:, :],
+        counts=pattern.counts[..., -1:],
+        q_valid=pattern.q_valid[-stored:],
+    )
+
+    def error(q, k, v, out, last):
+        q, out = q[:, -stored:, -1:], out[:, -stored:, -1:]
+        want, _ = reference.attention(q, k[:, :, -1:], v[:, :, -1:], last)
+        want, got = want.astype(jnp.float32), out.astype(jnp.float32)
+        wrong, norm = jnp.linalg.norm(got - want, axis=-1), jnp.linalg.norm(want, axis=-1)
+        rows = jnp.where(last.q_valid[None, :, None], wrong / jnp.where(norm > 0, norm, 1), 0)
+        return jnp.linalg.norm(wrong) / jnp.linalg.norm(norm), rows.max()
+
+    run = compiled(toy, error, *[like(task)] * 4, last)
+
+    def check(qkv: list[jax.Array], out: jax.Array) -> dict[str, float]:
+        rel_l2, worst = run(*qkv, out, last)
+        return {"rel_l2": float(rel_l2), "worst_row": float(worst)}
+
+    return check
