@@ -29,11 +29,11 @@ from benchmarks.gpu_cases.facts import Clocks, add_cuda_to_path
 from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.report import table
 from benchmarks.gpu_cases.results import Results
-from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Family, Runner
+from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Family, Runner, python_path
 from pallas_kernels.tuning import fastest, write_tuned_table
 
 STAGES = ("facts", "correct", "speed", "peers", "whole")
-_AHEAD = 5  # families that prepare at a time
+_AHEAD = 8  # families that prepare at a time
 _TOY_PATIENCE = 1800  # seconds that interpret mode may take for a case
 
 
@@ -94,7 +94,13 @@ def _references(folder: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu_cases.references", folder],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={
+            **os.environ,
+            "PYTHONPATH": python_path(),
+            "JAX_PLATFORMS": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        },
     )
 
 

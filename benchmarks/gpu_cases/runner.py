@@ -79,13 +79,19 @@ class Process(Protocol):
 Launch = Callable[[Family, bool], Process]
 
 
+def python_path() -> str:
+    """Where the packages are, installed or not."""
+    own = [str(folder) for folder in (ROOT, ROOT / "convert", ROOT / "train")]
+    return os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH")]))
+
+
 def launch(family: Family, toy: bool) -> Process:
     """The process of a family (`benchmarks.gpu_cases.child`)."""
     asked = {"toy": toy, "cases": [{"name": c.name, "function": c.function, "kwargs": c.kwargs} for c in family.cases]}
     return Running(
         [sys.executable, "-m", "benchmarks.gpu_cases.child", json.dumps(asked)],
         environment={
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
             "TF_CPP_MIN_LOG_LEVEL": "2",
             # A plugin that is broken must not have a CPU timed in the GPU's place.
