@@ -9,6 +9,7 @@ multiprocessor has (the latter would hang it), and the order of waits and expone
 Needs the `offline-gpu` extra.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -24,6 +25,7 @@ from typing import Any
 from benchmarks import sass
 from benchmarks.memory import H200  # sets JAX_PLATFORMS, so before jax
 from benchmarks.record import RESULTS, write
+from pallas_kernels.mosaic import impatient_waits
 from pallas_kernels.tuning import CONSUMERS, SHARED_MEMORY, ForwardConfig
 
 NAME = "kernel_report"
@@ -36,6 +38,7 @@ WATCHED = (
     "live_registers",
     "sass_instructions",
     "shared_memory",
+    "traps",
 )
 _TILES = {"720p": (300, 256), "480p": (135, 256), "720p_128": (600, 128), "480p_384": (90, 384)}  # tiles, stored tokens
 _KEY_TILES = 60  # of a row: 0.2 of 720p
@@ -43,13 +46,14 @@ _KEY_TILES = 60  # of a row: 0.2 of 720p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An attention call at real size. `scales`: of a tile, None for bf16."""
+    """An attention call at real size. `scales`: of a tile, None for bf16. `impatient`: inside `mosaic.impatient_waits`."""
 
     heads: int = 40
     tiles: str = "720p"
     scales: int | None = 1
     head_dim: int = 128
     config: ForwardConfig
+    impatient: bool = False
 
 
 def cases() -> dict[str, Case]:
@@ -81,6 +85,8 @@ def cases() -> dict[str, Case]:
         "14B 720p, bf16, cluster": Case(scales=None, config=short_pair),
         "14B 720p, bf16, turns": Case(scales=None, config=ForwardConfig(stages=2, take_turns=True)),
         "14B 720p, bf16, persistent": Case(scales=None, config=bf16_persistent),
+        "14B 720p, 1 scale, impatient waits": Case(config=alone, impatient=True),
+        "14B 720p, 1 scale, cluster, impatient waits": Case(config=pair, impatient=True),
     }
 
 
@@ -226,7 +232,9 @@ def kernel_facts(
         folder = pathlib.Path(name)
         compile_kernels(fn, specs, folder)
         for ptx in sorted(folder.glob("*.ptx")):
+            code = ptx.read_text()
             facts = _assembled(ptx, cuda_tool("ptxas"), expected)
+            facts |= {"waits": code.count("mbarrier.try_wait"), "traps": code.count("trap;")}
             launch = ptx.with_suffix(".after_layout_inference.txt").read_text()
             dynamic = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", launch)
             facts["shared_memory"] = facts.pop("static_shared_memory") + (int(dynamic[1]) if dynamic else 0)
@@ -243,6 +251,8 @@ def limits_broken(facts: dict[str, Any]) -> list[str]:
     if facts["spill_bytes"]:
         problems.append(f"{facts['spill_bytes']} bytes of registers are spilled")
     problems += [f"ptxas notes: {note}" for note in facts["notes"]]
+    if facts["traps"] not in (0, facts["waits"]):
+        problems.append(f"{facts['traps']} of {facts['waits']} waits for an mbarrier can trap: all or none should")
     if facts["shared_memory"] > SHARED_MEMORY:
         problems.append(f"{facts['shared_memory']} bytes of shared memory, a block has {SHARED_MEMORY}")
     if not attention:
@@ -308,11 +318,12 @@ def main(arguments: list[str]) -> int:
             continue
         case = cases().get(program_name)
         expected = _expected(case.config) if case else {}
-        for name, facts in zip(names, kernel_facts(fn, specs, newest, expected), strict=True):
-            results[name] = facts
-            what = "a step" if "main_loop_instructions" in facts else "in all"
-            count = facts.get("main_loop_instructions", facts["sass_instructions"])
-            print(f"{name:40} {count:5} instructions {what}", flush=True)
+        with impatient_waits() if case and case.impatient else contextlib.nullcontext():
+            for name, facts in zip(names, kernel_facts(fn, specs, newest, expected), strict=True):
+                results[name] = facts
+                what = "a step" if "main_loop_instructions" in facts else "in all"
+                count = facts.get("main_loop_instructions", facts["sass_instructions"])
+                print(f"{name:50} {count:5} instructions {what}", flush=True)
     if checking:
         committed = json.loads((RESULTS / f"{NAME}.json").read_text())["kernels"]
         wrong = check(results, {k: v for k, v in committed.items() if not wanted or k in results})

@@ -84,6 +84,58 @@ def test_reads_of_the_tensor_cores_race_with_copies(order):
         interpreted.run(relabel_then_multiply, order)
 
 
+def kernel_that_waits(x):
+    def body(x_ref, out_ref, x_smem, barrier):
+        plgpu.copy_gmem_to_smem(x_ref, x_smem, barrier)
+        plgpu.barrier_wait(barrier)
+        plgpu.copy_smem_to_gmem(x_smem, out_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [plgpu.SMEM((128,), jnp.float32), plgpu.Barrier()]
+    return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((128,), jnp.float32), scratch_types=scratch)(x)
+
+
+def test_waits_give_up_inside_and_not_outside():
+    """Of one jitted function, lowered before, inside and after: jit's caches don't take one program for the other."""
+    fn, spec = jax.jit(kernel_that_waits), jax.ShapeDtypeStruct((128,), jnp.float32)
+
+    def lowered():
+        return fn.trace(spec).lower(lowering_platforms=("cuda",)).as_text()
+
+    before = lowered()
+    with mosaic.impatient_waits(3):
+        inside, again = lowered(), lowered()
+    with mosaic.impatient_waits(0.5):
+        sooner = lowered()
+    assert inside == again
+    # The text holds the kernel's whole code, and the key of the persistent compilation cache holds the text.
+    assert "add.u64 deadline, deadline, 3000000000;" in inside
+    assert "add.u64 deadline, deadline, 500000000;" in sooner
+    for text in (inside, sooner):
+        assert "trap;" in text
+    assert "trap;" not in before
+    assert lowered() == before
+
+
+def test_programs_with_impatient_waits_are_compiled_apart():
+    traced = []
+    fn = jax.jit(lambda x: traced.append(x) or x + 1)
+    for _ in range(2):
+        fn(1.0)
+        with mosaic.impatient_waits(3):
+            fn(1.0)
+        with mosaic.impatient_waits(2):
+            fn(1.0)
+    assert len(traced) == 3
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_waits_of_no_time_or_all_time_are_refused(seconds):
+    words = "is not a positive time; a wait takes microseconds, use 3"
+    with pytest.raises(ValueError, match=words), mosaic.impatient_waits(seconds):
+        pass
+
+
 def test_interpret_leaves_jax_as_it_was():
     from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
 

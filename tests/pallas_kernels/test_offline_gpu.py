@@ -128,6 +128,7 @@ ANY = next(iter(COMMITTED))
         ({"setmaxnreg": {"consumer": 240, "producer": 40}}, "setmaxnreg asks for 520, the launch has 504: a GPU hangs"),
         ({"live_registers": 241}, "241 registers are live, a consumer has 240"),
         ({"order_problems": ["out of order"]}, "out of order"),
+        ({"waits": 12, "traps": 11}, "11 of 12 waits for an mbarrier can trap: all or none should"),
     ],
 )
 def test_limits(change, words):
@@ -175,6 +176,13 @@ def test_shared_memory_is_what_tuning_estimates():
             case.config, head_dim=case.head_dim, operand_bytes=1 if case.scales else 2, output_bytes=2
         )
         assert estimate == COMMITTED[name]["shared_memory"], name
+
+
+def test_waits_give_up_where_they_should_and_nowhere_else():
+    """In the PTX: all of a kernel that was compiled inside `impatient_waits`, none outside."""
+    for name, case in kernel_report.cases().items():
+        assert COMMITTED[name]["waits"] > 0
+        assert COMMITTED[name]["traps"] == (COMMITTED[name]["waits"] if case.impatient else 0), name
 
 
 def test_the_table_in_the_docs_is_the_committed_report():

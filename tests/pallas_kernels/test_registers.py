@@ -131,6 +131,16 @@ def test_a_warp_takes_the_long_way_where_one_of_its_rows_moves(score, top, moved
     np.testing.assert_array_equal(found[WARP:], 0.5)  # another warp, of which none moves
 
 
+def test_a_row_that_is_negative_throughout_rises_to_its_largest_score():
+    """The largest integer, its smallest score, is below its top, and no other row of the warp moves."""
+    scores, tops = np.full((WARP, 8), -1.0), np.full(WARP, 1.0)
+    scores[5], tops[5] = np.linspace(-9, -1.5, 8), -2.0
+    top, shrink = next_tops(scores, tops)
+    np.testing.assert_array_equal(top[~HELD], -1)
+    np.testing.assert_array_equal(shrink[~HELD], 0.5)
+    np.testing.assert_array_equal(top[HELD], 1)
+
+
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("special", [np.nan, -np.nan, np.inf])
 def test_a_score_that_is_not_finite_makes_its_row_nan_from_then_on(special, sign):
