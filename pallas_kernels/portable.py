@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.padding import key_sources
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, quantize_channels, quantize_tokens, round_to_fp8, row_top
+from pallas_kernels.reference import FP8_MAX, nearest_fp8, quantize_channels, quantize_tokens, row_top
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
@@ -88,12 +88,12 @@ def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale
             new_top = jnp.maximum(top, row_top(scores.max(1)))
             p = jnp.exp(scores - new_top[:, None])
             if quantized:
-                p = round_to_fp8(p * FP8_MAX)
+                p = nearest_fp8(p * FP8_MAX)
             shrink = jnp.exp(top - new_top)
             pv = jnp.matmul(
                 p.astype(head.v.dtype), head.v[value_index].reshape(-1, head_dim), preferred_element_type=jnp.float32
             )
-            p = p.astype(jnp.float32) * weights[value_index].reshape(1, -1)
+            p = p * weights[value_index].reshape(1, -1)
             return new_top, total * shrink + p.sum(1), acc * shrink[:, None] + pv
 
         start = (jnp.full(tile_size, -jnp.inf), jnp.zeros(tile_size), jnp.zeros((tile_size, head_dim)))
@@ -120,7 +120,8 @@ def backward(
     num_heads, head_dim = q.shape[2:]
     tile_size = pattern.tile_size
     table, chunk = _chunked_table(pattern)
-    heads = _dequantized(_heads(q, k, v, pattern))
+    codes = _heads(q, k, v, pattern)
+    heads = _dequantized(codes)
     q_valid4 = pattern.q_valid[None, :, None, None]
     d_out32 = jnp.where(q_valid4, d_out, 0).astype(jnp.float32)
     delta = jnp.where(q_valid4, d_out32 * out.astype(jnp.float32), 0).sum(-1).transpose(0, 2, 1)
@@ -130,7 +131,7 @@ def backward(
         delta.reshape(-1, heads.q.shape[1], tile_size),
     )
     one_head = functools.partial(_backward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
-    grads = _over_heads(one_head, (heads, rows), table, 2 * chunk * tile_size**2)
+    grads = _over_heads(one_head, (heads, codes, rows), table, 2 * chunk * tile_size**2)
 
     def back(grad, like, ok):
         grad = grad.reshape(like.shape[0], num_heads, like.shape[1], head_dim).transpose(0, 2, 1, 3)
@@ -141,23 +142,25 @@ def backward(
 
 
 def _backward_head(
-    operands: tuple[Head, tuple[Array, Array, Array]], table: Table, *, weights: Array, chunk: int, scale: float
+    operands: tuple[Head, Head, tuple[Array, Array, Array]], table: Table, *, weights: Array, chunk: int, scale: float
 ) -> tuple[Array, Array, Array]:
-    head, rows = operands  # rows: dO, log-sum-exp and delta of each query tile
+    # Scores come from the codes, as in the forward: of dequantized operands in bf16 they would be off by 1e-2, and exp of them. The
+    # products that are linear in those take them. rows: dO, log-sum-exp and delta of each query tile.
+    head, codes, rows = operands
     num_tiles, tile_size, head_dim = head.k.shape
 
     def matmul(a, b, contract):
         return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
     def row(grads, inputs):
-        q, tiles, count, d_out, lse, delta = inputs
-        scaled_q, scale_left = _prescaled(q, None, scale)
+        q, q_codes, q_scale, tiles, count, d_out, lse, delta = inputs
+        scaled_q, scale_left = _prescaled(q_codes, q_scale, scale)
 
         def step(i, carry):
             dq, dk, dv = carry
             key_index, value_index = _slots(tiles, count, i, chunk, num_tiles)
             keys, values = head.k[key_index].reshape(-1, head_dim), head.v[value_index].reshape(-1, head_dim)
-            scores = _scores(scaled_q, None, head, key_index, scale_left)
+            scores = _scores(scaled_q, q_scale, codes, key_index, scale_left)
             p = jnp.exp(jnp.minimum(scores - lse[:, None], _LARGEST_LOG_P)) * weights[value_index].reshape(1, -1)
             dp = matmul(d_out, values, ((1,), (1,)))
             ds = (p * (dp - delta[:, None])).astype(q.dtype)
@@ -176,7 +179,7 @@ def _backward_head(
         return (dk, dv), dq * scale
 
     zeros = _varying_as((head, rows), jnp.zeros((num_tiles, tile_size, head_dim)))
-    (dk, dv), dq = lax.scan(row, (zeros, zeros), (head.q, *table, *rows))
+    (dk, dv), dq = lax.scan(row, (zeros, zeros), (head.q, codes.q, codes.q_scale, *table, *rows))
     return dq, dk * scale, dv
 
 

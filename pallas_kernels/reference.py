@@ -15,6 +15,7 @@ from pallas_kernels.pattern import TilePattern
 
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0  # the largest e4m3 number; P in [0, 1] is stored times this
+_FP8_NORMAL, _FP8_STEP = 2.0**-6, 2.0**-9  # the smallest normal e4m3 number, and the step below it
 SMALLEST_NORMAL = 2.0**-126  # of float32: hardware flushes what is smaller, and dividing by it gives inf
 QUOTIENT_STEP = 2.0**-11  # x / scale is rounded to multiples of this first (`codes_of`)
 
@@ -31,9 +32,20 @@ def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(jnp.isfinite(amax), scale, jnp.nan)
 
 
+def nearest_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The e4m3 number nearest to x (ties to even), in float32; saturates at +-448 as the hardware does; NaN stays NaN.
+
+    In float32 arithmetic, not by a cast to e4m3 and back: XLA for GPUs leaves such a pair out (`xla_allow_excess_precision`), and
+    nothing would be rounded. `reduce_precision` it keeps.
+    """
+    x = jnp.clip(x.astype(jnp.float32), -FP8_MAX, FP8_MAX)
+    denormal = jnp.round(x * (1 / _FP8_STEP)) * _FP8_STEP
+    return jnp.where(jnp.abs(x) < _FP8_NORMAL, denormal, jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3))
+
+
 def round_to_fp8(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """x as e4m3fn: nearest even, saturating at +-448 as the hardware does (XLA's own cast gives NaN from 465 up); NaN stays NaN."""
-    return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(FP8)
+    """`nearest_fp8` as e4m3fn. XLA's own cast gives NaN from 465 up."""
+    return nearest_fp8(x).astype(FP8)
 
 
 def codes_of(x: Float[Array, "*shape"], scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -194,7 +206,7 @@ def attention(
         top = jax.lax.stop_gradient(row_top(scores.max(-1, keepdims=True)))
         p = jax.lax.stop_gradient(jnp.exp(scores - top))
         if tokens_per_scale is not None:
-            p = round_to_fp8(p * FP8_MAX).astype(jnp.float32) / FP8_MAX
+            p = nearest_fp8(p * FP8_MAX) / FP8_MAX
         total = p.sum(-1, keepdims=True)
         out = jnp.einsum("bnqk,bknh->bqnh", p / total, jax.lax.stop_gradient(v32))
         out = jnp.where(q_valid4, out, 0).astype(q.dtype)

@@ -94,8 +94,8 @@ def launch(family: Family, toy: bool) -> Process:
             "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
             "TF_CPP_MIN_LOG_LEVEL": "2",
-            # A plugin that is broken must not have a CPU timed in the GPU's place.
-            "JAX_PLATFORMS": "cpu" if toy else "cuda",
+            # A plugin that is broken must not have a CPU timed in the GPU's place. Host callbacks need the CPU as well.
+            "JAX_PLATFORMS": "cpu" if toy else "cuda,cpu",
             # A family that starts again, or a later call on the same machine, has most of it compiled.
             **({} if toy else {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}),
             **family.environment,

@@ -11,10 +11,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from benchmarks.gpu_cases.cases import all_cases
 
 from benchmarks import gpu
 from benchmarks.gpu_cases import child, correct, report, shapes
-from benchmarks.gpu_cases.cases import all_cases
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import Case, run
 from pallas_kernels import fwd_sm90, reference

@@ -45,6 +45,27 @@ def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf1
     ).all()  # a bit of 448: 2e-6 of half a step
 
 
+def test_every_boundary_between_two_codes_is_rounded_as_ml_dtypes_does():
+    codes = (
+        np.arange(0, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )  # 0 to 448, denormals too
+    middles = (codes[1:] + codes[:-1]) / 2
+    near = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
+    x = np.concatenate([codes, middles, *near, np.array([1e-30, 463.9, 1e30], np.float32)])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    want = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(reference.nearest_fp8)(x), want)
+    np.testing.assert_array_equal(np.asarray(reference.round_to_fp8(jnp.asarray(x)), np.float32), want)
+    assert np.isnan(reference.nearest_fp8(jnp.float32(np.nan)))
+
+
+def test_rounding_does_not_rest_on_a_cast_and_back():
+    """XLA for GPUs leaves out a cast to e4m3 that is cast back: P was not rounded there."""
+    program = str(jax.make_jaxpr(reference.nearest_fp8)(jnp.ones(3)))
+    assert "reduce_precision" in program
+    assert "f8_e4m3" not in program
+
+
 def test_a_product_with_the_reciprocal_gives_the_same_codes_but_for_a_handful():
     """As the fused kernel divides, for every bf16 mantissa of x and of the amax: x from the amax to 2^-20 of it."""
     mantissa = np.arange(128, 256, dtype=np.float32) / 128
