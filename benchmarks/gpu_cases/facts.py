@@ -59,11 +59,12 @@ class Clocks:
         self._process.wait(20)
         with self._out:
             self._out.seek(0)
-            lines = self._out.read().decode(errors="replace").splitlines()
-        return summarize(lines)
+            text = self._out.read().decode(errors="replace")
+        return summarize(text[: text.rfind("\n") + 1].splitlines())  # the last may be cut off
 
 
 def summarize(lines: list[str]) -> dict[str, Any]:
+    """Of nvidia-smi's lines of `_SAMPLED`, as `Clocks.stop` says."""
     rows = []
     for line in lines:
         fields = [x.strip() for x in line.split(",")]
@@ -71,9 +72,10 @@ def summarize(lines: list[str]) -> dict[str, Any]:
             rows.append((*(float(x) for x in fields[:3]), fields[3]))
         except (ValueError, IndexError):
             continue  # a sample that was cut off, or isn't available
-    busy = [r for r in rows if r[1] >= max(r[1] for r in rows) / 2]
-    if not busy:
+    if not rows:
         return {"not available": "no sample"}
+    most = max(r[1] for r in rows)
+    busy = [r for r in rows if r[1] >= most / 2]
     found: dict[str, Any] = {"samples": len(rows), "busy": len(busy)}
     for i, name in enumerate(("sm_mhz", "watts", "celsius")):
         values = [r[i] for r in busy]
