@@ -35,9 +35,9 @@ class Bars(NamedTuple):
 
 # The specification sums exactly, and so does interpret mode, with float32's rounding: what tests/pallas_kernels hold.
 _INTERPRETED = Bars(out=2e-3, lse=1e-4, gradients=1.5e-2)
-# Hopper's tensor cores keep some 14 bits of a sum of FP8 products (`benchmarks.short_sums` has the model), and Q K is such a sum: of
-# the output the model says 1.08e-2 for 'tables every tile', where an H200 gave 1.10e-2 (benchmarks/results/gpu.json). The most it
-# gave of any shape is 1.17e-2, and 7.9e-4 of the log-sum-exp.
+# Hopper's tensor cores keep some 14 bits of a sum of FP8 products (`benchmarks.short_sums` has the model), and Q K is such a sum.
+# For 'tables every tile' the model says 1.08e-2 of the output, where an H200 gave 1.10e-2 (benchmarks/results/gpu.json). The most
+# that it gave of any shape is 1.17e-2, and 7.9e-4 of the log-sum-exp.
 _FP8 = Bars(out=1.5e-2, lse=1.5e-3, gradients=1.5e-2)
 # Sums of bf16 products are float32's. The output rounds P and itself to bf16: at most 2.1e-3 on that H200, and 5.2e-5 of the
 # log-sum-exp, which holds interpret mode's bar.
