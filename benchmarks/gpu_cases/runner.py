@@ -187,11 +187,7 @@ class Runner:
             if "prepared" in said:
                 one.prepared.add(said["prepared"])
         if one.ready:
-            try:
-                return self._turn(one.family, process)
-            except BaseException:
-                process.end()
-                raise
+            return self._turn(one.family, process)
         if not ended and self._clock() - one.since <= self.prepare_seconds:
             return None
         done = process.end(timed_out=not ended)

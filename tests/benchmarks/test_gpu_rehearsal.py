@@ -7,7 +7,7 @@ import pytest
 from benchmarks.gpu import _AHEAD
 from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.runner import SILENCE, Case, Family
-from tests.benchmarks.rehearsal import PREPARE, Actor, Script, Unwritten, rehearse
+from tests.benchmarks.rehearsal import PREPARE, Actor, Script, Stage, Unwritten, rehearse
 
 BUDGET = 540
 LOOK = 0.2  # seconds that a call may last longer: it looks ten times a second
@@ -154,3 +154,22 @@ def test_a_process_that_ends_without_a_word_is_blamed_and_not_started_for_ever(m
     families = [Family(name="mute", stage="speed", cases=(Case(name="a", function=""), Case(name="b", function="")))]
     _, results = call(families=families)
     assert [r["failed"] for r in results.latest().values()] == ["exit status 0", "exit status 0"]
+
+
+@pytest.mark.parametrize("when", [PREPARE / 2, PREPARE + 1])
+def test_an_interrupt_ends_every_process(when, monkeypatch):
+    """Whether the GPU is anybody's or not."""
+
+    def interrupted(self, seconds):
+        self.now += seconds
+        if self.now > when:
+            raise KeyboardInterrupt
+
+    started = []
+    launch = Stage.launch
+    monkeypatch.setattr(Stage, "sleep", interrupted)
+    monkeypatch.setattr(Stage, "launch", lambda self, *args: started.append(launch(self, *args)) or started[-1])
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert len(started) == _AHEAD + 1
+    assert not [actor for actor in started if actor.alive]
