@@ -45,9 +45,9 @@ class Clocks:
     """nvidia-smi, twice a second beside the benchmark: what clocks and power were while it measured."""
 
     def __init__(self):
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
         self._process = None
         if shutil.which("nvidia-smi"):
+            self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
             query = ["nvidia-smi", f"--query-gpu={','.join(_SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
             self._process = subprocess.Popen(query, stdout=self._out, stderr=subprocess.DEVNULL)
 
