@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
+from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
+from fps_jax.models.taps import Taps, tap
 
 Remat = Literal["none", "full", "dots"]
 
