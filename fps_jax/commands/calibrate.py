@@ -12,6 +12,7 @@ import tyro
 from fps_jax.commands.options import VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
+from fps_jax.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,6 @@ def _measure(
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax.sampling import request
     from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.tuning import calibration
 
@@ -113,7 +113,7 @@ def _measure(
     errors = []
     for number, prompt in enumerate(prompts, 1):
         prepared = pipe.prepare(prompt, **keywords)
-        with request.progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
+        with progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
             errors.append(
                 calibration.measure(
                     pipe.config.dit,

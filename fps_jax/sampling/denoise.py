@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import DENSE, dit, stage_name
 from fps_jax.models.params import Params
+from fps_jax.progress import Progress
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order
 
 

@@ -21,8 +21,9 @@ from fps_jax.models.params import Params
 from fps_jax.models.text_encoder import encode_text
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
+from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling import request
-from fps_jax.sampling.denoise import Progress, Segments, denoise
+from fps_jax.sampling.denoise import Segments, denoise
 from fps_jax.sampling.flow import SigmaGrid, Solver
 from fps_jax.sampling.solvers import SolverTable, solver_table
 
@@ -165,7 +166,7 @@ class WanPipeline:
             attention=attention,
             schedule=schedule,
         )
-        with request.progress_bar("denoise", self.show_progress) as bar:
+        with progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar(done, total)
@@ -194,7 +195,7 @@ class WanPipeline:
 
     def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
         """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
-        with request.progress_bar("decode", self.show_progress) as bar:
+        with progress_bar("decode", self.show_progress) as bar:
             video = decode(self.config.vae, self.params["vae"], latents, tiling=tiling, progress=bar)
         return request.to_unit_range(video)
 
@@ -294,7 +295,7 @@ class WanPipeline:
         if len(frames) == 2:
             video[:, -1] = 2 * frames[1] - 1
             mask[:, 3, -1] = 1
-        with request.progress_bar("encode image", self.show_progress) as bar:
+        with progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
         condition = np.concatenate([mask, np.asarray(latents)], axis=1)
         return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))

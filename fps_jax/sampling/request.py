@@ -1,9 +1,8 @@
 """What a call of the pipeline asks for: its arguments checked, defaults filled in, outputs shaped."""
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jaxtyping import Array, Float
 from fps_jax.attention.schedule import SETTINGS, FPSSchedule, Setting
 from fps_jax.config import WanConfig
 from fps_jax.media.images import load_image
-from fps_jax.sampling.denoise import Progress
 
 OUTPUT_TYPES = ("np", "latent", "pil")
 
@@ -184,17 +182,3 @@ def log_tiling(needed: int, free: int) -> bool:
         return False
     log.info("VAE decode needs %.1f GB and %.1f GB are free: decoding in spatial tiles", needed / 1e9, free / 1e9)
     return True
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
-    """A function (done, total) that moves a bar on stderr. show: None for only on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=label, disable=None if show is None else not show, dynamic_ncols=True) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

@@ -25,7 +25,7 @@ from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import dit, stage_name
 from fps_jax.models.params import Params
-from fps_jax.sampling.denoise import Progress
+from fps_jax.progress import Progress
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 from pallas_kernels.block_sparse import block_sparse_attention
 
