@@ -73,6 +73,7 @@ def programs() -> dict[str, Callable[[], Any]]:
     from fps_jax.models.vae import build_vae, decode_chunk, encode_chunk
     from fps_jax.sampling.denoise import _denoise
     from fps_jax.sampling.solvers import SolverTable, solver_table
+    from fps_jax.sizes import latent_grid, token_grid
 
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct
@@ -89,7 +90,7 @@ def programs() -> dict[str, Callable[[], Any]]:
 
         segments = ((steps, DENSE),)
         if fps:
-            grid = (frames, h // 2, w // 2)
+            grid = token_grid((frames, h, w))
             sigma = solver_table("unipc", "wan", steps, 5.0).sigma
             segments = FPSSchedule.default(grid).segments(sigma, 5.0, grid, config.dit.num_layers)
 
@@ -104,7 +105,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         )
 
     def attention(heads: int, height: int, width: int):
-        grid = (21, height // 16, width // 16)
+        grid = token_grid(latent_grid(height, width, 81))
         plan = FPSSchedule.default(grid).plans(grid)[0]
         x = spec((1, plan.layout.num_stored, heads, 128), bf16)
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from fps_jax.attention.attend import PlannedAttention, TokenAttention
 from fps_jax.attention.plan import AttentionPlan
-from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_tiles
+from fps_jax.attention.tiles import TileLayout, check_shape3, propose_tiles
 from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.files import write_json
+from fps_jax.sizes import Shape3
 
 Setting = Literal["dense", "fp8", "sparse", "fps"]
 SETTINGS: tuple[str, ...] = ("dense", "fp8", "sparse", "fps")

@@ -13,6 +13,7 @@ from fps_jax.commands.options import VideoOptions, call_arguments, check_options
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 from fps_jax.progress import progress_bar
+from fps_jax.sizes import latent_grid, token_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def _calibrate(options: Calibrate) -> None:
     from pallas_kernels import tuning
 
     check_options(options)
-    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
+    grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
     layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
     plans = calibration.candidates(layout, options.densities)
     calibration.check_choice(options.error_budget, options.max_regimes)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fps_jax.commands.options import FILES, VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
+from fps_jax.sizes import token_grid
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -87,7 +88,7 @@ def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.P
     embeds = arguments["image_embeds"]
     request.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
     request.image_embeds(config, embeds, 1)
-    grid = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
+    grid = token_grid(shape[2:], config.dit.patch_size)
     schedule: Any = request.schedule(options.attention, options.schedule, grid)
     shift = request.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
     sigma = solver_table(options.solver, options.sigma_grid, options.num_inference_steps, shift).sigma

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from fps_jax.sizes import latent_grid, token_grid
+
 FILES = ("image", "last_image", "image_embeds", "latents")
 _NOT_FOR_THE_CALL = {"model", "dtype", "fps"}
 
@@ -79,8 +81,7 @@ def check_options(options: VideoOptions) -> None:
         request.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
-    # Every Wan2.1: 4 frames, 8 x 8 pixels a latent, 1 x 2 x 2 latents a token.
-    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
+    grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
     request.schedule(options.attention, options.schedule, grid)
 
 

@@ -19,6 +19,7 @@ from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, ti
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
 from fps_jax.models.taps import Taps, tap
+from fps_jax.sizes import token_grid
 
 Remat = Literal["none", "full", "dots"]
 
@@ -97,7 +98,7 @@ class DiT(nnx.Module):
           taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
         """
         pf, py, px = self.config.patch_size
-        grid = (latents.shape[2] // pf, latents.shape[3] // py, latents.shape[4] // px)
+        grid = token_grid(latents.shape[2:], self.config.patch_size)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
         rope = jnp.asarray(rope_table(grid, self.config.head_dim))
         layout = attention.layout

@@ -26,6 +26,7 @@ from fps_jax.sampling import request
 from fps_jax.sampling.denoise import Segments, denoise
 from fps_jax.sampling.flow import SigmaGrid, Solver
 from fps_jax.sampling.solvers import SolverTable, solver_table
+from fps_jax.sizes import token_grid
 
 OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -259,9 +260,8 @@ class WanPipeline:
         num_frames: int,
     ) -> FPSSchedule | None:
         """The schedule that a call with these arguments follows, tile and windows filled in; None for dense. Raises ValueError."""
-        frames, rows, columns = request.latent_shape(1, height, width, num_frames, self.config)[2:]
-        pf, py, px = self.config.dit.patch_size
-        return request.schedule(attention, schedule, (frames // pf, rows // py, columns // px))
+        shape = request.latent_shape(1, height, width, num_frames, self.config)
+        return request.schedule(attention, schedule, token_grid(shape[2:], self.config.dit.patch_size))
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""

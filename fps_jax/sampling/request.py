@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from fps_jax.attention.schedule import SETTINGS, FPSSchedule, Setting
 from fps_jax.config import WanConfig
 from fps_jax.media.images import load_image
+from fps_jax.sizes import Shape3, latent_grid
 
 OUTPUT_TYPES = ("np", "latent", "pil")
 
@@ -70,10 +71,10 @@ def latent_shape(batch: int, height: int, width: int, num_frames: int, config: W
     check_frame(height, width, num_frames)
     if config.task == "flf2v" and num_frames < 5:
         raise ValueError(f"num_frames={num_frames} leaves nothing between the first and the last frame; use 5 or more")
-    return (batch, config.vae.z_dim, (num_frames - 1) // 4 + 1, height // 8, width // 8)
+    return (batch, config.vae.z_dim, *latent_grid(height, width, num_frames))
 
 
-def schedule(attention: Setting, given: Any, grid: tuple[int, int, int]) -> FPSSchedule | None:
+def schedule(attention: Setting, given: Any, grid: Shape3) -> FPSSchedule | None:
     """The schedule of an attention setting on a token grid, nothing left to propose; None for 'dense'. Raises ValueError."""
     if attention not in SETTINGS:
         raise ValueError(f"attention={attention!r} is not one of {', '.join(map(repr, SETTINGS))}")
