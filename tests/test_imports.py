@@ -31,11 +31,12 @@ class Room(NamedTuple):
     inside: str = ""
 
 
-LEAVES = "fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes fps_jax.progress fps_jax.sizes"
+LEAVES = "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes fps_jax.progress fps_jax.sizes"
 ARRAYS = "jax jaxtyping numpy"
 # The one table. A room is a package, or a module at the top of fps_jax; a new one, file or folder, needs its line here.
 ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
+    "fps_jax.choices": Room(),
     "fps_jax.sizes": Room(),
     "fps_jax.config": Room("fps_jax.sizes"),
     "fps_jax.errors": Room(inside="tyro"),

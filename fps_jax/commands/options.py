@@ -4,10 +4,11 @@ import dataclasses
 import pathlib
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
+from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver
 from fps_jax.sizes import latent_grid, token_grid
 
 FILES = ("image", "last_image", "image_embeds", "latents")
@@ -42,15 +43,15 @@ class VideoOptions:
     """Classifier-free guidance weight; at 1 or below the negative prompt isn't used."""
     flow_shift: float | None = None
     """Shift of the noise levels; the checkpoint's own if left out."""
-    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    solver: Solver = "unipc"
     """The ODE solver."""
-    sigma_grid: Literal["wan", "diffusers"] = "wan"
+    sigma_grid: SigmaGrid = "wan"
     """Noise levels of the official code or of diffusers."""
     seed: int = 0
     """Seed of the initial noise."""
     latents: pathlib.Path | None = None
     """Initial noise as .npy, [1, 16, F, H/8, W/8], in place of the seed's."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Compute dtype of the DiT and the text encoder."""
     fps: int = 16
     """Frames a second in the mp4 (Wan's models make 16)."""
@@ -58,7 +59,7 @@ class VideoOptions:
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
     """Evaluate prompt and negative prompt as one batch of two."""
-    attention: Literal["dense", "fp8", "sparse", "fps"] = "dense"
+    attention: Setting = "dense"
     """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
     schedule: pathlib.Path | None = None
     """Schedule as JSON, from fps-calibrate; the default one if left out."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fps_jax.attention.schedule import FPSSchedule, Setting
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.choices import Setting
 from fps_jax.evaluation.quality import psnr, relative_l2, ssim
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.media.video import save_video, video_to_uint8

@@ -4,16 +4,17 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention.schedule import FPSSchedule, Setting
+from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import is_checkpoint, read_config, save_checkpoint
 from fps_jax.checkpoints.placement import builds, place, restore, visiting
+from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver, check_choice
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.media.images import clip_pixels
 from fps_jax.models.image_encoder import encode_image
@@ -24,11 +25,9 @@ from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling import request
 from fps_jax.sampling.denoise import Segments, denoise
-from fps_jax.sampling.flow import SigmaGrid, Solver
 from fps_jax.sampling.solvers import SolverTable, solver_table
 from fps_jax.sizes import token_grid
 
-OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
@@ -146,7 +145,7 @@ class WanPipeline:
           schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
-        request.output_type(output_type)
+        check_choice("output_type", output_type, OutputType)
         prepared = self.prepare(
             prompt,
             negative_prompt,

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention.schedule import SETTINGS, FPSSchedule, Setting
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.choices import Setting, check_choice
 from fps_jax.config import WanConfig
 from fps_jax.media.images import load_image
 from fps_jax.sizes import Shape3, latent_grid
-
-OUTPUT_TYPES = ("np", "latent", "pil")
 
 log = logging.getLogger("fps_jax")
 
@@ -76,8 +75,7 @@ def latent_shape(batch: int, height: int, width: int, num_frames: int, config: W
 
 def schedule(attention: Setting, given: Any, grid: Shape3) -> FPSSchedule | None:
     """The schedule of an attention setting on a token grid, nothing left to propose; None for 'dense'. Raises ValueError."""
-    if attention not in SETTINGS:
-        raise ValueError(f"attention={attention!r} is not one of {', '.join(map(repr, SETTINGS))}")
+    check_choice("attention", attention, Setting)
     if attention == "dense":
         if given is not None:
             raise ValueError(
@@ -98,12 +96,6 @@ def default_flow_shift(config: WanConfig, height: int, width: int) -> float:
     if config.flow_shift_480p is not None and height * width <= 480 * 832:
         return config.flow_shift_480p
     return config.flow_shift
-
-
-def output_type(value: str) -> None:
-    """Raises ValueError for an unknown output type."""
-    if value not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={value!r} is not one of {', '.join(map(repr, OUTPUT_TYPES))}")
 
 
 def noise(latents: Any, seed: int | Sequence[int], shape: tuple[int, ...]) -> Float[Array, "B 16 F H W"]:
