@@ -18,6 +18,7 @@ from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
 from fps_jax.models.dit import DENSE, build_dit, dit, param_dtype
 from fps_jax.models.params import Params, abstract_params, flatten, unflatten
 from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
 from fps_jax.sizes import token_grid
 from fps_jax.tuning.timing import summary
@@ -126,7 +127,7 @@ def video(toy: bool, *, model: str, steps: int, attention: str) -> Iterator[dict
         yield {"part": f"starting: {name}"}
         start = time.perf_counter()
         out = denoise(
-            config, params, noise, table, text, negative, guidance_scale=5.0, dtype=_BF16, segments=segments
+            config, params, Inputs(noise, text, negative), table, guidance_scale=5.0, dtype=_BF16, segments=segments
         ).block_until_ready()
         times.append(time.perf_counter() - start)
     yield {

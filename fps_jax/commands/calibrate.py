@@ -119,15 +119,11 @@ def _measure(
                 calibration.measure(
                     pipe.config.dit,
                     pipe.params["dit"],
-                    prepared.noise,
+                    prepared.inputs,
                     prepared.table,
-                    prepared.text,
-                    prepared.negative,
                     plans=plans,
                     query_tiles=options.query_tiles,
                     guidance_scale=options.guidance_scale,
-                    condition=prepared.condition,
-                    image_states=prepared.image_states,
                     dtype=pipe.dtype,
                     progress=bar,
                 )

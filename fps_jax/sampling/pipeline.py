@@ -25,6 +25,7 @@ from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling import request
 from fps_jax.sampling.denoise import Segments, denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import SolverTable, solver_table
 from fps_jax.sizes import token_grid
 
@@ -32,15 +33,10 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 class Prepared(NamedTuple):
-    """Inputs of `denoise`: noise `[B, 16, F, H, W]`, text states `[B, T, E]`, and what i2v and flf2v read beside them."""
+    """What `denoise` takes of a call, and whether to decode in spatial tiles."""
 
-    noise: Array
+    inputs: Inputs
     table: SolverTable
-    flow_shift: float
-    text: Array
-    negative: Array | None
-    condition: Array | None
-    image_states: Array | None
     segments: Segments | None
     tiling: bool
 
@@ -176,13 +172,9 @@ class WanPipeline:
             out = denoise(
                 self.config.dit,
                 self.params["dit"],
-                prepared.noise,
+                prepared.inputs,
                 prepared.table,
-                prepared.text,
-                prepared.negative,
                 guidance_scale=guidance_scale,
-                condition=prepared.condition,
-                image_states=prepared.image_states,
                 dtype=self.dtype,
                 batch_guidance=batch_guidance,
                 segments=prepared.segments,
@@ -248,7 +240,7 @@ class WanPipeline:
             if embeds is None:
                 embeds = self._encode_images(frames, batch)
             condition = self._condition(frames, shape, tiling)
-        return Prepared(noise, table, flow_shift, text, negative, condition, embeds, segments, tiling)
+        return Prepared(Inputs(noise, text, negative, condition, embeds), table, segments, tiling)
 
     def resolve_schedule(
         self,
