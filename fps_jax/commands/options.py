@@ -1,18 +1,19 @@
-"""What the commands that sample have in common: their options, checks that need no checkpoint, and the record of a run."""
+"""What the commands that sample have in common: their options, the request these make, and the record of a run."""
 
 import dataclasses
 import pathlib
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver
-from fps_jax.sizes import latent_grid, token_grid
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.request import Request
 
 FILES = ("image", "last_image", "image_embeds", "latents")
-_NOT_FOR_THE_CALL = {"model", "dtype", "fps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,31 +66,19 @@ class VideoOptions:
     """Schedule as JSON, from fps-calibrate; the default one if left out."""
 
 
-def check_options(options: VideoOptions) -> None:
-    """What needs no checkpoint is checked before one is read, which can take minutes. Raises ValueError or FileNotFoundError."""
-    from fps_jax.sampling import request
-    from fps_jax.sampling.solvers import solver_table
+def read_request(options: VideoOptions) -> "Request":
+    """The request that the options describe, arrays read. To be called before a checkpoint is read, which can take minutes.
 
-    request.check_frame(options.height, options.width, options.num_frames)
-    solver_table(
-        options.solver,
-        options.sigma_grid,
-        options.num_inference_steps,
-        5.0 if options.flow_shift is None else options.flow_shift,
-    )
-    request.guidance(options.guidance_scale)
-    if options.latents is None:
-        request.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
+    Raises: OSError or ValueError for a file that can't be read; as `Request`; ValueError for a frame rate that no player has.
+    """
+    arrays = {name: _array(options, name) for name in FILES}
+    from fps_jax.sampling.request import Request
+
+    names = {f.name for f in dataclasses.fields(Request)} & {f.name for f in dataclasses.fields(options)}
+    request = Request(**{name: getattr(options, name) for name in names} | arrays)
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
-    grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
-    request.schedule(options.attention, options.schedule, grid)
-
-
-def call_arguments(options: VideoOptions) -> dict[str, Any]:
-    """Keyword arguments of `WanPipeline.__call__`, arrays read. Raises OSError or ValueError for a file that can't be read."""
-    names = [f.name for f in dataclasses.fields(VideoOptions) if f.name not in _NOT_FOR_THE_CALL]
-    return {name: _array(options, name) if name in FILES else getattr(options, name) for name in names}
+    return request
 
 
 def _array(options: VideoOptions, name: str) -> Any:
@@ -111,29 +100,25 @@ def _array(options: VideoOptions, name: str) -> Any:
         raise ValueError(f"{name}={str(path)!r} is not a readable .npy array: {error}") from None
 
 
-def run_record(options: VideoOptions, pipe: Any) -> dict[str, Any]:
+def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str, Any]:
     """Everything that another run needs to make the same video: settings with defaults filled in, schedule, versions, device.
 
-    pipe: the `WanPipeline` that made it.
+    request: of the options (`read_request`). pipe: the `WanPipeline` that sampled it.
     """
     import jax
 
     import fps_jax
-    from fps_jax.config import NEGATIVE_PROMPTS
-    from fps_jax.sampling.request import default_flow_shift
 
+    resolved = request.resolve(pipe.config)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
-    if settings["flow_shift"] is None:
-        settings["flow_shift"] = default_flow_shift(pipe.config, options.height, options.width)
+    settings["flow_shift"] = resolved.flow_shift
     if settings["negative_prompt"] is None:
-        settings["negative_prompt"] = NEGATIVE_PROMPTS[pipe.config.task]
-    size = (options.height, options.width, options.num_frames)
-    schedule = pipe.resolve_schedule(options.attention, options.schedule, *size)
+        settings["negative_prompt"] = resolved.negatives[0]
     device = jax.local_devices()[0]
     return {
         "settings": settings,
         "task": pipe.config.task,
-        "schedule": None if schedule is None else schedule.to_dict(),
+        "schedule": None if resolved.schedule is None else resolved.schedule.to_dict(),
         "versions": {"fps_jax": fps_jax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "device": f"{device.platform} {device.device_kind}",
     }

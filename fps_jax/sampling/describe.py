@@ -15,8 +15,8 @@ from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
-from fps_jax.sampling import request
 from fps_jax.sampling.pipeline import is_ours, resolve_checkpoint
+from fps_jax.sampling.request import latent_shape
 from fps_jax.sizes import token_grid
 
 
@@ -39,7 +39,7 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
         source = open_checkpoint(directory)
         layout, config, components = source.layout, source.config, list(source.components)
         dtypes = {name: Counter(map(str, source.stored_dtypes(name).values())) for name in source.components}
-    shape = request.latent_shape(1, height, width, num_frames, config)
+    shape = latent_shape(1, height, width, num_frames, config)
     lines = [f"{directory}", f"Wan2.1 {config.task.upper()}, {layout} layout, flow shift {_shift(config)}", ""]
     for name, build in builds(config).items():
         if name in components:
