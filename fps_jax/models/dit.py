@@ -143,18 +143,24 @@ class DiT(nnx.Module):
         from `DenseAttention`; another `attention` has to hide them itself.
         """
         config = self.config
+
+        # Tokens in: the residual stream, float32 from here to the head.
         x = self.patch_embedding(patches).astype(jnp.float32)
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
         tap(taps, "blocks_input", x)
 
+        # Time: one modulation for all blocks, to which each adds its own; the head takes the embedding itself.
         time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t, config.freq_dim)))
         modulation = tap(taps, "time_projection", self.time_projection(jax.nn.silu(time)))
         modulation = modulation.reshape(-1, 6, config.dim)
-        # Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
+
+        # Text. Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
         missing = config.text_len - text_states.shape[1]
         text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
         text = tap(taps, "text_embedding", self.text_embedding(text))
+
+        # Image: what the task needs, and nothing else.
         if (image_states is None) != (config.image_dim is None):
             needs = "takes no" if config.image_dim is None else "needs"
             raise ValueError(
@@ -164,6 +170,7 @@ class DiT(nnx.Module):
         if image_states is not None:
             image = tap(taps, "image_embedding", self.image_embedding(image_states)).astype(self.dtype)
 
+        # Blocks: one scan over the stacked layers. Each has dicts of its own for taps, which the scan stacks.
         block_of, layers = unstack(self.blocks)
 
         def layer(x, inputs):
@@ -186,6 +193,8 @@ class DiT(nnx.Module):
             tap(taps, f"blocks.{name}", value)
         for name, value in (own_taps or {}).items():
             tap(attention_taps, name, value)
+
+        # Tokens out, and the first stage that isn't finite (`stage_name`): embeddings, blocks, head.
         out = tap(taps, "head", self.head(x, time))
         finite += [finite_layers, jnp.isfinite(out).all()[None]]
         bad = ~jnp.concatenate(finite)
