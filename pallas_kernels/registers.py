@@ -273,9 +273,8 @@ def emulated_next_tops(*parts_and_scales_and_top: Array) -> list[Array]:
             * parts_and_scales[scale]
             for part, scale in zip(parts, scales, strict=True)
         ]
-        best = [
-            jnp.where(jnp.isnan(x), jnp.nan, x) for x in best
-        ]  # a NaN of a GPU's arithmetic has no sign, a CPU's may
+        # A NaN of a GPU's arithmetic has no sign, a CPU's may.
+        best = [jnp.where(jnp.isnan(x), jnp.nan, x) for x in best]
         return lax.bitcast_convert_type(reduce(jnp.stack([bits(x) for x in best]), axis=0), jnp.float32)
 
     largest = over_row(jnp.max, jnp.int32)

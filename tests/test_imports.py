@@ -31,15 +31,18 @@ class Room(NamedTuple):
     inside: str = ""
 
 
-LEAVES = "fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes"
+LEAVES = "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes fps_jax.progress fps_jax.sizes"
 ARRAYS = "jax jaxtyping numpy"
 # The one table. A room is a package, or a module at the top of fps_jax; a new one, file or folder, needs its line here.
 ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
-    "fps_jax.config": Room(),
+    "fps_jax.choices": Room(),
+    "fps_jax.sizes": Room(),
+    "fps_jax.config": Room("fps_jax.sizes"),
     "fps_jax.errors": Room(inside="tyro"),
     "fps_jax.files": Room(),
     "fps_jax.processes": Room(),
+    "fps_jax.progress": Room(inside="tqdm"),
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
     "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
@@ -50,7 +53,7 @@ ROOMS = {
     "fps_jax.sampling": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
         ARRAYS,
-        inside="fps_convert PIL huggingface_hub tqdm",
+        inside="fps_convert PIL huggingface_hub",
     ),
     "fps_jax.tuning": Room(
         f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", ARRAYS

@@ -24,9 +24,8 @@ _timed: dict[Key, dict[ForwardConfig, float]] = {}
 def _config(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
     task = programs.task_of(toy, size, density, scales)
     chosen = replace(tuning.choose_config(task.key, **task.fits), **options)
-    if (
-        chosen.persistent and scales is None
-    ):  # as `tuning.candidates`: the copier's second loop spills with 24 registers
+    # As `tuning.candidates`: the copier's second loop spills with 24 registers.
+    if chosen.persistent and scales is None:
         chosen = replace(chosen, consumer_registers=232, producer_registers=40)
     return chosen
 

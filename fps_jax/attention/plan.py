@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
-from fps_jax.attention.tiles import Shape3, TileLayout, propose_tiles
+from fps_jax.attention.tiles import TileLayout, propose_tiles
 from fps_jax.attention.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
+from fps_jax.sizes import Shape3
 from pallas_kernels.pattern import TilePattern
 
 Window = Shape3 | tuple[Shape3, ...]  # for all heads, or one a head

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fps_jax.errors import parse, run_cli
+from fps_jax.sizes import latent_grid, token_grid
 
 # (heads, height, width) of 81 frames
 _PRESETS = {
@@ -68,7 +69,7 @@ def _tune(options: Tune) -> None:
 
     heads, height, width = _PRESETS[options.preset]
     tasks = autotune.tasks(
-        (21, height // 16, width // 16) if options.grid is None else options.grid,
+        token_grid(latent_grid(height, width, 81)) if options.grid is None else options.grid,
         heads=heads if options.heads is None else options.heads,
         head_dim=options.head_dim,
         sparse_density=options.density,

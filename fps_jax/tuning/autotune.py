@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from fps_jax.attention.plan import AttentionPlan
-from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_tiles
+from fps_jax.attention.tiles import TileLayout, check_shape3, propose_tiles
 from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
+from fps_jax.sizes import Shape3
 from fps_jax.tuning.timing import median_seconds
 from pallas_kernels import fwd_sm90, quantize_sm90, tuning
 from pallas_kernels.platform import target_device

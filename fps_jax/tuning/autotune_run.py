@@ -113,9 +113,8 @@ def run(
                 if not left:
                     break
                 said = f"no answer in {deadline:.0f} s" if ended.timed_out else _last_line(ended.complaint)
-                if (
-                    not begun
-                ):  # inputs, quantization or the safe config: no config is to blame, and others would fare alike
+                # Inputs, quantization or the safe config: no config is to blame, and others would fare alike.
+                if not begun:
                     why = lost = f"not run: the process didn't come to it ({said})"
                 elif ended.timed_out:
                     results.append({**progress.failed(left.pop(0), f"HUNG: {said}"), "hung": True})

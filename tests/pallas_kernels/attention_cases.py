@@ -84,9 +84,8 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         q[..., 0], k[..., 0] = 4, 3 * np.arange(k.shape[1])[None, :, None] / 64
     if case.inputs == "jumping":  # 150 powers of two up and down from block to block: more than float32 has
         q[..., 0], k[..., 0] = 40, 30 * (np.arange(k.shape[1]) // BLOCK_KV % 2)[None, :, None]
-    if (
-        case.inputs == "mixed"
-    ):  # rows rise, fall, rise or fall below 0, do neither: warps of each kind, and of all kinds
+    # Rows rise, fall, rise or fall below 0, do neither: warps of each kind, and of all kinds.
+    if case.inputs == "mixed":
         row = np.arange(q.shape[1])
         kind = np.where(row // 16 % 6 == 5, row % 5, row // 16 % 6)
         q[..., 0] = np.array([4, -4, 4, -4, 0], np.float32)[kind][None, :, None]

@@ -112,9 +112,8 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
     rng = np.random.default_rng(3)
     seq = 2 * tile_size
     valid = rng.random(seq) < 0.8
-    valid[tokens_per_scale : 2 * tokens_per_scale] = (
-        tile_size == tokens_per_scale
-    )  # a group of padding, where a tile has two
+    # A group of padding, where a tile has two.
+    valid[tokens_per_scale : 2 * tokens_per_scale] = tile_size == tokens_per_scale
     valid[5] = valid[tile_size + 7] = True
     q, k, v = (
         (rng.standard_normal((2, seq, 2, head_dim)) * np.exp(2 * rng.standard_normal((1, seq, 1, 1)))).astype(
