@@ -6,8 +6,8 @@ import pathlib
 import re
 from typing import Any, Literal, cast
 
+from fps_convert.formats.readers import Reader
 from fps_convert.mapping import Layout
-from fps_convert.readers import Reader
 from fps_jax.config import LATENTS_MEAN, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig
 
 

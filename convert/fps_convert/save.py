@@ -11,13 +11,13 @@ from typing import Any, cast
 import numpy as np
 
 from fps_convert import layouts, mapping
-from fps_convert.array_files import ArrayFiles
-from fps_convert.arrays import contiguous
+from fps_convert.formats.array_files import ArrayFiles
+from fps_convert.formats.arrays import contiguous
+from fps_convert.formats.readers import FLOATS
+from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.infer import OFFICIAL_FLOW_SHIFT
 from fps_convert.mapping import COMPONENTS, Component, Layout, SourceTensor
-from fps_convert.readers import FLOATS
 from fps_convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, open_checkpoint
-from fps_convert.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_jax.checkpoints.format import new_directory, read_config, read_manifest, write_config
 from fps_jax.config import WanConfig
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from fps_convert import layouts, mapping
+from fps_convert.formats.readers import FLOATS
+from fps_convert.formats.writers import Output
 from fps_convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
-from fps_convert.readers import FLOATS
 from fps_convert.save import write_rest, write_weights
-from fps_convert.writers import Output
 from fps_jax.checkpoints.format import new_directory
 from fps_jax.config import WAN_T2V_1_3B, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig, WanConfig
 

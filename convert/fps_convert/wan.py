@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fps_convert import array_files, infer, mapping
-from fps_convert.arrays import contiguous, copy, in_threads
+from fps_convert import infer, mapping
+from fps_convert.formats import array_files
+from fps_convert.formats.arrays import contiguous, copy, in_threads
+from fps_convert.formats.pth import PthFile
+from fps_convert.formats.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
 from fps_convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
-from fps_convert.pth import PthFile
-from fps_convert.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
 from fps_jax.checkpoints.format import empty_aligned, is_checkpoint
 from fps_jax.config import WanConfig
 from fps_jax.models.params import Params, unflatten
