@@ -9,11 +9,6 @@ from fps_jax.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAE
 _DIFFUSERS = "0.33.0"  # the first release with every part that these files name
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def official_dit(config: DiTConfig) -> dict[str, Any]:
     return {
         "_class_name": "WanModel",

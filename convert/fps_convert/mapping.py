@@ -16,14 +16,12 @@ from typing import Literal, cast
 
 import numpy as np
 
-from fps_jax.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from fps_jax.config import Component, DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 
 Layout = Literal["official", "diffusers"]
-Component = Literal["dit", "vae", "text_encoder", "image_encoder"]
 Form = Literal["same", "linear", "conv"]
 Shape = tuple[int, ...]
 LAYOUTS: tuple[Layout, ...] = ("official", "diffusers")
-COMPONENTS: tuple[Component, ...] = ("dit", "vae", "text_encoder", "image_encoder")
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from fps_convert.formats.arrays import contiguous
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.infer import OFFICIAL_FLOW_SHIFT
-from fps_convert.mapping import COMPONENTS, Component, Layout, SourceTensor
+from fps_convert.mapping import Layout, SourceTensor
 from fps_convert.wan import DIT_STEM, OFFICIAL_PTH, OFFICIAL_TOKENIZER, SUBFOLDERS, Source, open_checkpoint
-from fps_jax.checkpoints.format import new_directory, read_config, read_manifest, write_config
-from fps_jax.config import WanConfig
+from fps_jax.checkpoints.format import read_config, read_manifest, write_config
+from fps_jax.config import COMPONENTS, Component, WanConfig
+from fps_jax.files import new_directory, write_json
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -84,7 +85,7 @@ def to_flax(
             spelling=source.spelling,
             mixed_dtypes={name: paths for name, paths in mixed.items() if paths},
         )
-        layouts.write_json(fresh / "audit.json", audit)
+        write_json(audit, fresh / "audit.json")
     return audit
 
 
@@ -190,7 +191,7 @@ def to_torch(src: str | os.PathLike, dst: str | os.PathLike, layout: Layout, ove
     final = pathlib.Path(dst).resolve()
     beside = final.parent / f"{final.name}.audit.json"
     report["report"] = str(beside)
-    layouts.write_json(beside, report)
+    write_json(report, beside)
     return report
 
 
@@ -267,7 +268,7 @@ def write_weights(
         tower = config.image_encoder
         metadata = {} if tower is None else {"image_encoder_num_heads": str(tower.num_heads)}
         write_safetensors(fresh, DIT_STEM, outputs, metadata, progress, shard_bytes)
-        layouts.write_json(fresh / "config.json", layouts.official_dit(config.dit))
+        write_json(layouts.official_dit(config.dit), fresh / "config.json")
     elif layout == "official":
         write_pth(fresh / OFFICIAL_PTH[name], outputs, progress)
     else:
@@ -276,7 +277,7 @@ def write_weights(
         write_safetensors(fresh / folder, stem, outputs, {}, progress, shard_bytes)
         dtypes = [output.dtype for output in outputs]
         common = max(set(dtypes), key=dtypes.count)
-        layouts.write_json(fresh / folder / "config.json", _diffusers_config(name, config, _TORCH_NAMES[common]))
+        write_json(_diffusers_config(name, config, _TORCH_NAMES[common]), fresh / folder / "config.json")
 
 
 def _diffusers_config(name: Component, config: WanConfig, dtype: str) -> dict[str, Any]:
@@ -297,12 +298,14 @@ def write_rest(fresh: pathlib.Path, config: WanConfig, layout: Layout, tokenizer
         _copy_files(tokenizer, fresh / OFFICIAL_TOKENIZER)
         return
     _copy_files(tokenizer, fresh / "tokenizer")
-    layouts.write_json(fresh / "scheduler" / "scheduler_config.json", layouts.diffusers_scheduler(config.flow_shift))
+    (fresh / "scheduler").mkdir()
+    write_json(layouts.diffusers_scheduler(config.flow_shift), fresh / "scheduler" / "scheduler_config.json")
     if config.image_encoder is not None:
         processor = layouts.diffusers_image_processor(config.image_encoder)
-        layouts.write_json(fresh / "image_processor" / "preprocessor_config.json", processor)
+        (fresh / "image_processor").mkdir()
+        write_json(processor, fresh / "image_processor" / "preprocessor_config.json")
     index = layouts.diffusers_index(config, layouts.tokenizer_class(tokenizer))
-    layouts.write_json(fresh / "model_index.json", index)
+    write_json(index, fresh / "model_index.json")
 
 
 def _lost_flow_shift(config: WanConfig, layout: Layout) -> list[str]:

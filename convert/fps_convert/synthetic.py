@@ -12,13 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from fps_convert import layouts, mapping
+from fps_convert import mapping
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import Output
-from fps_convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
+from fps_convert.mapping import Layout, Row, SourceTensor
 from fps_convert.save import write_rest, write_weights
-from fps_jax.checkpoints.format import new_directory
-from fps_jax.config import WAN_T2V_1_3B, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig, WanConfig
+from fps_jax.config import (
+    COMPONENTS,
+    WAN_T2V_1_3B,
+    Component,
+    DiTConfig,
+    ImageEncoderConfig,
+    Task,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
+from fps_jax.files import new_directory, write_json
 
 _BLOCK = 1 << 20  # random numbers that are drawn; larger tensors repeat them, shifted, which is as good and far faster
 
@@ -108,9 +118,8 @@ def write_checkpoint(
             write_weights(fresh, name, config, layout, outputs, lambda _: None, shard_bytes=shard_bytes)
         if tokenizer_dir is None:
             stand_in = fresh / "stand_in"
-            layouts.write_json(
-                stand_in / "tokenizer.json", {"version": "1.0", "model": {"type": "Unigram", "vocab": []}}
-            )
+            stand_in.mkdir()
+            write_json({"version": "1.0", "model": {"type": "Unigram", "vocab": []}}, stand_in / "tokenizer.json")
             tokenizer_dir = stand_in
         write_rest(fresh, config, layout, pathlib.Path(tokenizer_dir))
         if (fresh / "stand_in").is_dir():

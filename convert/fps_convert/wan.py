@@ -14,9 +14,9 @@ from fps_convert.formats import array_files
 from fps_convert.formats.arrays import contiguous, copy, in_threads
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import FLOATS, Reader, Renamed, open_safetensors, read_json
-from fps_convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
+from fps_convert.mapping import Layout, Row, SourceTensor
 from fps_jax.checkpoints.format import empty_aligned, is_checkpoint
-from fps_jax.config import WanConfig
+from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.models.params import Params, unflatten
 
 DIT_STEM = "diffusion_pytorch_model"

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fps_jax.commands.options import FILES, VideoOptions, call_arguments, check_options, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_json
+from fps_jax.files import new_directory, write_json
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _compare(options: Compare) -> None:
     arguments = call_arguments(options)
-    from fps_jax.checkpoints.format import new_directory
     from fps_jax.sampling.pipeline import WanPipeline, resolve_checkpoint
 
     check_options(options)
