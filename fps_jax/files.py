@@ -96,3 +96,12 @@ def _swap(fresh: pathlib.Path, final: pathlib.Path) -> None:
         aside.rename(final)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_space(parent: pathlib.Path, nbytes: int) -> None:
+    """Raises OSError where a directory has no room for `nbytes` and a margin for small files: before hours of work, not after."""
+    free = shutil.disk_usage(parent).free
+    if free < nbytes + (16 << 20):
+        raise OSError(
+            28, f"not enough disk space: needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free", str(parent)
+        )

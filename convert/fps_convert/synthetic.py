@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from fps_convert import mapping
+from fps_convert.flax_to_torch import write_rest, write_weights
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import Output
-from fps_convert.mapping import Layout, Row, SourceTensor
-from fps_convert.save import write_rest, write_weights
+from fps_convert.layouts import LAYOUTS, LayoutName
+from fps_convert.mapping import Row, SourceTensor
 from fps_jax.config import (
     COMPONENTS,
     WAN_T2V_1_3B,
@@ -85,7 +86,7 @@ def write_checkpoint(
     path: str | os.PathLike,
     config: WanConfig = WAN_T2V_1_3B,
     *,
-    layout: Layout,
+    layout: LayoutName,
     tokenizer_dir: str | os.PathLike | None = None,
     dtypes: dict[str, str] | None = None,
     components: tuple[Component, ...] = COMPONENTS,
@@ -106,6 +107,7 @@ def write_checkpoint(
       seed: of the weights; a component's weights are the same whatever else is written.
       overwrite: replace a non-empty directory.
     """
+    wanted = LAYOUTS[layout]
     with new_directory(path, overwrite=overwrite) as fresh:
         for name in components:
             if name == "image_encoder" and config.image_encoder is None:
@@ -113,15 +115,15 @@ def write_checkpoint(
             dtype = (dtypes or {}).get(name, "F32")
             outputs = [
                 Output(tensor.key, tensor.shape, dtype, lambda t=tensor, d=dtype: weights(t, d, seed))
-                for tensor in mapping.tensors(mapping.rows(name, config), layout)
+                for tensor in mapping.tensors(mapping.rows(name, config), wanted.places[name].naming)
             ]
-            write_weights(fresh, name, config, layout, outputs, lambda _: None, shard_bytes=shard_bytes)
+            write_weights(fresh, name, config, wanted, outputs, lambda _: None, shard_bytes=shard_bytes)
         if tokenizer_dir is None:
             stand_in = fresh / "stand_in"
             stand_in.mkdir()
             write_json({"version": "1.0", "model": {"type": "Unigram", "vocab": []}}, stand_in / "tokenizer.json")
             tokenizer_dir = stand_in
-        write_rest(fresh, config, layout, pathlib.Path(tokenizer_dir))
+        write_rest(fresh, config, wanted, pathlib.Path(tokenizer_dir))
         if (fresh / "stand_in").is_dir():
             (fresh / "stand_in" / "tokenizer.json").unlink()
             (fresh / "stand_in").rmdir()

@@ -101,7 +101,7 @@ def _read_config(model: pathlib.Path) -> Any:
 
     if is_ours(model):
         return read_config(model)
-    from fps_convert.wan import open_checkpoint
+    from fps_convert import open_checkpoint
 
     return open_checkpoint(model).config
 

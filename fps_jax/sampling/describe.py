@@ -32,7 +32,7 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
             for name in components
         }
     else:
-        from fps_convert.wan import open_checkpoint
+        from fps_convert import open_checkpoint
 
         source = open_checkpoint(directory)
         layout, config, components = source.layout, source.config, list(source.components)

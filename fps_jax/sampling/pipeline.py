@@ -83,7 +83,7 @@ class WanPipeline:
                 if name != "image_encoder" or (directory / name).is_dir()
             }
         else:
-            from fps_convert.wan import open_checkpoint
+            from fps_convert import open_checkpoint
 
             source = open_checkpoint(directory)
             config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)

@@ -75,7 +75,7 @@ def test_a_t2v_model_has_no_image_tower():
         mapping.rows("image_encoder", tiny_config("t2v"))
 
 
-@pytest.mark.parametrize("layout", mapping.LAYOUTS)
+@pytest.mark.parametrize("layout", mapping.NAMINGS)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_from_ours_undoes_to_ours(component, layout):
     for tensor in mapping.tensors(mapping.rows(component, tiny_config("flf2v")), layout):
