@@ -55,7 +55,7 @@ def audit(
 
 
 def dtype_changes(source: Source, component: Component, dtype: np.dtype | None) -> list[dict[str, Any]]:
-    """The parameters that are stored in another dtype than the source has, or that several of a source's are joined in."""
+    """The parameters that are stored in another dtype than each of their source tensors has."""
     stored = source.stored_dtypes(component, dtype)
     return [
         {"parameter": path, "from": sorted(set(names)), "to": NAMES[stored[path]]}
