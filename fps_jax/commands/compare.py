@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fps_jax.commands.options import FILES, VideoOptions, call_arguments, check_options, run_record
+from fps_jax.config import WanConfig
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, write_json
 
@@ -38,18 +39,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def _compare(options: Compare) -> None:
     arguments = call_arguments(options)
-    from fps_jax.sampling.pipeline import WanPipeline, resolve_checkpoint
+    from fps_jax.checkpoints.open import open_model
+    from fps_jax.sampling.pipeline import WanPipeline
 
     check_options(options)
     _check_output(options)
     read = (options.model, options.schedule, *(getattr(options, name) for name in FILES))
     sources = tuple(path for path in read if path is not None)
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
-        model = resolve_checkpoint(options.model)
-        schedule = _check_request(options, arguments, model)
+        model = open_model(options.model)
+        schedule = _check_request(options, arguments, model.config)
         from fps_jax.evaluation.compare import compare, write
 
-        pipe = WanPipeline.from_pretrained(model, dtype=options.dtype)
+        pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
         pipe.show_progress = True
         # The schedule goes in as it was read: whoever edits the file meanwhile changes neither the video nor the record.
         comparison = compare(pipe, **arguments | {"schedule": schedule}, tell=_tell)
@@ -74,36 +76,24 @@ def _check_output(options: Compare) -> None:
         )
 
 
-def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.Path) -> Any:
+def _check_request(options: Compare, arguments: dict[str, Any], config: WanConfig) -> Any:
     """Holds the arguments against the model's config, before its weights are read. Returns the schedule for this video."""
     from fps_jax.sampling import request
     from fps_jax.sampling.solvers import solver_table
 
-    config = _read_config(model)
     size = (options.height, options.width, options.num_frames)
     shape = request.latent_shape(1, *size, config)
     request.noise(arguments["latents"], options.seed, shape)
     embeds = arguments["image_embeds"]
     request.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
     request.image_embeds(config, embeds, 1)
-    grid = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
+    grid: Any = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
     schedule: Any = request.schedule(options.attention, options.schedule, grid)
     shift = request.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
     sigma = solver_table(options.solver, options.sigma_grid, options.num_inference_steps, shift).sigma
     schedule.segments(sigma, shift, grid, config.dit.num_layers)
     _tell(f"{options.attention}: {schedule.describe(grid)}")
     return schedule
-
-
-def _read_config(model: pathlib.Path) -> Any:
-    from fps_jax.checkpoints.format import read_config
-    from fps_jax.sampling.pipeline import is_ours
-
-    if is_ours(model):
-        return read_config(model)
-    from fps_convert import open_checkpoint
-
-    return open_checkpoint(model).config
 
 
 def _subtitle(options: Compare) -> str:
