@@ -49,7 +49,7 @@ class Source:
     """A checkpoint to convert from.
 
     Attributes:
-      layout: "official" or "diffusers".
+      layout: the name of one in `layouts.LAYOUTS`.
       config: what it is.
       parts: its components; `components` are their names.
       tokenizer_dir: the directory that holds tokenizer.json or spiece.model.

@@ -99,7 +99,7 @@ def write_checkpoint(
     Args:
       path: the directory to write.
       config: what to write; its `flow_shift` only goes into the diffusers layout.
-      layout: "official" or "diffusers".
+      layout: the name of one in `layouts.LAYOUTS`.
       tokenizer_dir: a tokenizer's files to copy; None writes a stand-in that tokenizes nothing.
       dtypes: 'F32', 'F16' or 'BF16' by component; F32 where left out.
       components: leave some out to make a checkpoint that is not whole.
