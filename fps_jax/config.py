@@ -5,11 +5,13 @@ Sources: the official configs (Wan-Video/Wan2.1 wan/configs) and diffusers' conf
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fps_jax.sizes import PATCH
 
 Task = Literal["t2v", "i2v", "flf2v"]
+Component = Literal["dit", "vae", "text_encoder", "image_encoder"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 # Per-channel statistics of the VAE's latents (Wan-Video/Wan2.1 wan/modules/vae.py; the same in diffusers' vae/config.json).
 LATENTS_MEAN = (

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from fps_jax.commands.options import FILES, VideoOptions, read_request, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_json
+from fps_jax.files import new_directory, write_json
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -38,21 +38,22 @@ def main(argv: list[str] | None = None) -> None:
 
 def _compare(options: Compare) -> None:
     request = read_request(options)
-    from fps_jax.checkpoints.format import new_directory
-    from fps_jax.sampling.pipeline import WanPipeline, resolve_checkpoint
+    from fps_jax.checkpoints.open import open_model
+    from fps_jax.sampling.pipeline import WanPipeline
 
     _check_output(options)
     read = (options.model, options.schedule, *(getattr(options, name) for name in FILES))
     sources = tuple(path for path in read if path is not None)
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
-        model = resolve_checkpoint(options.model)
-        config = _read_config(model)
-        resolved: Any = request.resolve(config)
-        request.frames(config)  # read for each video again: one that is no image is told before the weights are read
+        model = open_model(options.model)
+        resolved: Any = request.resolve(model.config)
+        request.frames(
+            model.config
+        )  # read for each video again: one that is no image is told before the weights are read
         _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 
-        pipe = WanPipeline.from_pretrained(model, dtype=options.dtype)
+        pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
         pipe.show_progress = True
         comparison = compare(pipe, request, tell=_tell)
         write(comparison, folder, fps=options.fps, subtitle=_subtitle(options))
@@ -73,17 +74,6 @@ def _check_output(options: Compare) -> None:
         raise FileExistsError(
             f"output={str(options.output)!r} holds {foreign[0]!r}, which fps-compare doesn't write and won't remove; give another"
         )
-
-
-def _read_config(model: pathlib.Path) -> Any:
-    from fps_jax.checkpoints.format import read_config
-    from fps_jax.sampling.pipeline import is_ours
-
-    if is_ours(model):
-        return read_config(model)
-    from fps_convert.wan import open_checkpoint
-
-    return open_checkpoint(model).config
 
 
 def _subtitle(options: Compare) -> str:

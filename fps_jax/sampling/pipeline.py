@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
-from fps_jax.checkpoints.format import is_checkpoint, read_config, save_checkpoint
-from fps_jax.checkpoints.placement import builds, place, restore, visiting
+from fps_jax.checkpoints.format import save_checkpoint
+from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
 from fps_jax.media.images import clip_pixels
@@ -73,21 +74,10 @@ class WanPipeline:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
         enable_compilation_cache()
-        directory = resolve_checkpoint(path)
-        if is_ours(directory):
-            config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
-            params = {
-                name: restore(directory / name, build, DTYPES[dtype])
-                for name, build in builds(config).items()
-                if name != "image_encoder" or (directory / name).is_dir()
-            }
-        else:
-            from fps_convert.wan import open_checkpoint
-
-            source = open_checkpoint(directory)
-            config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)
-            params = {name: place(name, source.load(name), DTYPES[dtype]) for name in source.components}
-        return cls(config=config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
+        model = open_model(path)
+        tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
+        params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
+        return cls(config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
@@ -278,36 +268,6 @@ def _to_pil(video: np.ndarray) -> list[list[Any]]:
     from PIL import Image
 
     return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
-
-
-def is_ours(directory: pathlib.Path) -> bool:
-    """Whether to read a directory as our format. One that only looks like it gets our reader's error, not the converter's."""
-    return is_checkpoint(directory) or (directory / "dit").is_dir()
-
-
-def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
-    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub (files of a Wan checkpoint only)."""
-    directory = pathlib.Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    parts = str(path).split("/")
-    if directory.exists():
-        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return pathlib.Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])
-        )
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} is no local directory, and downloading it from the Hugging Face hub failed: {first}"
-        ) from error
 
 
 def enable_compilation_cache() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fps_convert.readers import TensorInfo, map_file
+from fps_convert.formats.readers import TensorInfo, map_file
 
 _STORAGES = {
     "FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2), "BFloat16Storage": ("BF16", 2), "DoubleStorage": ("F64", 8),

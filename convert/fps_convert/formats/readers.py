@@ -6,11 +6,13 @@ import math
 import mmap
 import pathlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import ml_dtypes
 import numpy as np
 
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # Names as in safetensors, with their NumPy types where Wan's files may hold them.
 FLOATS: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fps_convert.arrays import write_at
-from fps_convert.readers import map_file, read_json
+from fps_convert.formats.arrays import write_at
+from fps_convert.formats.readers import map_file, read_json
 from fps_jax.checkpoints.format import abstract_component, save_component
 from fps_jax.models.params import flatten, unflatten
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fps_convert.arrays import in_threads, write_at
-from fps_convert.readers import FLOATS
+from fps_convert.formats.arrays import in_threads, write_at
+from fps_convert.formats.readers import FLOATS
 
 SHARD_BYTES = 10_000_000_000
 _ALIGN = 64
