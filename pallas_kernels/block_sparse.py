@@ -76,10 +76,10 @@ def choose(
         return implementation  # pyright: ignore[reportReturnType]
     if implementation == "auto" and target_platform() != "gpu":
         return _logged("portable", f"no GPU, but {target_platform()}")
-    from pallas_kernels import fwd_sm90  # late: importing Mosaic GPU takes a second, and only GPUs need it
+    from pallas_kernels.sm90 import forward  # late: importing Mosaic GPU takes a second, and only GPUs need it
 
     shape = {"tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
-    reason = fwd_sm90.missing_device() or fwd_sm90.unsupported(head_dim, dtype, **shape)
+    reason = forward.missing_device() or forward.unsupported(head_dim, dtype, **shape)
     if reason is None:
         return _logged("sm90", "the Hopper kernel") if implementation == "auto" else "sm90"
     if implementation == "auto":
@@ -122,7 +122,7 @@ def _differentiable(implementation, q, k, v, pattern):
 
 def _forward(implementation, q, k, v, pattern):
     if implementation == "sm90":
-        from pallas_kernels import fwd_sm90 as kernels
+        from pallas_kernels.sm90 import forward as kernels
     else:
         kernels = portable
     out, lse = kernels.forward(q, k, v, pattern)

@@ -34,7 +34,7 @@ _TABLE_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardConfig:
-    """How `pallas_kernels.fwd_sm90` uses a multiprocessor.
+    """How `pallas_kernels.sm90.forward` uses a multiprocessor.
 
     Attributes:
       stages: key blocks in flight, 2, 4 or 8 (another number costs 23 instructions a step for the remainder).

@@ -13,7 +13,8 @@ from benchmarks.gpu_cases.results import NOT_MEASURED
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, median_seconds, rates, size_of
 from fps_jax.tuning.autotune import AGREE
 from fps_jax.tuning.timing import summary
-from pallas_kernels import quantize_sm90, tuning
+from pallas_kernels import tuning
+from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.tuning import ForwardConfig
 
 Key = tuple[str, float, int | None]

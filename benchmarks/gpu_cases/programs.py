@@ -11,7 +11,9 @@ import jax.numpy as jnp
 
 from benchmarks.gpu_cases.timing import size_of
 from fps_jax.tuning.autotune import Task
-from pallas_kernels import fwd_sm90, quantize_sm90, reference
+from pallas_kernels import reference
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.tuning import ForwardConfig
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -21,9 +23,9 @@ def kernels(toy: bool) -> contextlib.AbstractContextManager[None]:
     """Open around calls of Hopper kernels: interpret mode at toy size, nothing on a GPU."""
     if not toy:
         return contextlib.nullcontext()
-    from pallas_kernels import mosaic
+    from pallas_kernels.interpret import interpret
 
-    return mosaic.interpret(detect_races=False)
+    return interpret(detect_races=False)
 
 
 def compiled(toy: bool, fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:

@@ -24,8 +24,9 @@ from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
 from fps_jax.tuning.timing import median_seconds
-from pallas_kernels import fwd_sm90, quantize_sm90, tuning
+from pallas_kernels import tuning
 from pallas_kernels.platform import target_device
+from pallas_kernels.sm90 import forward, quantize
 from pallas_kernels.tuning import ForwardConfig, TuningKey
 
 SPARSE_DENSITY = 0.2  # of the window that stands for the class 'sparse'
@@ -62,7 +63,7 @@ class Task:
             raise ValueError(f"heads={self.heads!r} is not a positive whole number; Wan 14B has 40, 1.3B has 12")
         tile = _tile(self.grid) if self.tile is None else check_shape3("tile", self.tile, "tokens")
         object.__setattr__(self, "tile", tile)
-        reason = fwd_sm90.unsupported(
+        reason = forward.unsupported(
             self.head_dim,
             jnp.bfloat16,
             tile_size=self.plan.layout.stored,
@@ -213,10 +214,10 @@ def sweep(
     Yields: for each config 'key', 'config', 'ok', 'rel_l2_safe', 'measured_on'; of a right one what `measure` returns and 'tflops'.
     """
     pattern, where = task.plan.pattern, task.measured_on()
-    operands = jax.jit(functools.partial(quantize_sm90.quantize, pattern=pattern))(*task.inputs())
+    operands = jax.jit(functools.partial(quantize.quantize, pattern=pattern))(*task.inputs())
 
     def call(config: ForwardConfig) -> jax.Array:
-        return fwd_sm90.attention(
+        return forward.attention(
             operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), with_lse=False, config=config
         )[0]
 
@@ -250,7 +251,7 @@ def _rel_l2(got: jax.Array, want: jax.Array) -> jax.Array:
 def answer(asked: Mapping[str, Any], *, measure: Measure = median_seconds) -> None:
     """Says what was asked for: `{"device": true}` the GPU, else a sweep, each config announced before it starts."""
     if "device" in asked:
-        say({"missing": fwd_sm90.missing_device(), "gpu": target_device().device_kind, "jax": jax.__version__})
+        say({"missing": forward.missing_device(), "gpu": target_device().device_kind, "jax": jax.__version__})
         return
     configs = [ForwardConfig(**config) for config in asked["configs"]]
     best = math.inf if asked["best"] is None else asked["best"]

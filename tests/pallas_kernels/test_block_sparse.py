@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fps_jax import AttentionPlan, attend
-from pallas_kernels import block_sparse, fwd_sm90, mosaic, platform, portable
+from pallas_kernels import block_sparse, platform, portable
 from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.interpret import interpret
+from pallas_kernels.sm90 import forward as fwd_sm90
 from tests.pallas_kernels import interpreted
 from tests.reference import rel_l2
 
@@ -125,7 +127,7 @@ def _attend_interpreted(scales) -> tuple[float, float]:
     fwd_sm90.missing_device = lambda: None
     results = []
     for implementation in ("sm90", "portable"):
-        with mosaic.interpret():
+        with interpret():
             out, vjp = jax.vjp(functools.partial(attend, plan=plan, implementation=implementation), q, k, v)
         results.append([np.asarray(x, np.float32) for x in (out, *vjp(d_out))])
     out, *grads = (rel_l2(a, b) for a, b in zip(*results, strict=True))
@@ -136,7 +138,7 @@ def _attend_interpreted(scales) -> tuple[float, float]:
 def test_the_kernel_through_attend_forward_and_backward(scales):
     out, grads = interpreted.run(_attend_interpreted, scales)
     # Each rounds P against its own running maximum (steps of 128 keys, a chunk of 512) and so lies within 2e-2 of the
-    # specification; test_fwd_sm90 holds the kernel to its own rounding. Without FP8 the difference is bf16's.
+    # specification; sm90/test_forward.py holds the kernel to its own rounding. Without FP8 the difference is bf16's.
     assert out <= (4e-2 if scales else 5e-3)
     assert grads <= 2e-2
 

@@ -28,8 +28,8 @@ from pallas_kernels.reference import (
     quantize_channels,
     quantize_tokens,
 )
-from pallas_kernels.registers import kv_order, to_fp8_operand
-from pallas_kernels.shared_memory import swizzled
+from pallas_kernels.sm90.registers import kv_order, to_fp8_operand
+from pallas_kernels.sm90.shared_memory import swizzled
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 
 f32 = jnp.float32
@@ -39,7 +39,7 @@ _QUADS = plgpu.Layout.WGMMA_8BIT
 
 
 class Operands(NamedTuple):
-    """Inputs of `fwd_sm90.attention`; G is B * N. The scales are None without quantization.
+    """Inputs of `forward.attention`; G is B * N. The scales are None without quantization.
 
     q, k: e4m3, or bf16 or f16 without quantization; padded keys hold a copy of a valid key of their tile.
     v: the same dtype, keys last, 0 at padding; in FP8 in `registers.kv_order`.

@@ -2,7 +2,7 @@
 
 A thread block computes 128 query rows of one head over the key blocks that a table lists: one warpgroup copies (TMA), two compute
 64 rows each, and while their tensor cores multiply for one key block they exponentiate for another (FlashAttention-3's overlap,
-arXiv 2407.08608). The program of a thread block is `fwd_sm90_body`; docs/kernels.md explains the whole.
+arXiv 2407.08608). The program of a thread block is `body`; docs/kernels.md explains the whole.
 
 Source: FPSAttention (arXiv 2506.04648) section 3 for what is computed; `pallas_kernels.reference.attention` is its specification.
 """
@@ -15,11 +15,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_body import body
-from pallas_kernels.fwd_sm90_work import Problem, scratch
+from pallas_kernels import tuning
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
+from pallas_kernels.sm90 import quantize
+from pallas_kernels.sm90.body import body
+from pallas_kernels.sm90.work import Problem, scratch
 from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
 
 
@@ -44,7 +45,7 @@ def forward(
     reason = unsupported(q.shape[3], q.dtype, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
     if reason is not None:
         raise NotImplementedError(f"implementation='sm90': {reason}")
-    operands = quantize_sm90.quantize(q, k, v, pattern)
+    operands = quantize.quantize(q, k, v, pattern)
     if config is None:
         key = tuning.tuning_key(
             head_dim=q.shape[3],
@@ -86,7 +87,7 @@ def missing_device() -> str | None:
 
 @functools.partial(jax.jit, static_argnames=("batch", "dtype", "config", "with_lse"))
 def attention(
-    operands: quantize_sm90.Operands,
+    operands: quantize.Operands,
     pattern: TilePattern,
     *,
     batch: int,
@@ -94,7 +95,7 @@ def attention(
     config: ForwardConfig,
     with_lse: bool = True,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"] | None]:
-    """The kernel itself, on operands that `quantize_sm90` made.
+    """The kernel itself, on operands that `quantize` made.
 
     Args:
       pattern: its table, of which what lies outside is clipped, to the keys there are and to counts of 1 and more.

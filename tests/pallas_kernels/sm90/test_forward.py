@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from fps_jax.attention.plan import AttentionPlan
-from pallas_kernels import fwd_sm90, quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_work import Problem, load_next, scratch
+from pallas_kernels import tuning
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.work import Problem, load_next, scratch
 from pallas_kernels.tuning import ForwardConfig
-from tests.pallas_kernels import attention_cases, interpreted
-from tests.pallas_kernels.attention_cases import Case
+from tests.pallas_kernels import interpreted
+from tests.pallas_kernels.sm90 import attention_cases
+from tests.pallas_kernels.sm90.attention_cases import Case
 
 CASES = {
     # Coverage, and the tile sizes and granularities: groups of 64, 128, 192, 256 and 384 tokens.
