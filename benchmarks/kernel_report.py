@@ -26,7 +26,7 @@ from benchmarks import sass
 from benchmarks.memory import H200  # sets JAX_PLATFORMS, so before jax
 from benchmarks.record import RESULTS, write
 from pallas_kernels.mosaic import impatient_waits
-from pallas_kernels.tuning import CONSUMERS, SHARED_MEMORY, ForwardConfig
+from pallas_kernels.sm90.config import CONSUMERS, SHARED_MEMORY, ForwardConfig
 
 NAME = "kernel_report"
 TOLERANCE = 1.02
@@ -97,7 +97,7 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     from pallas_kernels.reference import FP8
     from pallas_kernels.sm90 import forward, quantize
-    from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
+    from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 
     num_tiles, stored = _TILES[case.tiles]
     seq, heads, dim = num_tiles * stored, case.heads, case.head_dim

@@ -13,9 +13,9 @@ from benchmarks.gpu_cases.results import NOT_MEASURED
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, median_seconds, rates, size_of
 from fps_jax.tuning.autotune import AGREE
 from fps_jax.tuning.timing import summary
-from pallas_kernels import tuning
 from pallas_kernels.sm90 import quantize as quantize_sm90
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import choose_config
 
 Key = tuple[str, float, int | None]
 # What this process has timed and found right: (size, density, scales) -> config -> seconds.
@@ -24,10 +24,10 @@ _timed: dict[Key, dict[ForwardConfig, float]] = {}
 
 def _config(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
     task = programs.task_of(toy, size, density, scales)
-    chosen = replace(tuning.choose_config(task.key, **task.fits), **options)
+    chosen = replace(choose_config(task.key, **task.fits), **options)
     if (
         chosen.persistent and scales is None
-    ):  # as `tuning.candidates`: the copier's second loop spills with 24 registers
+    ):  # as `sm90.config.candidates`: the copier's second loop spills with 24 registers
         chosen = replace(chosen, consumer_registers=232, producer_registers=40)
     return chosen
 

@@ -14,7 +14,7 @@ from fps_jax.tuning.autotune import Task
 from pallas_kernels import reference
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
 
 BF16 = jnp.dtype(jnp.bfloat16)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
 
 if TYPE_CHECKING:  # the process that starts the others imports no jax
     import jax
@@ -45,7 +45,9 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
-        spills = self.persistent and self.scales is None  # the copier, with 24 registers: as in `tuning.candidates`
+        spills = (
+            self.persistent and self.scales is None
+        )  # the copier, with 24 registers: as in `sm90.config.candidates`
         return ForwardConfig(
             consumer_registers=232 if spills else 240,
             producer_registers=40 if spills else 24,

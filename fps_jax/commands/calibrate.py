@@ -60,7 +60,7 @@ def _calibrate(options: Calibrate) -> None:
     arguments = call_arguments(options)
     from fps_jax.attention.tiles import TileLayout, propose_tiles
     from fps_jax.tuning import calibration
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
 
     check_options(options)
     grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
@@ -69,7 +69,7 @@ def _calibrate(options: Calibrate) -> None:
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
-    tuning.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
+    tuned.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
     start = time.time()
     if options.reuse is None:
         errors, measured = _measure(options, prompts, arguments, plans)

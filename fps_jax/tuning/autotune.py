@@ -24,10 +24,10 @@ from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
 from fps_jax.tuning.timing import median_seconds
-from pallas_kernels import tuning
 from pallas_kernels.platform import target_device
 from pallas_kernels.sm90 import forward, quantize
-from pallas_kernels.tuning import ForwardConfig, TuningKey
+from pallas_kernels.sm90.config import BLOCK_KV, ForwardConfig, candidates, scales_per_block, shared_memory_bytes
+from pallas_kernels.sm90.tuned import TuningKey, tuning_key
 
 SPARSE_DENSITY = 0.2  # of the window that stands for the class 'sparse'
 AGREE = 1e-2  # relative L2 from the safe config's output: a config that computes something else is out
@@ -83,27 +83,27 @@ class Task:
     def key(self) -> TuningKey:
         """What the tuned table calls it."""
         width = self.plan.key_tiles.shape[-1] / self.plan.layout.num_tiles
-        return tuning.tuning_key(head_dim=self.head_dim, density=width, tokens_per_scale=self.plan.tokens_per_scale)
+        return tuning_key(head_dim=self.head_dim, density=width, tokens_per_scale=self.plan.tokens_per_scale)
 
     @property
     def fits(self) -> dict[str, int]:
-        """The other arguments of `tuning.choose_config` and, with head_dim, of `tuning.candidates`."""
+        """The other arguments of `choose_config` and, with head_dim, of `candidates`."""
         stored = self.plan.layout.stored
         return {
             "operand_bytes": 1 if self.plan.quantize else 2,
             "output_bytes": 2,
-            "blocks_per_tile": stored // tuning.BLOCK_KV,
+            "blocks_per_tile": stored // BLOCK_KV,
         }
 
     @property
     def candidates(self) -> list[ForwardConfig]:
         """Every config to try."""
-        return tuning.candidates(head_dim=self.head_dim, **self.fits)
+        return candidates(head_dim=self.head_dim, **self.fits)
 
     def shared_memory_bytes(self, config: ForwardConfig) -> int:
         """Of a thread block."""
         fits = self.fits
-        return tuning.shared_memory_bytes(
+        return shared_memory_bytes(
             config,
             head_dim=self.head_dim,
             operand_bytes=fits["operand_bytes"],
@@ -121,7 +121,7 @@ class Task:
         return [jax.random.normal(key, like, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)]
 
     def measured_on(self) -> dict[str, Any]:
-        """Machine, jax, date and this call, as a `tuning.TunedEntry` has them."""
+        """Machine, jax, date and this call, as a `TunedEntry` has them."""
         return {
             "gpu": target_device().device_kind,
             "jax": jax.__version__,
@@ -138,11 +138,9 @@ class Task:
 def _tile(grid: Shape3) -> Shape3:
     """The first proposed tile that is whole blocks of the kernel."""
     for proposal in propose_tiles(grid):
-        if proposal.stored % tuning.BLOCK_KV == 0:
+        if proposal.stored % BLOCK_KV == 0:
             return proposal.tile
-    raise ValueError(
-        f"grid={grid} has no tile of {tuning.BLOCK_KV} stored tokens, a block of the kernel; choose a larger one"
-    )
+    raise ValueError(f"grid={grid} has no tile of {BLOCK_KV} stored tokens, a block of the kernel; choose a larger one")
 
 
 def tasks(
@@ -182,7 +180,7 @@ def _granularity(layout: TileLayout, scales: int) -> int | None:
     """Scales of a tile that give a block of 128 keys so many; None for no quantization."""
     if scales == 0:
         return None
-    per_tile = [n for n in layout.granularities if tuning.scales_per_block(layout.tokens_per_scale(n)) == scales]
+    per_tile = [n for n in layout.granularities if scales_per_block(layout.tokens_per_scale(n)) == scales]
     if not per_tile:
         raise ValueError(
             f"scales={scales}: tiles {layout.tile} of grid {layout.grid} have no such granularity; leave it out"

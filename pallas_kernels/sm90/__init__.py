@@ -1,1 +1,1 @@
-"""The Hopper kernels (docs/kernels.md). Nothing of it is imported where no GPU needs it: Mosaic GPU takes a second."""
+"""The Hopper kernels (docs/kernels.md). `config` and `tuned` import no jax; the others import Mosaic GPU, which takes a second."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
 from pallas_kernels.sm90.consumer import consume
 from pallas_kernels.sm90.quantize import Operands
 from pallas_kernels.sm90.work import Block, Memory, Place, Problem, each_item, load_next, place_of
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
 
 
 def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:

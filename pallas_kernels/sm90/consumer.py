@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
 from pallas_kernels.sm90.registers import to_fp8_operand
 from pallas_kernels.sm90.softmax import (
     ROWS,
@@ -31,7 +32,6 @@ from pallas_kernels.sm90.softmax import (
     over_rows,
 )
 from pallas_kernels.sm90.work import Block, Place
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
 
 f32, i32 = jnp.float32, jnp.int32
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)

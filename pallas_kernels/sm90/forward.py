@@ -15,13 +15,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import tuning
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
-from pallas_kernels.sm90 import quantize
+from pallas_kernels.sm90 import quantize, tuned
 from pallas_kernels.sm90.body import body
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig, check_fits
 from pallas_kernels.sm90.work import Problem, scratch
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
 
 
 def forward(
@@ -38,7 +37,7 @@ def forward(
     become a row's maximum and cost P its precision.
 
     Args:
-      config: tuning; None for the tuned one (`pallas_kernels.tuning`).
+      config: None for the tuned one (`pallas_kernels.sm90.tuned`).
     Raises: NotImplementedError for what the kernel doesn't do (`unsupported`); ValueError for a config that doesn't fit.
     """
     tile_size, tokens_per_scale = pattern.tile_size, pattern.tokens_per_scale
@@ -47,12 +46,12 @@ def forward(
         raise NotImplementedError(f"implementation='sm90': {reason}")
     operands = quantize.quantize(q, k, v, pattern)
     if config is None:
-        key = tuning.tuning_key(
+        key = tuned.tuning_key(
             head_dim=q.shape[3],
             density=pattern.key_tiles.shape[-1] / pattern.num_key_tiles,
             tokens_per_scale=tokens_per_scale,
         )
-        config = tuning.choose_config(
+        config = tuned.choose_config(
             key,
             operand_bytes=operands.q.dtype.itemsize,
             output_bytes=q.dtype.itemsize,
@@ -128,7 +127,7 @@ def attention(
         raise ValueError(
             f"polynomial_columns={config.polynomial_columns} is for FP8, and these operands are {operands.q.dtype}; use 0"
         )
-    tuning.check_fits(
+    check_fits(
         config,
         head_dim=head_dim,
         operand_bytes=operands.q.dtype.itemsize,

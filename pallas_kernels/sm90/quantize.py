@@ -28,9 +28,9 @@ from pallas_kernels.reference import (
     quantize_channels,
     quantize_tokens,
 )
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 from pallas_kernels.sm90.registers import kv_order, to_fp8_operand
 from pallas_kernels.sm90.shared_memory import swizzled
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 
 f32 = jnp.float32
 _ROWS = 64  # tokens in registers at a time
@@ -45,7 +45,7 @@ class Operands(NamedTuple):
     v: the same dtype, keys last, 0 at padding; in FP8 in `registers.kv_order`.
     key_valid: ones and zeros in v's dtype and order, 8 equal rows.
     query_valid: 1 or 0.
-    q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`tuning.scales_per_block`), however many tokens share
+    q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`config.scales_per_block`), however many tokens share
       a scale: the kernel then knows two cases only.
     """
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS
 from pallas_kernels.sm90.registers import any_in_warp_is_not_1, exp2, next_tops
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 # Below any score, and finite: the first step's exp2(start - top) is then 0, not NaN, even where a score is -inf.

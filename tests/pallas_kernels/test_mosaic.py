@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import mosaic
 from pallas_kernels.sm90 import forward as fwd_sm90
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
 from tests.pallas_kernels import interpreted
 from tests.pallas_kernels.sm90 import attention_cases
 

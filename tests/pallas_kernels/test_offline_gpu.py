@@ -9,7 +9,7 @@ import json
 import pytest
 
 from benchmarks import kernel_report, sass
-from pallas_kernels import tuning
+from pallas_kernels.sm90.config import SHARED_MEMORY, shared_memory_bytes
 
 COMMITTED = json.loads((kernel_report.RESULTS / "kernel_report.json").read_text())["kernels"]
 
@@ -160,7 +160,7 @@ def test_the_committed_report_is_of_the_shipped_kernels_and_in_order():
     for name in kernel_report.cases():
         facts = COMMITTED[name]
         assert facts["main_loop_matmuls"][0].startswith("HGMMA" if "bf16" in name else "QGMMA"), name
-        assert facts["shared_memory"] <= tuning.SHARED_MEMORY
+        assert facts["shared_memory"] <= SHARED_MEMORY
 
 
 def test_the_default_config_issues_370_instructions_in_the_usual_step_at_most():
@@ -170,9 +170,9 @@ def test_the_default_config_issues_370_instructions_in_the_usual_step_at_most():
         assert COMMITTED[name]["special_functions"] == sass.EXPONENTIALS
 
 
-def test_shared_memory_is_what_tuning_estimates():
+def test_shared_memory_is_what_the_config_estimates():
     for name, case in kernel_report.cases().items():
-        estimate = tuning.shared_memory_bytes(
+        estimate = shared_memory_bytes(
             case.config, head_dim=case.head_dim, operand_bytes=1 if case.scales else 2, output_bytes=2
         )
         assert estimate == COMMITTED[name]["shared_memory"], name

@@ -9,7 +9,8 @@ import pytest
 
 from fps_jax.tuning import autotune, autotune_run
 from pallas_kernels.sm90 import forward
-from pallas_kernels.tuning import ForwardConfig, TuningKey
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TuningKey
 
 
 def test_the_keys_are_those_that_attention_asks_for():

@@ -15,7 +15,7 @@ from pallas_kernels.interpret import interpret
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
 from tests.reference import rel_l2
 
 BLOCK_KV = 128

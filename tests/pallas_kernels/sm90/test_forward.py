@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from fps_jax.attention.plan import AttentionPlan
-from pallas_kernels import tuning
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.config import CONSUMERS, ForwardConfig, candidates
 from pallas_kernels.sm90.work import Problem, load_next, scratch
-from pallas_kernels.tuning import ForwardConfig
 from tests.pallas_kernels import interpreted
 from tests.pallas_kernels.sm90 import attention_cases
 from tests.pallas_kernels.sm90.attention_cases import Case
@@ -220,7 +219,7 @@ def test_every_candidate_lowers_at_real_shapes(grid, scales, heads):
     plan = AttentionPlan.build(
         grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=(3, 3, 4), scales_per_tile=scales, quantize=True
     )
-    fits = tuning.candidates(head_dim=128, operand_bytes=1, output_bytes=2, blocks_per_tile=plan.layout.stored // 128)
+    fits = candidates(head_dim=128, operand_bytes=1, output_bytes=2, blocks_per_tile=plan.layout.stored // 128)
     assert {c.cluster for c in fits} == {1, 2}
     every = (grid, scales, heads) == ("720p", 4, 40)  # elsewhere the default and the one with most switches on
     assert "mosaic_gpu" in lowered(plan, heads, 128, None)
@@ -242,7 +241,7 @@ def test_other_shapes_lower(head_dim, scales, dtype):
 @pytest.mark.parametrize("grid", ["720p", "480p"])
 def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
     plan = AttentionPlan.build(grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=None, scales_per_tile=1, quantize=False)
-    attention_lowers(plan, 40, tuning.candidates(head_dim=128, operand_bytes=2, output_bytes=2, blocks_per_tile=2))
+    attention_lowers(plan, 40, candidates(head_dim=128, operand_bytes=2, output_bytes=2, blocks_per_tile=2))
 
 
 def plain_call(tokens_per_scale):
@@ -324,7 +323,7 @@ def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
     for barrier in (memory.k_consumed_barriers, memory.v_consumed_barriers):
         assert isinstance(barrier, plgpu.ClusterBarrier)
         assert barrier.collective_axes == ("member",)
-        assert barrier.num_arrivals == tuning.CONSUMERS  # of each block
+        assert barrier.num_arrivals == CONSUMERS  # of each block
 
 
 def test_a_machine_without_a_hopper_gpu_is_named():

@@ -1,19 +1,11 @@
-"""Tuning configs of the Hopper forward kernel: what may be varied, what fits a multiprocessor, and the tuned table.
+"""What may be varied of the Hopper forward kernel, and what fits a multiprocessor. Imports no jax.
 
 A config that would not fit shared memory fails to launch, and one that asks for more registers than the launch reserved hangs the
 GPU: both are refused here, before anything is launched.
 """
 
-import contextlib
-import functools
 import itertools
-import json
-import math
-import os
-import pathlib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 BLOCK_Q = 64  # query rows of a consumer warpgroup: one wgmma. 128 spill 948 bytes, and so do three consumers
 CONSUMERS = 2  # warpgroups that compute; a third feeds them
@@ -26,10 +18,6 @@ _REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
 _WARPGROUP = 128  # threads
 _BARRIER = 8  # bytes
 _OVERHEAD = 2049  # bytes that Mosaic and ptxas add, read from every kernel of benchmarks/results/kernel_report.json
-
-TUNED_TABLE = pathlib.Path(__file__).with_name("tuned_sm90.json")
-TABLE_VARIABLE = "FPS_TUNED_TABLE"  # names another file, where that one can't be written
-_TABLE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,148 +105,9 @@ def check_fits(config: ForwardConfig, *, head_dim: int, operand_bytes: int, outp
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuningKey:
-    """What a config is tuned for. `density`: 'sparse' or 'dense'; `scales`: of K in a key block, 0 without quantization."""
-
-    head_dim: int
-    density: str
-    scales: int
-
-
-def tuning_key(*, head_dim: int, density: float, tokens_per_scale: int | None) -> TuningKey:
-    """The key of an attention call. `density`: width of its table by the number of key tiles."""
-    scales = 0 if tokens_per_scale is None else scales_per_block(tokens_per_scale)
-    return TuningKey(head_dim=head_dim, density="dense" if density > 0.5 else "sparse", scales=scales)
-
-
 def scales_per_block(tokens_per_scale: int) -> int:
     """Scales that a block of 128 keys has: 1 where groups are whole blocks, else 2, one for each half."""
     return 1 if tokens_per_scale % BLOCK_KV == 0 else 2
-
-
-def choose_config(key: TuningKey, *, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> ForwardConfig:
-    """The tuned config of a key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4."""
-    tuned = tuned_table().get(key)
-    if tuned is not None and blocks_per_tile % tuned.cluster == 0:
-        return tuned
-    for stages in (4, 2):
-        config = ForwardConfig(stages=stages)
-        size = shared_memory_bytes(
-            config, head_dim=key.head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes
-        )
-        if size <= SHARED_MEMORY:
-            return config
-    raise ValueError(f"head dim {key.head_dim} with {operand_bytes}-byte operands doesn't fit shared memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TunedEntry:
-    """What was measured for a key.
-
-    Attributes:
-      config: the fastest.
-      seconds: of one call, median.
-      tflops: TFLOP/s of useful work: 4 * head dim for each head and attended pair of tokens, padding left out.
-      measured_on: where and when: 'gpu', 'jax', 'date', and the call ('grid', 'heads', ...). Keys may differ in it.
-    Raises: ValueError for a time or rate that is no positive number, TypeError for a `measured_on` without the GPU's name.
-    """
-
-    config: ForwardConfig
-    seconds: float
-    tflops: float
-    measured_on: Mapping[str, Any]
-
-    def __post_init__(self):
-        for name in ("seconds", "tflops"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}={value!r} is not a positive number")
-        if not isinstance(self.measured_on, Mapping) or not isinstance(self.measured_on.get("gpu"), str):
-            raise TypeError(f"measured_on={self.measured_on!r} doesn't name the 'gpu'")
-
-
-def tuned_table() -> Mapping[TuningKey, ForwardConfig]:
-    """The configs measured fastest; empty until the autotuner has run on a GPU. Raises as `read_tuned_table`."""
-    return {key: entry.config for key, entry in tuned_entries().items()}
-
-
-def tuned_entries() -> Mapping[TuningKey, TunedEntry]:
-    """The tuned table that this process uses, with times and rates. Read once. Raises as `read_tuned_table`."""
-    return _read_once(table_path())
-
-
-def table_path() -> pathlib.Path:
-    """The file of the tuned table: the one that FPS_TUNED_TABLE names, else the package's own."""
-    named = os.environ.get(TABLE_VARIABLE)
-    return pathlib.Path(named).absolute() if named else TUNED_TABLE
-
-
-def read_tuned_table(path: pathlib.Path) -> dict[TuningKey, TunedEntry]:
-    """The entries of a file that `write_tuned_table` wrote.
-
-    Raises: FileNotFoundError or OSError for a file that can't be opened, ValueError for anything else in it; each names the file.
-    """
-    cure = f"unset {TABLE_VARIABLE} if that names it, or remove the file and run fps-tune"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != _TABLE_VERSION:
-            raise ValueError(f"version={content['version']!r} is not {_TABLE_VERSION}, which this release reads")
-        return {
-            TuningKey(**entry["key"]): TunedEntry(
-                config=ForwardConfig(**entry["config"]),
-                seconds=entry["seconds"],
-                tflops=entry["tflops"],
-                measured_on=entry["measured_on"],
-            )
-            for entry in content["entries"]
-        }
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"tuned table {str(path)!r} doesn't exist; run fps-tune to write it, or unset {TABLE_VARIABLE}"
-        ) from None
-    except OSError as error:
-        raise OSError(f"tuned table {str(path)!r} can't be read: {error.strerror}; {cure}") from None
-    except KeyError as error:
-        raise ValueError(f"tuned table {str(path)!r} is broken: it has no {error}; {cure}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"tuned table {str(path)!r} is broken: {error}; {cure}") from None
-
-
-_read_once = functools.cache(read_tuned_table)
-
-
-def write_tuned_table(table: Mapping[TuningKey, TunedEntry], *, path: pathlib.Path) -> None:
-    """Writes a tuned table, as `read_tuned_table` reads it. Raises OSError that names the file, which then is as it was."""
-    entries = [{"key": asdict(key), **asdict(entry)} for key, entry in table.items()]
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(json.dumps({"version": _TABLE_VERSION, "entries": entries}, indent=1) + "\n")
-        beside.replace(path)
-    except OSError as error:
-        raise OSError(f"can't write {str(path)!r}: {error.strerror}; choose another path or make room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-    _read_once.cache_clear()
-
-
-def fastest(measured: Iterable[Mapping[str, Any]]) -> dict[TuningKey, TunedEntry]:
-    """The fastest right config of each key, of what `fps_jax.autotune.sweep` yields. What is wrong or was not timed is out."""
-    best: dict[TuningKey, TunedEntry] = {}
-    for one in measured:
-        if not one.get("ok") or not isinstance(one.get("seconds"), float):
-            continue
-        entry = TunedEntry(
-            config=ForwardConfig(**one["config"]),
-            seconds=one["seconds"],
-            tflops=one["tflops"],
-            measured_on=one["measured_on"],
-        )
-        key = TuningKey(**one["key"])
-        if key not in best or entry.seconds < best[key].seconds:
-            best[key] = entry
-    return best
 
 
 def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> list[ForwardConfig]:
