@@ -9,8 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
@@ -25,39 +24,32 @@ def block_sparse_attention(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
+    pattern: TilePattern,
     *,
-    key_tiles: Int[Array, "*N Tq K"] | Int[np.ndarray, "*N Tq K"],
-    counts: Int[Array, "*N Tq"] | Int[np.ndarray, "*N Tq"],
-    valid: Bool[Array, "Sk"] | Bool[np.ndarray, "Sk"],
-    q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
-    tokens_per_scale: int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B Sq N H"]:
-    """Attention of query tiles over the key tiles that a table lists, in FP8 or not; softmax scale H**-0.5.
+    """Attention of query tiles over the key tiles that a pattern lists, in FP8 or not; softmax scale H**-0.5.
 
     Differentiable in q, k and v; memory is linear in tokens forward and backward ('reference' apart).
 
     Args:
       q, k, v: float32, bf16 or f16, one dtype; tokens in tile order, tiles of the same stored size.
-      key_tiles, counts, tokens_per_scale: table and granularity, as `pallas_kernels.pattern.TilePattern` documents them.
-      valid: False at padded keys. Every tile must have a valid one.
-      q_valid: the same for queries, whose output is 0 there; None where queries and keys are the same tokens.
+      pattern: from `TilePattern.build`: table, padding and granularity. The output is 0 at padded queries.
       implementation: 'reference' (specification, all pairs of tokens in memory), 'portable' (plain XLA), 'sm90' (Hopper
         kernel), or 'auto': the fastest that runs here.
     Returns: q's dtype.
-    Raises: ValueError for shapes, dtypes or a table that don't fit; NotImplementedError for an implementation that can't run here.
+    Raises: ValueError for operands or a pattern that don't fit; NotImplementedError for an implementation that can't run here.
     Source: FPSAttention (arXiv 2506.04648) section 3.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
-    table = {"key_tiles": key_tiles, "counts": counts, "valid": valid, "q_valid": q_valid}
-    pattern = TilePattern.build(q, k, **table, tokens_per_scale=tokens_per_scale)
+    pattern.check_operands(q, k)
     chosen = choose(
         implementation,
         head_dim=q.shape[3],
         dtype=q.dtype,
         tile_size=pattern.tile_size,
-        tokens_per_scale=tokens_per_scale,
+        tokens_per_scale=pattern.tokens_per_scale,
     )
     return _attention(q, k, v, pattern, implementation=chosen)
 

@@ -126,7 +126,8 @@ def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any
     """The passes from bf16 q, k, v to operands, fused and by XLA, beside the copy bandwidth of this very process."""
     task = programs.task_of(toy, size, 1.0, scales)
     fused = programs.quantizer(toy, size, scales)
-    by_xla = programs.compiled(toy, quantize_sm90.by_xla, *[programs.like(task)] * 3, task.plan.pattern)
+    pattern = task.plan.pattern
+    by_xla = programs.compiled(toy, quantize_sm90.by_xla, *[programs.like(task)] * 3, pattern)
     yield None
     qkv = programs.inputs(toy, size)
     copy = copy_bandwidth(toy)
@@ -134,7 +135,7 @@ def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any
     # One read in bf16 and one write in FP8 of each, and V read once more for its channel maxima.
     moved = 3 * qkv[0].size * (2 + 1) + 2 * qkv[2].size
     with programs.kernels(toy):
-        for name, run in (("fused", fused), ("by XLA", lambda *x: by_xla(*x, task.plan.pattern))):
+        for name, run in (("fused", fused), ("by XLA", lambda *x: by_xla(*x, pattern))):
             timing = median_seconds(lambda run=run: run(*qkv), toy)
             if isinstance(timing["seconds"], str):
                 yield {"part": name, **timing, "GB_s": NOT_MEASURED, "share_of_copy": NOT_MEASURED}

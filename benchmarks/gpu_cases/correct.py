@@ -173,20 +173,13 @@ def operation(toy: bool, *, implementation: str, name: str) -> Iterator[dict[str
     if implementation == "portable" and shape.dtype == "float32" and not toy:
         shape = dataclasses.replace(shape, scales=None)
     (q, k, v), pattern = make_call(shape)
-    arguments = {
-        "key_tiles": pattern.key_tiles,
-        "counts": pattern.counts,
-        "valid": pattern.k_valid,
-        "q_valid": pattern.q_valid,
-        "tokens_per_scale": pattern.tokens_per_scale,
-    }
     d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape, np.float32), q.dtype)
 
     def both_ways(name, q, k, v, d_out):
         # Inside scan, as the denoising loop has it.
         def body(carry, _):
             out, vjp = jax.vjp(
-                lambda q, k, v: block_sparse.block_sparse_attention(q, k, v, **arguments, implementation=name), q, k, v
+                lambda q, k, v: block_sparse.block_sparse_attention(q, k, v, pattern, implementation=name), q, k, v
             )
             return carry, (out, *vjp(d_out))
 

@@ -172,12 +172,11 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list["jax.Array"], "TilePatt
         values[:, ~valid] = np.nan
     x = [jnp.asarray(values, shape.dtype) for values in x]
     key_tiles, counts = permuted_table(shape.table, shape.heads, query_tiles, shape.tiles, rng)
-    return x, TilePattern(
-        key_tiles=jnp.asarray(key_tiles),
-        counts=jnp.asarray(counts),
-        q_valid=jnp.asarray(q_valid),
-        k_valid=jnp.asarray(k_valid),
-        tile_size=shape.tile,
+    return x, TilePattern.build(
+        key_tiles=key_tiles,
+        counts=counts,
+        valid=k_valid,
+        q_valid=q_valid,
         tokens_per_scale=shape.tokens_per_scale,
     )
 

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
@@ -115,14 +114,11 @@ class AttentionPlan:
 
     @property
     def pattern(self) -> TilePattern:
-        """All of it for a kernel that is called directly."""
-        valid = jnp.asarray(self.layout.valid)
-        return TilePattern(
-            key_tiles=jnp.asarray(self.key_tiles),
-            counts=jnp.asarray(self.counts),
-            q_valid=valid,
-            k_valid=valid,
-            tile_size=self.layout.stored,
+        """All of it for `block_sparse_attention` or a kernel, checked. Made anew each time, as jit wants it."""
+        return TilePattern.build(
+            key_tiles=self.key_tiles,
+            counts=self.counts,
+            valid=self.layout.valid,
             tokens_per_scale=self.tokens_per_scale,
         )
 

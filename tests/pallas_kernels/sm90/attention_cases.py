@@ -59,12 +59,11 @@ class Inputs:
 
     def args(self, case: Case) -> tuple[jax.Array, jax.Array, jax.Array, TilePattern]:
         """q, k, v and the pattern."""
-        pattern = TilePattern(
-            key_tiles=jnp.asarray(self.key_tiles),
+        pattern = TilePattern.build(
+            key_tiles=jnp.asarray(self.key_tiles),  # jax's, so that a table may be wrong
             counts=jnp.asarray(self.counts),
-            q_valid=jnp.asarray(self.q_valid),
-            k_valid=jnp.asarray(self.k_valid),
-            tile_size=case.tile,
+            valid=self.k_valid,
+            q_valid=self.q_valid,
             tokens_per_scale=case.tokens_per_scale,
         )
         return jnp.asarray(self.q), jnp.asarray(self.k), jnp.asarray(self.v), pattern
