@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
+from pallas_kernels.sm90.call_shape import CallShape
 
 Implementation = Literal["auto", "reference", "portable", "sm90"]
 
@@ -44,19 +45,11 @@ def block_sparse_attention(
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
     pattern.check_operands(q, k)
-    chosen = choose(
-        implementation,
-        head_dim=q.shape[3],
-        dtype=q.dtype,
-        tile_size=pattern.tile_size,
-        tokens_per_scale=pattern.tokens_per_scale,
-    )
+    chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
     return _attention(q, k, v, pattern, implementation=chosen)
 
 
-def choose(
-    implementation: str, *, head_dim: int, dtype: Any, tile_size: int, tokens_per_scale: int | None
-) -> Literal["reference", "portable", "sm90"]:
+def choose(implementation: str, call: CallShape) -> Literal["reference", "portable", "sm90"]:
     """The implementation that runs such a call.
 
     Raises: ValueError for an unknown one, NotImplementedError, with the reason, for one that can't run here.
@@ -70,8 +63,7 @@ def choose(
         return _logged("portable", f"no GPU, but {target_platform()}")
     from pallas_kernels.sm90 import forward  # late: importing Mosaic GPU takes a second, and only GPUs need it
 
-    shape = {"tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
-    reason = forward.missing_device() or forward.unsupported(head_dim, dtype, **shape)
+    reason = forward.missing_device() or call.unsupported()
     if reason is None:
         return _logged("sm90", "the Hopper kernel") if implementation == "auto" else "sm90"
     if implementation == "auto":

@@ -24,10 +24,10 @@ _timed: dict[Key, dict[ForwardConfig, float]] = {}
 
 def _config(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
     task = programs.task_of(toy, size, density, scales)
-    chosen = replace(choose_config(task.key, **task.fits), **options)
+    chosen = replace(choose_config(task.call), **options)
     if (
         chosen.persistent and scales is None
-    ):  # as `sm90.config.candidates`: the copier's second loop spills with 24 registers
+    ):  # as `CallShape.candidates`: the copier's second loop spills with 24 registers
         chosen = replace(chosen, consumer_registers=232, producer_registers=40)
     return chosen
 

@@ -23,6 +23,7 @@ from benchmarks.gpu_cases.shapes import OPERATIONS, SHAPES, Shape, make_call
 from pallas_kernels import block_sparse, mosaic, reference
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.call_shape import CallShape
 
 BAR = 1e-2  # relative L2, until the first measurement sets it
 _PATIENCE = 90  # seconds to wait for one of them
@@ -190,13 +191,7 @@ def operation(toy: bool, *, implementation: str, name: str) -> Iterator[dict[str
     )
     yield None
     got, again, want = (f(q, k, v, d_out) for f in (run, run, specified))
-    chosen = block_sparse.choose(
-        implementation,
-        head_dim=shape.head_dim,
-        dtype=q.dtype,
-        tile_size=shape.tile,
-        tokens_per_scale=shape.tokens_per_scale,
-    )
+    chosen = block_sparse.choose(implementation, CallShape.of(pattern, head_dim=shape.head_dim, dtype=q.dtype))
     errors = {n: _rel_l2(a, b) for n, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True)}
     repeats = all(_same_bytes(a, b) for a, b in zip(got, again, strict=True))
     yield {

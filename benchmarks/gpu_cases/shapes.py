@@ -45,9 +45,7 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
-        spills = (
-            self.persistent and self.scales is None
-        )  # the copier, with 24 registers: as in `sm90.config.candidates`
+        spills = self.persistent and self.scales is None  # the copier, with 24 registers: as in `CallShape.candidates`
         return ForwardConfig(
             consumer_registers=232 if spills else 240,
             producer_registers=40 if spills else 24,

@@ -34,11 +34,7 @@ def attention_cost(plan: AttentionPlan) -> float:
 
 def _rate(plan: AttentionPlan) -> float:
     """Time a pair, beside bf16 dense attention."""
-    key = tuned.tuning_key(
-        head_dim=_HEAD_DIM,
-        density=plan.key_tiles.shape[-1] / plan.layout.num_tiles,
-        tokens_per_scale=plan.tokens_per_scale,
-    )
+    key = tuned.TuningKey.of(plan.call_shape(head_dim=_HEAD_DIM, dtype="bfloat16"))
     table = tuned.tuned_entries()
     ours, dense = table.get(key), table.get(tuned.TuningKey(head_dim=_HEAD_DIM, density="dense", scales=0))
     if ours is not None and dense is not None and ours.measured_on["gpu"] == dense.measured_on["gpu"]:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, Shaped
 from fps_jax.attention.tiles import Shape3, TileLayout, propose_tiles
 from fps_jax.attention.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.sm90.call_shape import CallShape
 
 Window = Shape3 | tuple[Shape3, ...]  # for all heads, or one a head
 
@@ -120,6 +121,16 @@ class AttentionPlan:
             counts=self.counts,
             valid=self.layout.valid,
             tokens_per_scale=self.tokens_per_scale,
+        )
+
+    def call_shape(self, *, head_dim: int, dtype: str) -> CallShape:
+        """The static side of attention by this plan, as kernels are chosen and tuned for."""
+        return CallShape(
+            head_dim=head_dim,
+            dtype=dtype,
+            tile_size=self.layout.stored,
+            tokens_per_scale=self.tokens_per_scale,
+            table_density=self.key_tiles.shape[-1] / self.layout.num_tiles,
         )
 
     def to_tiles(self, x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S_stored *rest"]:

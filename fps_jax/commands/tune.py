@@ -142,7 +142,7 @@ def _plan_text(tasks: Any) -> str:
         lines += ["", f"{autotune_run.key_name(task.key)}: {task.plan.brief()}"]
         for group in autotune_run.groups(task.candidates):
             lines += [
-                f"  {autotune.brief(config):40} {task.shared_memory_bytes(config):9,} bytes of shared memory"
+                f"  {autotune.brief(config):40} {task.call.shared_memory_bytes(config):9,} bytes of shared memory"
                 for config in group.configs
             ]
     return "\n".join(lines)

@@ -26,8 +26,9 @@ from fps_jax.processes import say
 from fps_jax.tuning.timing import median_seconds
 from pallas_kernels.platform import target_device
 from pallas_kernels.sm90 import forward, quantize
-from pallas_kernels.sm90.config import BLOCK_KV, ForwardConfig, candidates, scales_per_block, shared_memory_bytes
-from pallas_kernels.sm90.tuned import TuningKey, tuning_key
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import BLOCK_KV, ForwardConfig, scales_per_block
+from pallas_kernels.sm90.tuned import TuningKey
 
 SPARSE_DENSITY = 0.2  # of the window that stands for the class 'sparse'
 AGREE = 1e-2  # relative L2 from the safe config's output: a config that computes something else is out
@@ -63,12 +64,7 @@ class Task:
             raise ValueError(f"heads={self.heads!r} is not a positive whole number; Wan 14B has 40, 1.3B has 12")
         tile = _tile(self.grid) if self.tile is None else check_shape3("tile", self.tile, "tokens")
         object.__setattr__(self, "tile", tile)
-        reason = forward.unsupported(
-            self.head_dim,
-            jnp.bfloat16,
-            tile_size=self.plan.layout.stored,
-            tokens_per_scale=self.plan.tokens_per_scale,
-        )
+        reason = self.call.unsupported()
         if reason is not None:
             raise ValueError(f"the Hopper kernel can't: {reason.split('; use')[0]}; choose another size")
 
@@ -80,35 +76,19 @@ class Task:
         return AttentionPlan.build(self.grid, layout.tile, window, self.scales_per_tile, quantize)
 
     @property
-    def key(self) -> TuningKey:
-        """What the tuned table calls it."""
-        width = self.plan.key_tiles.shape[-1] / self.plan.layout.num_tiles
-        return tuning_key(head_dim=self.head_dim, density=width, tokens_per_scale=self.plan.tokens_per_scale)
+    def call(self) -> CallShape:
+        """Its static side."""
+        return self.plan.call_shape(head_dim=self.head_dim, dtype="bfloat16")
 
     @property
-    def fits(self) -> dict[str, int]:
-        """The other arguments of `choose_config` and, with head_dim, of `candidates`."""
-        stored = self.plan.layout.stored
-        return {
-            "operand_bytes": 1 if self.plan.quantize else 2,
-            "output_bytes": 2,
-            "blocks_per_tile": stored // BLOCK_KV,
-        }
+    def key(self) -> TuningKey:
+        """What the tuned table calls it."""
+        return TuningKey.of(self.call)
 
     @property
     def candidates(self) -> list[ForwardConfig]:
         """Every config to try."""
-        return candidates(head_dim=self.head_dim, **self.fits)
-
-    def shared_memory_bytes(self, config: ForwardConfig) -> int:
-        """Of a thread block."""
-        fits = self.fits
-        return shared_memory_bytes(
-            config,
-            head_dim=self.head_dim,
-            operand_bytes=fits["operand_bytes"],
-            output_bytes=fits["output_bytes"],
-        )
+        return self.call.candidates()
 
     @property
     def flop(self) -> float:

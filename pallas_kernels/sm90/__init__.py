@@ -1,1 +1,1 @@
-"""The Hopper kernels (docs/kernels.md). `config` and `tuned` import no jax; the others import Mosaic GPU, which takes a second."""
+"""The Hopper kernels (docs/kernels.md). `config`, `call_shape` and `tuned` import no jax; the others import all of Mosaic GPU."""

@@ -1,11 +1,10 @@
-"""What may be varied of the Hopper forward kernel, and what fits a multiprocessor. Imports no jax.
+"""What is fixed of the Hopper forward kernel and what may be varied. Imports no jax.
 
-A config that would not fit shared memory fails to launch, and one that asks for more registers than the launch reserved hangs the
-GPU: both are refused here, before anything is launched.
+A config that asks for more registers than the launch reserved hangs the GPU: it is refused here, before anything is launched. What
+fits shared memory depends on the call (`call_shape`).
 """
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 BLOCK_Q = 64  # query rows of a consumer warpgroup: one wgmma. 128 spill 948 bytes, and so do three consumers
 CONSUMERS = 2  # warpgroups that compute; a third feeds them
@@ -16,8 +15,6 @@ VALID_ROWS = 8  # rows of ones below V, whose product with P is the row sums; 8 
 SHARED_MEMORY = 227 * 1024  # bytes that one thread block may have on sm_90
 _REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor
 _WARPGROUP = 128  # threads
-_BARRIER = 8  # bytes
-_OVERHEAD = 2049  # bytes that Mosaic and ptxas add, read from every kernel of benchmarks/results/kernel_report.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,48 +75,6 @@ def launch_registers() -> int:
     return _REGISTER_FILE // (_WARPGROUP * (CONSUMERS + 1)) // 8 * 8
 
 
-def shared_memory_bytes(config: ForwardConfig, *, head_dim: int, operand_bytes: int, output_bytes: int) -> int:
-    """Shared memory of a thread block: queries, the ring of key blocks, the output's staging, log-sum-exp, barriers.
-
-    Args:
-      operand_bytes: bytes an element of q, k, v as the kernel reads them: 1 in FP8 mode, 2 in bf16 mode.
-      output_bytes: bytes an element of the output.
-    """
-    q = BLOCK_ROWS * head_dim * operand_bytes
-    k = BLOCK_KV * head_dim * operand_bytes
-    v = (head_dim + VALID_ROWS) * BLOCK_KV * operand_bytes
-    out = BLOCK_ROWS * head_dim * output_bytes
-    lse = BLOCK_ROWS * 4
-    barriers = (2 * CONSUMERS + 4 * config.stages) * _BARRIER
-    aligned = [-(-n // 1024) * 1024 for n in (q, config.stages * k, config.stages * v, out, lse)]
-    return sum(aligned) + barriers + _OVERHEAD
-
-
-def check_fits(config: ForwardConfig, *, head_dim: int, operand_bytes: int, output_bytes: int) -> None:
-    """Raises ValueError for a config that needs more shared memory than a thread block may have."""
-    need = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)
-    if need > SHARED_MEMORY:
-        raise ValueError(
-            f"stages={config.stages} at head dim {head_dim} needs {need} bytes of shared memory, a block has {SHARED_MEMORY}; "
-            "use fewer stages"
-        )
-
-
 def scales_per_block(tokens_per_scale: int) -> int:
     """Scales that a block of 128 keys has: 1 where groups are whole blocks, else 2, one for each half."""
     return 1 if tokens_per_scale % BLOCK_KV == 0 else 2
-
-
-def candidates(*, head_dim: int, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> list[ForwardConfig]:
-    """Every config that fits: what the autotuner measures, and what is lowered and compiled in CI."""
-    found: list[ForwardConfig] = []
-    for persistent, take_turns, cluster, stages in itertools.product((False, True), (False, True), (1, 2), (2, 4, 8)):
-        config = ForwardConfig(stages=stages, cluster=cluster, persistent=persistent, take_turns=take_turns)
-        if persistent and operand_bytes == 2:  # the copier's second loop spills 68 bytes with 24 registers
-            config = replace(config, consumer_registers=232, producer_registers=40)
-        size = shared_memory_bytes(config, head_dim=head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes)
-        if size <= SHARED_MEMORY and blocks_per_tile % cluster == 0:
-            found.append(config)
-            if operand_bytes == 1 and stages == 4 and not persistent:
-                found += [replace(config, polynomial_columns=columns) for columns in (16, 32)]
-    return found

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pallas_kernels.sm90.config import SHARED_MEMORY, ForwardConfig, scales_per_block, shared_memory_bytes
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import SHARED_MEMORY, ForwardConfig
 
 TUNED_TABLE = pathlib.Path(__file__).parents[1] / "tuned_sm90.json"
 TABLE_VARIABLE = "FPS_TUNED_TABLE"  # names another file, where that one can't be written
@@ -25,26 +26,23 @@ class TuningKey:
     density: str
     scales: int
 
+    @classmethod
+    def of(cls, call: CallShape) -> "TuningKey":
+        """The key of a call."""
+        density = "dense" if call.table_density > 0.5 else "sparse"
+        return cls(head_dim=call.head_dim, density=density, scales=call.scales)
 
-def tuning_key(*, head_dim: int, density: float, tokens_per_scale: int | None) -> TuningKey:
-    """The key of an attention call. `density`: width of its table by the number of key tiles."""
-    scales = 0 if tokens_per_scale is None else scales_per_block(tokens_per_scale)
-    return TuningKey(head_dim=head_dim, density="dense" if density > 0.5 else "sparse", scales=scales)
 
-
-def choose_config(key: TuningKey, *, operand_bytes: int, output_bytes: int, blocks_per_tile: int) -> ForwardConfig:
-    """The tuned config of a key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4."""
-    tuned = tuned_table().get(key)
-    if tuned is not None and blocks_per_tile % tuned.cluster == 0:
+def choose_config(call: CallShape) -> ForwardConfig:
+    """The tuned config of a call's key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4."""
+    tuned = tuned_table().get(TuningKey.of(call))
+    if tuned is not None and call.blocks_per_tile % tuned.cluster == 0:
         return tuned
     for stages in (4, 2):
         config = ForwardConfig(stages=stages)
-        size = shared_memory_bytes(
-            config, head_dim=key.head_dim, operand_bytes=operand_bytes, output_bytes=output_bytes
-        )
-        if size <= SHARED_MEMORY:
+        if call.shared_memory_bytes(config) <= SHARED_MEMORY:
             return config
-    raise ValueError(f"head dim {key.head_dim} with {operand_bytes}-byte operands doesn't fit shared memory")
+    raise ValueError(f"head dim {call.head_dim} with {call.operand_bytes}-byte operands doesn't fit shared memory")
 
 
 @dataclass(frozen=True, kw_only=True)

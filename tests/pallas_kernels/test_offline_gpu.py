@@ -9,7 +9,8 @@ import json
 import pytest
 
 from benchmarks import kernel_report, sass
-from pallas_kernels.sm90.config import SHARED_MEMORY, shared_memory_bytes
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import SHARED_MEMORY
 
 COMMITTED = json.loads((kernel_report.RESULTS / "kernel_report.json").read_text())["kernels"]
 
@@ -170,12 +171,16 @@ def test_the_default_config_issues_370_instructions_in_the_usual_step_at_most():
         assert COMMITTED[name]["special_functions"] == sass.EXPONENTIALS
 
 
-def test_shared_memory_is_what_the_config_estimates():
+def test_shared_memory_is_what_a_call_shape_estimates():
     for name, case in kernel_report.cases().items():
-        estimate = shared_memory_bytes(
-            case.config, head_dim=case.head_dim, operand_bytes=1 if case.scales else 2, output_bytes=2
+        call = CallShape(
+            head_dim=case.head_dim,
+            dtype="bfloat16",
+            tile_size=256,
+            tokens_per_scale=256 // case.scales if case.scales else None,
+            table_density=1.0,
         )
-        assert estimate == COMMITTED[name]["shared_memory"], name
+        assert call.shared_memory_bytes(case.config) == COMMITTED[name]["shared_memory"], name
 
 
 def test_waits_give_up_where_they_should_and_nowhere_else():

@@ -10,6 +10,7 @@ import pytest
 from fps_jax.commands import tune
 from fps_jax.tuning import autotune, autotune_run
 from pallas_kernels.sm90 import tuned
+from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import ForwardConfig
 from pallas_kernels.sm90.tuned import TunedEntry, TuningKey
 
@@ -27,7 +28,7 @@ def run(capsys, *argv: object) -> tuple[int, str, str]:
 def pretend(monkeypatch, **fates: object) -> None:
     """The sweep's processes are those of tuning_child, and configs are four: 2 or 4 stages, clusters of 1 or 2."""
     found = [ForwardConfig(stages=stages, cluster=cluster) for cluster in (1, 2) for stages in (2, 4)]
-    monkeypatch.setattr(autotune, "candidates", lambda **_: found)
+    monkeypatch.setattr(CallShape, "candidates", lambda _: found)
     monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", json.dumps(fates)))
 
 
@@ -99,7 +100,7 @@ def test_a_dry_run_lists_every_config_and_touches_no_device():
     assert said.count("bytes of shared memory") == sum(len(t.candidates) for t in tasks)
     for task in tasks:
         for config in task.candidates:
-            assert f"{autotune.brief(config):40} {task.shared_memory_bytes(config):9,} bytes" in said
+            assert f"{autotune.brief(config):40} {task.call.shared_memory_bytes(config):9,} bytes" in said
     assert said.rstrip().endswith("mine.json")
 
 
@@ -172,7 +173,7 @@ def test_a_key_whose_process_fails_before_any_config_is_given_up_alone(tmp_path,
 def test_the_real_processes_measure_real_kernels(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", "interpret"))
     monkeypatch.setenv("NPROC", "12")  # warpgroups wait for each other in XLA's thread pool
-    monkeypatch.setattr(autotune, "candidates", lambda **_: [ForwardConfig(), ForwardConfig(stages=2)])
+    monkeypatch.setattr(CallShape, "candidates", lambda _: [ForwardConfig(), ForwardConfig(stages=2)])
     arguments = ["--grid", 2, 8, 16, "--heads", 1, "--classes", "dense", "--scales", 1, "--output", tmp_path / "t.json"]
     code, out, err = run(capsys, *arguments)
     assert code == 0, err

@@ -6,27 +6,30 @@ import json
 import pytest
 
 from pallas_kernels.sm90 import tuned
-from pallas_kernels.sm90.config import ForwardConfig, check_fits
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import ForwardConfig
 from pallas_kernels.sm90.tuned import TunedEntry, TuningKey
 
 KEY = TuningKey(head_dim=128, density="sparse", scales=1)
-FP8_BLOCK = {"operand_bytes": 1, "output_bytes": 2}
+CALL = CallShape(head_dim=128, dtype="bfloat16", tile_size=256, tokens_per_scale=256, table_density=0.2)
 
 
 def test_keys_tell_density_and_granularity_apart():
-    key = tuned.tuning_key(head_dim=128, density=0.2, tokens_per_scale=256)
-    assert key == KEY
-    assert tuned.tuning_key(head_dim=128, density=1.0, tokens_per_scale=256).density == "dense"
-    assert tuned.tuning_key(head_dim=128, density=0.2, tokens_per_scale=64).scales == 2
-    assert tuned.tuning_key(head_dim=128, density=0.2, tokens_per_scale=192).scales == 2  # the middle block has both
-    assert tuned.tuning_key(head_dim=128, density=0.2, tokens_per_scale=None).scales == 0
+    def key(**change) -> TuningKey:
+        return TuningKey.of(dataclasses.replace(CALL, **change))
+
+    assert key() == KEY
+    assert key(table_density=1.0).density == "dense"
+    assert key(tokens_per_scale=64).scales == 2
+    assert key(tokens_per_scale=None).scales == 0
 
 
-def test_a_key_nobody_measured_gets_a_safe_config():
-    key = dataclasses.replace(KEY, density="nobody measured this")
-    assert tuned.choose_config(key, blocks_per_tile=2, **FP8_BLOCK) == ForwardConfig(stages=4, cluster=1)
-    wide = tuned.choose_config(key, operand_bytes=2, output_bytes=2, blocks_per_tile=2)
-    assert wide == ForwardConfig(stages=2, cluster=1)
+def test_a_key_nobody_measured_gets_a_safe_config(tmp_path, monkeypatch):
+    tuned.write_tuned_table({}, path=tmp_path / "empty.json")
+    monkeypatch.setenv("FPS_TUNED_TABLE", str(tmp_path / "empty.json"))
+    assert tuned.choose_config(CALL) == ForwardConfig(stages=4, cluster=1)
+    wide = dataclasses.replace(CALL, tokens_per_scale=None)
+    assert tuned.choose_config(wide) == ForwardConfig(stages=2, cluster=1)
 
 
 def entry(seconds: float = 0.1, tflops: float = 1000.0, gpu: str = "NVIDIA H200", **config) -> TunedEntry:
@@ -45,9 +48,9 @@ def test_the_tuned_table_is_used_and_survives_its_file(tmp_path, monkeypatch):
     assert tuned.table_path() == path
     assert tuned.tuned_entries() == table
     assert tuned.tuned_table() == {key: e.config for key, e in table.items()}
-    assert tuned.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK) == table[KEY].config
+    assert tuned.choose_config(CALL) == table[KEY].config
     # A cluster of two needs tiles of two blocks.
-    assert tuned.choose_config(KEY, blocks_per_tile=3, **FP8_BLOCK).cluster == 1
+    assert tuned.choose_config(dataclasses.replace(CALL, tile_size=384)).cluster == 1
     # What this process writes, it reads.
     tuned.write_tuned_table({}, path=path)
     assert tuned.tuned_table() == {}
@@ -88,7 +91,7 @@ def test_a_missing_or_broken_table_is_an_error_that_names_the_file(content, word
         path.write_text(content)
     monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
     with pytest.raises((FileNotFoundError, ValueError), match=words) as error:
-        tuned.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK)
+        tuned.choose_config(CALL)
     assert str(path) in str(error.value)
     assert "FPS_TUNED_TABLE" in str(error.value)
 
@@ -130,4 +133,5 @@ def test_the_fastest_right_config_of_each_key_is_kept():
 
 def test_every_shipped_config_fits():
     for key, config in tuned.tuned_table().items():
-        check_fits(config, head_dim=key.head_dim, operand_bytes=1 if key.scales else 2, output_bytes=2)
+        call = dataclasses.replace(CALL, head_dim=key.head_dim, tokens_per_scale=256 if key.scales else None)
+        call.check_fits(config)
