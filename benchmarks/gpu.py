@@ -30,7 +30,7 @@ from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.report import table
 from benchmarks.gpu_cases.results import Results
 from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Family, Runner, python_path
-from pallas_kernels.tuning import fastest, write_tuned_table
+from pallas_kernels.sm90.tuned import fastest, write_tuned_table
 
 STAGES = ("facts", "correct", "speed", "peers", "whole")
 _AHEAD = 8  # families that prepare at a time

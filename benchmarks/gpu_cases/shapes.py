@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
 
 if TYPE_CHECKING:  # the process that starts the others imports no jax
     import jax
@@ -45,7 +45,7 @@ class Shape:
 
     @property
     def config(self) -> ForwardConfig:
-        spills = self.persistent and self.scales is None  # the copier, with 24 registers: as in `tuning.candidates`
+        spills = self.persistent and self.scales is None  # the copier, with 24 registers: as in `CallShape.candidates`
         return ForwardConfig(
             consumer_registers=232 if spills else 240,
             producer_registers=40 if spills else 24,
@@ -170,12 +170,11 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list["jax.Array"], "TilePatt
         values[:, ~valid] = np.nan
     x = [jnp.asarray(values, shape.dtype) for values in x]
     key_tiles, counts = permuted_table(shape.table, shape.heads, query_tiles, shape.tiles, rng)
-    return x, TilePattern(
-        key_tiles=jnp.asarray(key_tiles),
-        counts=jnp.asarray(counts),
-        q_valid=jnp.asarray(q_valid),
-        k_valid=jnp.asarray(k_valid),
-        tile_size=shape.tile,
+    return x, TilePattern.build(
+        key_tiles=key_tiles,
+        counts=counts,
+        valid=k_valid,
+        q_valid=q_valid,
         tokens_per_scale=shape.tokens_per_scale,
     )
 

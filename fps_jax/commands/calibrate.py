@@ -66,7 +66,7 @@ def _calibrate(options: Calibrate) -> None:
     request = read_request(dataclasses.replace(options, prompt=prompts[0]))
     from fps_jax.attention.tiles import TileLayout, propose_tiles
     from fps_jax.tuning import calibration
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
 
     grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
     layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
@@ -74,7 +74,7 @@ def _calibrate(options: Calibrate) -> None:
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
-    tuning.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
+    tuned.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
     start = time.time()
     if options.reuse is None:
         errors, measured = _measure(options, request, prompts, plans)

@@ -29,6 +29,7 @@ from fps_jax.progress import Progress
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.pattern import TilePattern
 
 DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
 
@@ -71,22 +72,24 @@ class MeasuredAttention:
 
         errors = [
             squares(
-                block_sparse_attention(
-                    some_q,
-                    k,
-                    v,
-                    key_tiles=plan.key_tiles[rows],
-                    counts=plan.counts[rows],
-                    valid=layout.valid,
-                    q_valid=layout.valid[chosen],
-                    tokens_per_scale=plan.tokens_per_scale,
-                ).astype(jnp.float32)
+                block_sparse_attention(some_q, k, v, _of_rows(plan, rows, layout.valid[chosen])).astype(jnp.float32)
                 - want
             )
             for plan in self.plans
         ]
         taps["attention_error"] = jnp.stack([*errors, squares(want)])
         return out
+
+
+def _of_rows(plan: AttentionPlan, rows: np.ndarray, q_valid: np.ndarray) -> TilePattern:
+    """The plan's pattern for some of its query tiles."""
+    return TilePattern.build(
+        key_tiles=plan.key_tiles[rows],
+        counts=plan.counts[rows],
+        valid=plan.layout.valid,
+        q_valid=q_valid,
+        tokens_per_scale=plan.tokens_per_scale,
+    )
 
 
 def measure(

@@ -17,7 +17,8 @@ from benchmarks import gpu
 from benchmarks.gpu_cases import child, correct, report, shapes
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import Case, run
-from pallas_kernels import fwd_sm90, reference
+from pallas_kernels import reference
+from pallas_kernels.sm90 import forward as fwd_sm90
 
 ROOT = pathlib.Path(__file__).parents[2]
 ODD = "tests.benchmarks.odd_cases"
@@ -262,7 +263,8 @@ import jaxtyping
 assert "standins" in jaxtyping.__file__, jaxtyping.__file__
 from benchmarks.gpu_cases import baselines, correct, facts, peers, speed, tune
 from fps_jax.attention import plan, windows
-from pallas_kernels import block_sparse, fwd_sm90, portable
+from pallas_kernels import block_sparse, portable
+from pallas_kernels.sm90 import forward
 assert plan.AttentionPlan.build((2, 8, 8)).density == 1
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})

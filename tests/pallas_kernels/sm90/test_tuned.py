@@ -1,72 +1,35 @@
-"""Tuning configs: what doesn't fit a multiprocessor is refused before it is launched."""
+"""The tuned table: its file, its errors, and the config that a call gets."""
 
 import dataclasses
 import json
 
 import pytest
 
-from pallas_kernels import tuning
-from pallas_kernels.tuning import ForwardConfig, TunedEntry, TuningKey
+from pallas_kernels.sm90 import tuned
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TunedEntry, TuningKey
 
 KEY = TuningKey(head_dim=128, density="sparse", scales=1)
-FP8_BLOCK = {"operand_bytes": 1, "output_bytes": 2}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"stages": 3}, "stages=3 is not 2, 4 or 8"),
-        ({"cluster": 3}, "cluster=3 is not 1 or 2"),
-        ({"promote_every": 3}, "promote_every=3 is not 1, 2, 4 or 8; use 1"),
-        ({"polynomial_columns": 24}, "polynomial_columns=24 is not 0, 16, 32 or 48; use 0"),
-        ({"consumer_registers": 230}, "consumer_registers=230 is not a multiple of 8 from 24 to 256"),
-        ({"producer_registers": 16}, "producer_registers=16 is not a multiple of 8 from 24 to 256"),
-        # 240 twice and 40 pass ptxas and interpret mode, and wait for ever on a GPU.
-        (
-            {"producer_registers": 40},
-            "are 520, more than the 504 of the launch, and would hang the GPU; use 240 and 24",
-        ),
-    ],
-)
-def test_a_wrong_config_is_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        ForwardConfig(**change)
-
-
-def test_the_register_budget_allows_what_the_message_recommends():
-    assert tuning.launch_registers() == 168
-    ForwardConfig(consumer_registers=232, producer_registers=40)
-    ForwardConfig(consumer_registers=240, producer_registers=24)
-
-
-def test_a_config_that_needs_too_much_shared_memory_is_refused():
-    with pytest.raises(
-        ValueError, match=r"stages=8 at head dim 128 needs .* bytes of shared memory, a block has 232448"
-    ):
-        tuning.check_fits(ForwardConfig(stages=8), head_dim=128, **FP8_BLOCK)
-    tuning.check_fits(ForwardConfig(stages=4), head_dim=128, **FP8_BLOCK)
-
-
-def test_candidates_fit_and_cover_both_cluster_sizes():
-    found = tuning.candidates(head_dim=128, blocks_per_tile=2, **FP8_BLOCK)
-    assert {(c.stages, c.cluster) for c in found} == {(2, 1), (4, 1), (2, 2), (4, 2)}
-    assert all(c.cluster == 1 for c in tuning.candidates(head_dim=128, blocks_per_tile=3, **FP8_BLOCK))
+CALL = CallShape(head_dim=128, dtype="bfloat16", tile_size=256, tokens_per_scale=256, table_density=0.2)
 
 
 def test_keys_tell_density_and_granularity_apart():
-    key = tuning.tuning_key(head_dim=128, density=0.2, tokens_per_scale=256)
-    assert key == KEY
-    assert tuning.tuning_key(head_dim=128, density=1.0, tokens_per_scale=256).density == "dense"
-    assert tuning.tuning_key(head_dim=128, density=0.2, tokens_per_scale=64).scales == 2
-    assert tuning.tuning_key(head_dim=128, density=0.2, tokens_per_scale=192).scales == 2  # the middle block has both
-    assert tuning.tuning_key(head_dim=128, density=0.2, tokens_per_scale=None).scales == 0
+    def key(**change) -> TuningKey:
+        return TuningKey.of(dataclasses.replace(CALL, **change))
+
+    assert key() == KEY
+    assert key(table_density=1.0).density == "dense"
+    assert key(tokens_per_scale=64).scales == 2
+    assert key(tokens_per_scale=None).scales == 0
 
 
-def test_a_key_nobody_measured_gets_a_safe_config():
-    key = dataclasses.replace(KEY, density="nobody measured this")
-    assert tuning.choose_config(key, blocks_per_tile=2, **FP8_BLOCK) == ForwardConfig(stages=4, cluster=1)
-    wide = tuning.choose_config(key, operand_bytes=2, output_bytes=2, blocks_per_tile=2)
-    assert wide == ForwardConfig(stages=2, cluster=1)
+def test_a_key_nobody_measured_gets_a_safe_config(tmp_path, monkeypatch):
+    tuned.write_tuned_table({}, path=tmp_path / "empty.json")
+    monkeypatch.setenv("FPS_TUNED_TABLE", str(tmp_path / "empty.json"))
+    assert tuned.choose_config(CALL) == ForwardConfig(stages=4, cluster=1)
+    wide = dataclasses.replace(CALL, tokens_per_scale=None)
+    assert tuned.choose_config(wide) == ForwardConfig(stages=2, cluster=1)
 
 
 def entry(seconds: float = 0.1, tflops: float = 1000.0, gpu: str = "NVIDIA H200", **config) -> TunedEntry:
@@ -78,19 +41,19 @@ def entry(seconds: float = 0.1, tflops: float = 1000.0, gpu: str = "NVIDIA H200"
 def test_the_tuned_table_is_used_and_survives_its_file(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     table = {KEY: entry(stages=2, cluster=2), dataclasses.replace(KEY, scales=2): entry(tflops=900, gpu="NVIDIA H100")}
-    tuning.write_tuned_table(table, path=path)
+    tuned.write_tuned_table(table, path=path)
     assert [p.name for p in tmp_path.iterdir()] == ["tuned.json"]
-    assert tuning.read_tuned_table(path) == table
+    assert tuned.read_tuned_table(path) == table
     monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
-    assert tuning.table_path() == path
-    assert tuning.tuned_entries() == table
-    assert tuning.tuned_table() == {key: e.config for key, e in table.items()}
-    assert tuning.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK) == table[KEY].config
+    assert tuned.table_path() == path
+    assert tuned.tuned_entries() == table
+    assert tuned.tuned_table() == {key: e.config for key, e in table.items()}
+    assert tuned.choose_config(CALL) == table[KEY].config
     # A cluster of two needs tiles of two blocks.
-    assert tuning.choose_config(KEY, blocks_per_tile=3, **FP8_BLOCK).cluster == 1
+    assert tuned.choose_config(dataclasses.replace(CALL, tile_size=384)).cluster == 1
     # What this process writes, it reads.
-    tuning.write_tuned_table({}, path=path)
-    assert tuning.tuned_table() == {}
+    tuned.write_tuned_table({}, path=path)
+    assert tuned.tuned_table() == {}
 
 
 def test_without_the_variable_the_package_has_its_own_table(monkeypatch):
@@ -98,7 +61,7 @@ def test_without_the_variable_the_package_has_its_own_table(monkeypatch):
         monkeypatch.delenv("FPS_TUNED_TABLE", raising=False)
         if value is not None:
             monkeypatch.setenv("FPS_TUNED_TABLE", value)
-        assert tuning.table_path() == tuning.TUNED_TABLE
+        assert tuned.table_path() == tuned.TUNED_TABLE
 
 
 def _damaged(**changes) -> str:
@@ -128,16 +91,16 @@ def test_a_missing_or_broken_table_is_an_error_that_names_the_file(content, word
         path.write_text(content)
     monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
     with pytest.raises((FileNotFoundError, ValueError), match=words) as error:
-        tuning.choose_config(KEY, blocks_per_tile=2, **FP8_BLOCK)
+        tuned.choose_config(CALL)
     assert str(path) in str(error.value)
     assert "FPS_TUNED_TABLE" in str(error.value)
 
 
 def test_a_table_that_is_a_folder_is_an_error_too(tmp_path):
     with pytest.raises(OSError, match=f"tuned table '{tmp_path}' can't be read: Is a directory; unset FPS_TUNED_TABLE"):
-        tuning.read_tuned_table(tmp_path)
+        tuned.read_tuned_table(tmp_path)
     with pytest.raises(OSError, match=f"can't write '{tmp_path}': "):
-        tuning.write_tuned_table({KEY: entry()}, path=tmp_path)
+        tuned.write_tuned_table({KEY: entry()}, path=tmp_path)
     assert [p for p in tmp_path.parent.iterdir() if p.suffix == ".part"] == []
 
 
@@ -161,7 +124,7 @@ def test_the_fastest_right_config_of_each_key_is_kept():
         result(4, 0.5, key=other),
     ]
     hung = {"config": dataclasses.asdict(ForwardConfig()), "ok": False, "failed": "HUNG"}
-    best = tuning.fastest([*results, hung])
+    best = tuned.fastest([*results, hung])
     assert {key: (e.config.stages, e.seconds, e.tflops) for key, e in best.items()} == {
         KEY: (2, 0.2, 500.0),
         other: (4, 0.5, 200.0),
@@ -169,5 +132,6 @@ def test_the_fastest_right_config_of_each_key_is_kept():
 
 
 def test_every_shipped_config_fits():
-    for key, config in tuning.tuned_table().items():
-        tuning.check_fits(config, head_dim=key.head_dim, operand_bytes=1 if key.scales else 2, output_bytes=2)
+    for key, config in tuned.tuned_table().items():
+        call = dataclasses.replace(CALL, head_dim=key.head_dim, tokens_per_scale=256 if key.scales else None)
+        call.check_fits(config)

@@ -10,9 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from benchmarks.gpu_cases.shapes import permuted_table, valid_slots
-from pallas_kernels import fwd_sm90, mosaic, quantize_sm90, reference
+from pallas_kernels import mosaic, reference
+from pallas_kernels.interpret import interpret
 from pallas_kernels.pattern import TilePattern
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.config import ForwardConfig
 from tests.reference import rel_l2
 
 BLOCK_KV = 128
@@ -56,12 +59,11 @@ class Inputs:
 
     def args(self, case: Case) -> tuple[jax.Array, jax.Array, jax.Array, TilePattern]:
         """q, k, v and the pattern."""
-        pattern = TilePattern(
-            key_tiles=jnp.asarray(self.key_tiles),
+        pattern = TilePattern.build(
+            key_tiles=jnp.asarray(self.key_tiles),  # jax's, so that a table may be wrong
             counts=jnp.asarray(self.counts),
-            q_valid=jnp.asarray(self.q_valid),
-            k_valid=jnp.asarray(self.k_valid),
-            tile_size=case.tile,
+            valid=self.k_valid,
+            q_valid=self.q_valid,
             tokens_per_scale=case.tokens_per_scale,
         )
         return jnp.asarray(self.q), jnp.asarray(self.k), jnp.asarray(self.v), pattern
@@ -145,7 +147,7 @@ def _e4m3(x: np.ndarray) -> np.ndarray:
 
 def call_kernel(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(output, log-sum-exp) of the kernel in interpret mode, races an error."""
-    with mosaic.interpret(detect_races=True):
+    with interpret(detect_races=True):
         return _call(case, x)
 
 
@@ -197,8 +199,8 @@ def repeated() -> bool:
 def unseen_phases(case: Case) -> list[int]:
     """Barriers of a call whose last phase not all waited for who had waited for the others: the arrivals of a phase."""
     x, unseen = make_inputs(case), []
-    with mosaic.interpret():
-        barrier = mosaic._private("pallas.mosaic_gpu.interpret.shared_memory").Barrier
+    with interpret():
+        barrier = mosaic.private("pallas.mosaic_gpu.interpret.shared_memory").Barrier
         plain = barrier.deallocate
 
         def deallocate(self):
@@ -215,7 +217,7 @@ def without_lse() -> bool:
     """The same output with the log-sum-exp left out."""
     case = Case(tile=128, tiles=2)
     *x, pattern = make_inputs(case).args(case)
-    with mosaic.interpret():
+    with interpret():
         operands = quantize_sm90.quantize(*x, pattern=pattern)
         fixed = {"batch": 1, "dtype": jnp.dtype(jnp.bfloat16), "config": case.config}
         out, lse = jax.block_until_ready(fwd_sm90.attention(operands, pattern, **fixed))

@@ -1,4 +1,4 @@
-"""Online softmax of a consumer warpgroup of `fwd_sm90`: P of a key block, and sums that are rescaled only where a maximum moved.
+"""Online softmax of a consumer warpgroup of `forward`: P of a key block, and sums that are rescaled only where a maximum moved.
 
 Row maxima are rounded up to powers of two (`reference.row_top`): they seldom move, and where they do, sums change exactly.
 """
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.registers import any_in_warp_is_not_1, exp2, next_tops
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS
+from pallas_kernels.sm90.registers import any_in_warp_is_not_1, exp2, next_tops
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of an accumulator
 # Below any score, and finite: the first step's exp2(start - top) is then 0, not NaN, even where a score is -inf.

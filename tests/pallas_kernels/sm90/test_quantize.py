@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import mosaic, quantize_sm90, reference
+from pallas_kernels import reference
+from pallas_kernels.interpret import interpret
 from pallas_kernels.pattern import TilePattern
-from pallas_kernels.registers import kv_order
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.registers import kv_order
 from tests.pallas_kernels import interpreted
 
 TILE, SEQ = 256, 768
@@ -133,7 +135,7 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
         x[:, ~valid] = np.nan
     args = [jnp.asarray(x, dtype) for x in (q, k, v)]
     pattern = tiles_of(jnp.asarray(valid), tokens_per_scale, tile_size)
-    with mosaic.interpret():
+    with interpret():
         fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, pattern=pattern)]
     by_xla = jax.jit(quantize_sm90.by_xla)(*args, pattern)
     by_xla = [np.asarray(x, np.float32) for x in by_xla]

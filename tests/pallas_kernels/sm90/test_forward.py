@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from fps_jax.attention.plan import AttentionPlan
-from pallas_kernels import fwd_sm90, quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_work import Problem, load_next, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8
-from pallas_kernels.tuning import ForwardConfig
-from tests.pallas_kernels import attention_cases, interpreted
-from tests.pallas_kernels.attention_cases import Case
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.config import CONSUMERS, ForwardConfig
+from pallas_kernels.sm90.work import Problem, load_next, scratch
+from tests.pallas_kernels import interpreted
+from tests.pallas_kernels.sm90 import attention_cases
+from tests.pallas_kernels.sm90.attention_cases import Case
 
 CASES = {
     # Coverage, and the tile sizes and granularities: groups of 64, 128, 192, 256 and 384 tokens.
@@ -217,7 +219,7 @@ def test_every_candidate_lowers_at_real_shapes(grid, scales, heads):
     plan = AttentionPlan.build(
         grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=(3, 3, 4), scales_per_tile=scales, quantize=True
     )
-    fits = tuning.candidates(head_dim=128, operand_bytes=1, output_bytes=2, blocks_per_tile=plan.layout.stored // 128)
+    fits = plan.call_shape(head_dim=128, dtype="bfloat16").candidates()
     assert {c.cluster for c in fits} == {1, 2}
     every = (grid, scales, heads) == ("720p", 4, 40)  # elsewhere the default and the one with most switches on
     assert "mosaic_gpu" in lowered(plan, heads, 128, None)
@@ -239,7 +241,7 @@ def test_other_shapes_lower(head_dim, scales, dtype):
 @pytest.mark.parametrize("grid", ["720p", "480p"])
 def test_every_unquantized_candidate_lowers_at_real_shapes(grid):
     plan = AttentionPlan.build(grid=GRIDS[grid][0], tile=GRIDS[grid][1], window=None, scales_per_tile=1, quantize=False)
-    attention_lowers(plan, 40, tuning.candidates(head_dim=128, operand_bytes=2, output_bytes=2, blocks_per_tile=2))
+    attention_lowers(plan, 40, plan.call_shape(head_dim=128, dtype="bfloat16").candidates())
 
 
 def plain_call(tokens_per_scale):
@@ -273,24 +275,6 @@ def test_lowers_inside_scan():
     assert "mosaic_gpu" in jax.jit(denoise).trace(spec, spec, spec).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"head_dim": 96}, "head dim 96 is not 64 or 128; use 'portable'"),
-        (
-            {"tile_size": 64},
-            "tiles of 64 stored tokens are not whole blocks of 128; use tiles that store 128, 256 or 384",
-        ),
-        ({"tokens_per_scale": 32}, "tokens_per_scale=32 is not a multiple of 64"),
-        ({"tokens_per_scale": None, "dtype": jnp.float32}, "float32 without quantization has no tensor-core matmul"),
-    ],
-)
-def test_what_the_kernel_does_not_do_has_a_reason(change, words):
-    call = {"head_dim": 128, "dtype": jnp.bfloat16, "tile_size": 256, "tokens_per_scale": 256}
-    assert fwd_sm90.unsupported(**call) is None
-    assert words in fwd_sm90.unsupported(**{**call, **change})
-
-
 def test_unsupported_calls_are_refused_with_the_reason():
     x = jnp.zeros((1, 128, 1, 96), jnp.bfloat16)
     pattern = AttentionPlan.build(grid=(2, 8, 8), tile=(2, 8, 8)).pattern
@@ -321,7 +305,7 @@ def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
     for barrier in (memory.k_consumed_barriers, memory.v_consumed_barriers):
         assert isinstance(barrier, plgpu.ClusterBarrier)
         assert barrier.collective_axes == ("member",)
-        assert barrier.num_arrivals == tuning.CONSUMERS  # of each block
+        assert barrier.num_arrivals == CONSUMERS  # of each block
 
 
 def test_a_machine_without_a_hopper_gpu_is_named():

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import portable, reference, softmax_sm90
+from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
-from pallas_kernels.softmax_sm90 import Sums
+from pallas_kernels.sm90 import softmax
+from pallas_kernels.sm90.softmax import Sums
 
 LN2 = math.log(2)
 
@@ -63,10 +64,10 @@ def test_no_more_than_so_many_steps_stay_with_the_tensor_cores(promote_every):
     sums, steps = Sums(jnp.zeros((64, 136)), jnp.zeros((64, 136)), one), 21
     longest = 0
     for step in range(1, steps):
-        with mock.patch.object(softmax_sm90, "any_in_warp_is_not_1", return_value=jnp.int32(0)):
-            sums = softmax_sm90.before_step(sums, one, jnp.int32(step), promote_every)
+        with mock.patch.object(softmax, "any_in_warp_is_not_1", return_value=jnp.int32(0)):
+            sums = softmax.before_step(sums, one, jnp.int32(step), promote_every)
         assert sums.recent is not None
-        sums = softmax_sm90.after_step(sums, sums.recent + 1, one)  # P V of the step is 1 everywhere
+        sums = softmax.after_step(sums, sums.recent + 1, one)  # P V of the step is 1 everywhere
         assert sums.recent is not None
         longest = max(longest, int(sums.recent.max()))
         np.testing.assert_array_equal(sums.total(), np.full((64, 136), step))

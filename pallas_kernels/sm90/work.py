@@ -1,4 +1,4 @@
-"""What a thread block of `fwd_sm90` has and does: its arrays and barriers, and the rows of queries that are its work."""
+"""What a thread block of `forward` has and does: its arrays and barriers, and the rows of queries that are its work."""
 
 import math
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.reference import FP8_MAX
-from pallas_kernels.shared_memory import swizzled
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, CONSUMERS, VALID_ROWS, ForwardConfig
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, CONSUMERS, VALID_ROWS, ForwardConfig
+from pallas_kernels.sm90.shared_memory import swizzled
 
 f32, i32 = jnp.float32, jnp.int32
 

@@ -1,4 +1,4 @@
-"""The 64 query rows of a consumer warpgroup of `fwd_sm90`.
+"""The 64 query rows of a consumer warpgroup of `forward`.
 
 Q K of one key block and P V of the one before are in the tensor cores while the softmax of that block runs:
 
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.fwd_sm90_work import Block, Place
-from pallas_kernels.registers import to_fp8_operand
-from pallas_kernels.softmax_sm90 import (
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
+from pallas_kernels.sm90.registers import to_fp8_operand
+from pallas_kernels.sm90.softmax import (
     ROWS,
     START,
     Sums,
@@ -31,7 +31,7 @@ from pallas_kernels.softmax_sm90 import (
     online_softmax,
     over_rows,
 )
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
+from pallas_kernels.sm90.work import Block, Place
 
 f32, i32 = jnp.float32, jnp.int32
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)

@@ -2,7 +2,7 @@
 
 A thread block computes 128 query rows of one head over the key blocks that a table lists: one warpgroup copies (TMA), two compute
 64 rows each, and while their tensor cores multiply for one key block they exponentiate for another (FlashAttention-3's overlap,
-arXiv 2407.08608). The program of a thread block is `fwd_sm90_body`; docs/kernels.md explains the whole.
+arXiv 2407.08608). The program of a thread block is `body`; docs/kernels.md explains the whole.
 
 Source: FPSAttention (arXiv 2506.04648) section 3 for what is computed; `pallas_kernels.reference.attention` is its specification.
 """
@@ -15,12 +15,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import quantize_sm90, tuning
-from pallas_kernels.fwd_sm90_body import body
-from pallas_kernels.fwd_sm90_work import Problem, scratch
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, ForwardConfig
+from pallas_kernels.sm90 import quantize, tuned
+from pallas_kernels.sm90.body import body
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_ROWS, CONSUMERS, ForwardConfig
+from pallas_kernels.sm90.work import Problem, scratch
 
 
 def forward(
@@ -37,41 +38,17 @@ def forward(
     become a row's maximum and cost P its precision.
 
     Args:
-      config: tuning; None for the tuned one (`pallas_kernels.tuning`).
-    Raises: NotImplementedError for what the kernel doesn't do (`unsupported`); ValueError for a config that doesn't fit.
+      config: None for the tuned one (`pallas_kernels.sm90.tuned`).
+    Raises: NotImplementedError for what the kernel doesn't do (`CallShape.unsupported`); ValueError for a config that doesn't fit.
     """
-    tile_size, tokens_per_scale = pattern.tile_size, pattern.tokens_per_scale
-    reason = unsupported(q.shape[3], q.dtype, tile_size=tile_size, tokens_per_scale=tokens_per_scale)
+    call = CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype)
+    reason = call.unsupported()
     if reason is not None:
         raise NotImplementedError(f"implementation='sm90': {reason}")
-    operands = quantize_sm90.quantize(q, k, v, pattern)
+    operands = quantize.quantize(q, k, v, pattern)
     if config is None:
-        key = tuning.tuning_key(
-            head_dim=q.shape[3],
-            density=pattern.key_tiles.shape[-1] / pattern.num_key_tiles,
-            tokens_per_scale=tokens_per_scale,
-        )
-        config = tuning.choose_config(
-            key,
-            operand_bytes=operands.q.dtype.itemsize,
-            output_bytes=q.dtype.itemsize,
-            blocks_per_tile=tile_size // BLOCK_KV,
-        )
+        config = tuned.choose_config(call)
     return attention(operands, pattern, batch=q.shape[0], dtype=q.dtype, config=config)
-
-
-def unsupported(head_dim: int, dtype: Any, *, tile_size: int, tokens_per_scale: int | None) -> str | None:
-    """Why the kernel can't compute such a call; None where it can. Says nothing of the device (`missing_device`)."""
-    if head_dim not in (64, 128):
-        return f"head dim {head_dim} is not 64 or 128; use 'portable'"
-    if tile_size % BLOCK_KV:
-        return f"tiles of {tile_size} stored tokens are not whole blocks of {BLOCK_KV}; use tiles that store 128, 256 or 384"
-    if tokens_per_scale is None:
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            return f"{jnp.dtype(dtype)} without quantization has no tensor-core matmul; pass bfloat16 or float16"
-    elif tokens_per_scale % BLOCK_Q:
-        return f"tokens_per_scale={tokens_per_scale} is not a multiple of {BLOCK_Q}, the rows of a matrix instruction"
-    return None
 
 
 def missing_device() -> str | None:
@@ -86,7 +63,7 @@ def missing_device() -> str | None:
 
 @functools.partial(jax.jit, static_argnames=("batch", "dtype", "config", "with_lse"))
 def attention(
-    operands: quantize_sm90.Operands,
+    operands: quantize.Operands,
     pattern: TilePattern,
     *,
     batch: int,
@@ -94,7 +71,7 @@ def attention(
     config: ForwardConfig,
     with_lse: bool = True,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"] | None]:
-    """The kernel itself, on operands that `quantize_sm90` made.
+    """The kernel itself, on operands that `quantize` made.
 
     Args:
       pattern: its table, of which what lies outside is clipped, to the keys there are and to counts of 1 and more.
@@ -127,12 +104,7 @@ def attention(
         raise ValueError(
             f"polynomial_columns={config.polynomial_columns} is for FP8, and these operands are {operands.q.dtype}; use 0"
         )
-    tuning.check_fits(
-        config,
-        head_dim=head_dim,
-        operand_bytes=operands.q.dtype.itemsize,
-        output_bytes=jnp.dtype(dtype).itemsize,
-    )
+    CallShape.of(pattern, head_dim=head_dim, dtype=jnp.dtype(dtype)).check_fits(config)
     k_tiles = operands.k.shape[1] // tile_size
     # A copy from beyond the keys, or a row without a key, would hang the GPU. Tables that are traced can't be refused.
     key_tiles, counts = jnp.clip(key_tiles, 0, k_tiles - 1), jnp.clip(pattern.counts, 1, key_tiles.shape[-1])

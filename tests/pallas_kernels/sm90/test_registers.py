@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from jax.experimental.mosaic import gpu as mgpu
 
-from pallas_kernels import registers
+from pallas_kernels.sm90 import registers
 
 
 def test_kv_order_permutes_within_groups_of_16():

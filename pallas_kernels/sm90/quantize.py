@@ -28,9 +28,9 @@ from pallas_kernels.reference import (
     quantize_channels,
     quantize_tokens,
 )
-from pallas_kernels.registers import kv_order, to_fp8_operand
-from pallas_kernels.shared_memory import swizzled
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
+from pallas_kernels.sm90.registers import kv_order, to_fp8_operand
+from pallas_kernels.sm90.shared_memory import swizzled
 
 f32 = jnp.float32
 _ROWS = 64  # tokens in registers at a time
@@ -39,13 +39,13 @@ _QUADS = plgpu.Layout.WGMMA_8BIT
 
 
 class Operands(NamedTuple):
-    """Inputs of `fwd_sm90.attention`; G is B * N. The scales are None without quantization.
+    """Inputs of `forward.attention`; G is B * N. The scales are None without quantization.
 
     q, k: e4m3, or bf16 or f16 without quantization; padded keys hold a copy of a valid key of their tile.
     v: the same dtype, keys last, 0 at padding; in FP8 in `registers.kv_order`.
     key_valid: ones and zeros in v's dtype and order, 8 equal rows.
     query_valid: 1 or 0.
-    q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`tuning.scales_per_block`), however many tokens share
+    q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`config.scales_per_block`), however many tokens share
       a scale: the kernel then knows two cases only.
     """
 

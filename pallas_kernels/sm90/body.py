@@ -1,4 +1,4 @@
-"""The program of one thread block of `fwd_sm90`: a warpgroup that copies, here, and two that compute, in `fwd_sm90_consumer`."""
+"""The program of one thread block of `forward`: a warpgroup that copies, here, and two that compute, in `consumer`."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.fwd_sm90_consumer import consume
-from pallas_kernels.fwd_sm90_work import Block, Memory, Place, Problem, each_item, load_next, place_of
-from pallas_kernels.quantize_sm90 import Operands
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, BLOCK_ROWS, CONSUMERS, VALID_ROWS
+from pallas_kernels.sm90.consumer import consume
+from pallas_kernels.sm90.quantize import Operands
+from pallas_kernels.sm90.work import Block, Memory, Place, Problem, each_item, load_next, place_of
 
 
 def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
