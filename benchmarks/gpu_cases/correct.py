@@ -19,11 +19,12 @@ import numpy as np
 
 from benchmarks.gpu_cases.programs import compiled, kernels
 from benchmarks.gpu_cases.runner import REFERENCES
-from benchmarks.gpu_cases.shapes import OPERATIONS, SHAPES, Shape, make_call
+from benchmarks.gpu_cases.shapes import OPERATIONS, SHAPES
 from pallas_kernels import block_sparse, mosaic, reference
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.testing import Shape, make_call
 
 BAR = 1e-2  # relative L2, until the first measurement sets it
 _PATIENCE = 90  # seconds to wait for one of them

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from benchmarks.gpu_cases.shapes import permuted_table, valid_slots
 from pallas_kernels import mosaic, reference
 from pallas_kernels.interpret import interpret
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.sm90 import forward as fwd_sm90
 from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.testing import permuted_table, valid_slots
 from tests.reference import rel_l2
 
 BLOCK_KV = 128
