@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from benchmarks.gpu_cases.shapes import SHAPES, make_call
+from benchmarks.gpu_cases.shapes import SHAPES
 from benchmarks.record import RESULTS, write
 from benchmarks.short_sums import FRACTION_BITS, INSTRUCTION, instruction
 from pallas_kernels import reference
+from pallas_kernels.testing import make_call
 
 CASES = (("tables", "every tile"), ("tables", "more keys than queries"), ("padding", "low scores"))
 
