@@ -2,7 +2,7 @@
 
     python3 -m benchmarks.gpu --gpu            # everything, most valuable first, 9 minutes at most; again: continues
     python3 -m benchmarks.gpu correct          # a stage: facts, correct, speed, peers, whole
-    python3 -m benchmarks.gpu headline "0.20"  # families and cases whose name holds this
+    python3 -m benchmarks.gpu headline "fp8x1 0.20"  # families and cases of this name, else whose name holds this
     python3 -m benchmarks.gpu --list
 
 Needs jax with CUDA, flax, optax, einops, jaxtyping and NumPy; torch for its own baselines. Cases come in families, a process each;
@@ -22,17 +22,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 
 from benchmarks import record
 from benchmarks.gpu_cases.facts import Clocks, add_cuda_to_path
 from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.report import table
 from benchmarks.gpu_cases.results import Results
-from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Family, Runner, python_path
+from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Case, Family, Runner, python_path
 from pallas_kernels.sm90.tuned import fastest, write_tuned_table
 
 STAGES = ("facts", "correct", "speed", "peers", "whole")
+TIMED = ("speed", "peers")  # compared with dense attention
 _AHEAD = 8  # families that prepare at a time
 _TOY_PATIENCE = 1800  # seconds that interpret mode may take for a case
 
@@ -50,43 +51,55 @@ def gpu_name() -> str | None:
 
 
 def select(families: Sequence[Family], words: Sequence[str]) -> list[Family]:
-    """Families of these stages or names, and cases with these words in their names; all for none.
+    """What the words name: a stage, a family or a case where it is its whole name, else each whose name holds it; all for none.
 
-    Raises: ValueError for a word of neither.
+    Of the baselines the dense ones at the sizes that are timed come with it: ratios are within one call.
+
+    Raises: ValueError for a word that names nothing.
     """
-    found = []
-    used: set[str] = set()
-    for family in families:
-        whole = {w for w in words if w in (family.stage, family.name)}
-        cases = tuple(c for c in family.cases if not words or whole or any(w in c.name for w in words))
-        used |= whole | {w for w in words for c in family.cases if w in c.name}
-        if cases:
-            found.append(dataclasses.replace(family, cases=cases))
-    if unknown := [w for w in words if w not in used]:
-        raise ValueError(f"{unknown[0]!r} is no stage ({', '.join(STAGES)}) and in no case's name; see --list")
-    return found
+    if not words:
+        return list(families)
+    chosen: set[str] = set()
+    for word in words:
+        named = _named(families, word)
+        if not named:
+            raise ValueError(
+                f"{word!r} names no stage ({', '.join(STAGES)}), family or case; take words of what --list prints"
+            )
+        chosen |= named
+    sizes = {c.kwargs.get("size") for f in families if f.stage in TIMED for c in f.cases if c.name in chosen}
+    chosen |= {c.name for f in families for c in f.cases if _compares(f, c, sizes)}
+    return _only(families, lambda _, case: case.name in chosen)
+
+
+def _named(families: Sequence[Family], word: str) -> set[str]:
+    """Names of the cases that a word of the command line means."""
+    both = [(family, case) for family in families for case in family.cases]
+    whole = {c.name for f, c in both if word in (f.stage, f.name)} or {c.name for _, c in both if word == c.name}
+    return whole or {c.name for f, c in both if word in f.name or word in c.name}
+
+
+def _compares(family: Family, case: Case, sizes: Set[str | None]) -> bool:
+    """Whether it is dense attention of a baseline, at one of these sizes."""
+    return family.baseline and case.name.startswith("dense ") and case.kwargs["size"] in sizes
+
+
+def _only(families: Sequence[Family], wanted: Callable[[Family, Case], bool]) -> list[Family]:
+    fewer = [dataclasses.replace(f, cases=tuple(c for c in f.cases if wanted(f, c))) for f in families]
+    return [family for family in fewer if family.cases]
 
 
 def due(families: Sequence[Family], results: Results, *, again: bool) -> list[Family]:
     """What has to run in this call: cases without a result, and of the baselines the dense ones of the sizes that they need."""
-    kept = []
-    sizes = {
-        c.kwargs.get("size")
-        for f in families
-        for c in f.cases
-        if f.stage in ("speed", "peers") and (again or not results.done(c.name))
-    }
-    for family in families:
-        cases = tuple(
-            c
-            for c in family.cases
-            if again
-            or not results.done(c.name)
-            or (family.baseline and c.name.startswith("dense ") and c.kwargs["size"] in sizes)
-        )
-        if cases:
-            kept.append(dataclasses.replace(family, cases=cases))
-    return kept
+    new = {c.name for f in families for c in f.cases if again or not results.done(c.name)}
+    sizes = {c.kwargs.get("size") for f in families if f.stage in TIMED for c in f.cases if c.name in new}
+    return _only(families, lambda family, case: case.name in new or _compares(family, case, sizes))
+
+
+def _patient(family: Family) -> Family:
+    """With the time that interpret mode takes."""
+    cases = tuple(dataclasses.replace(case, silence=_TOY_PATIENCE) for case in family.cases)
+    return dataclasses.replace(family, cases=cases, seconds=_TOY_PATIENCE)
 
 
 def _references(folder: str) -> subprocess.Popen:
@@ -106,11 +119,13 @@ def _references(folder: str) -> subprocess.Popen:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", nargs="*", metavar="STAGE", help=f"{', '.join(STAGES)}, or words of a case's name")
+    stages = ", ".join(STAGES)
+    parser.add_argument("what", nargs="*", metavar="STAGE", help=f"{stages}, or words of a family's or a case's name")
     parser.add_argument("--again", action="store_true", help="run cases that have a result already, too")
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="of this call (540)")
-    parser.add_argument("--gpu", action="store_true", help="fail where there is no GPU, in place of a toy run")
-    parser.add_argument("--toy", action="store_true", help="toy size on a CPU, as where there is no GPU")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpu", action="store_true", help="fail where there is no GPU, in place of a toy run")
+    where.add_argument("--toy", action="store_true", help="toy size on a CPU, as where there is no GPU")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(arguments)
     try:
@@ -123,11 +138,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_cuda_to_path()
     gpu = None if options.toy else gpu_name()
     if gpu is None and options.gpu:
-        parser.error("--gpu, and nvidia-smi names no GPU; run on a machine with one, or without --gpu at toy size")
+        parser.error(
+            "--gpu demands a GPU, and nvidia-smi names none; run where it does, or leave --gpu out for toy sizes"
+        )
     toy = gpu is None
     if toy:
         print("No GPU: toy sizes in interpret mode on a CPU, which prove the script. Nothing is measured.", flush=True)
-        chosen = [dataclasses.replace(f, seconds=_TOY_PATIENCE, silence=_TOY_PATIENCE) for f in chosen]
+        chosen = [_patient(family) for family in chosen]
     out = pathlib.Path(os.environ.get("OUT") or record.RESULTS)
     name = "gpu_toy.json" if toy else "gpu.json"
     # A toy run elsewhere is to prove the script there: what is committed proves nothing of it.
@@ -136,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = ["python3", "-m", "benchmarks.gpu", *["--toy"] * options.toy, *options.what]
     environment = {**record.environment(), "command": shlex.join(command)}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
-    runner = Runner(results, call, toy=toy, budget=options.budget, ahead=0 if toy else _AHEAD)
+    patience = {"ahead": 0, "prepare_seconds": _TOY_PATIENCE} if toy else {"ahead": _AHEAD}
+    runner = Runner(results, call, toy=toy, budget=options.budget, **patience)
     families = due(chosen, results, again=options.again)
     with tempfile.TemporaryDirectory() as folder:
         references = None
@@ -152,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 references.kill()
                 references.wait()
             os.environ.pop(REFERENCES, None)
-    best = fastest(p for r in results.records if r["stage"] == "speed" for p in r["parts"] if "key" in p)
+    timed = [p for r in results.records if r["stage"] == "speed" for p in r["parts"] if "key" in p]
+    # Sums that stay in the tensor cores cost accuracy: whoever wants them asks for them.
+    best = fastest(p for p in timed if p["config"]["promote_every"] == 1)
     if best:
         path = out / "tuned_sm90.json"
         write_tuned_table(best, path=path)

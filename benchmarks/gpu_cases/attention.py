@@ -22,7 +22,8 @@ Key = tuple[str, float, int | None]
 _timed: dict[Key, dict[ForwardConfig, float]] = {}
 
 
-def _config(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
+def config_of(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
+    """What the tuned table names, or the default, with these options."""
     task = programs.task_of(toy, size, density, scales)
     chosen = replace(choose_config(task.call), **options)
     # As `CallShape.candidates`: the copier's second loop spills with 24 registers.
@@ -42,7 +43,7 @@ def attention(
 ) -> Iterator[dict[str, Any] | None]:
     """Forward by a real 3D window. `scales`: FP8 scales a tile; None for bf16. `quantized`: also with the passes before it."""
     task = programs.task_of(toy, size, density, scales)
-    config = _config(toy, size, density, scales, options or {})
+    config = config_of(toy, size, density, scales, options or {})
     kernel = programs.forward(toy, size, density, scales, config)
     quantize = programs.quantizer(toy, size, scales)
     error_of = programs.last_tile_error(toy, size, density, scales)

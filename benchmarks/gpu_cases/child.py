@@ -25,19 +25,25 @@ def _prepared(case: dict[str, Any], toy: bool) -> Iterator[dict[str, Any]]:
 
 def _alive(toy: bool) -> bool:
     """Whether the GPU still answers this process: after an illegal address or a trap it never does again."""
-    if toy or "jax" not in sys.modules:
+    if toy:
         return True
-    import jax.numpy as jnp
-
     try:
-        return bool((jnp.zeros(1) + 1).block_until_ready()[0] == 1)
+        if "jax" in sys.modules:
+            import jax.numpy as jnp
+
+            (jnp.zeros(1) + 1).block_until_ready()
+        if "torch" in sys.modules:
+            import torch  # pyright: ignore[reportMissingImports]
+
+            torch.cuda.synchronize()
     except Exception:
         return False
+    return True
 
 
 def _failure(error: Exception) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error))
-    return {"failed": f"{type(error).__name__}: {str(error)[:300]}", "error_tail": text[-_TAIL:]}
+    return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "error_tail": text[-_TAIL:]}
 
 
 def main() -> None:
@@ -55,25 +61,28 @@ def main() -> None:
         waiting.append((case["name"], parts, time.monotonic() - start))
         say({"prepared": case["name"]})
     say({"ready": True})
-    if not sys.stdin.readline():
+    turn = sys.stdin.readline()
+    if not turn:
         return  # the parent has gone
+    names = json.loads(turn)  # without those that meanwhile must not run
     for name, parts, seconds in waiting:
+        if name not in names:
+            continue
         say({"starting": name})
         try:
             if isinstance(parts, Exception):
                 raise parts
             for part in parts:
-                say({"case": name, **part})
+                say({"case": name, "result": part})
         except Exception as error:
             failure = {"case": name, **_failure(error)}
             if not _alive(toy):
                 # The process is lost, and says so for the case; what is left of the family needs a new one.
-                say(
-                    {**failure, "trapped": "trap" in failure["error_tail"].lower() or "LAUNCH" in failure["error_tail"]}
-                )
+                trapped = "trap" in failure["error_tail"].lower() or "LAUNCH" in failure["error_tail"]
+                say({**failure, "trapped": trapped})
                 os._exit(3)
             say(failure)
-        say({"case": name, "part": "preparation", "took": round(seconds, 2)})
+        say({"case": name, "result": {"part": "preparation", "took": round(seconds, 2)}})
         say({"finished": name})
 
 

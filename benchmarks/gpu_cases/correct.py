@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,33 @@ from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.testing import Shape, make_call
 
-BAR = 1e-2  # relative L2, until the first measurement sets it
-_PATIENCE = 90  # seconds to wait for one of them
+_PATIENCE = 90  # seconds to wait for a reference
+
+
+class Bars(NamedTuple):
+    """Relative L2 that a kernel may have to the specification."""
+
+    out: float
+    lse: float
+    gradients: float
+
+
+# The specification sums exactly, and so does interpret mode, with float32's rounding: what tests/pallas_kernels hold.
+_INTERPRETED = Bars(out=2e-3, lse=1e-4, gradients=1.5e-2)
+# Hopper's tensor cores keep some 14 bits of a sum of FP8 products (`benchmarks.short_sums` has the model), and Q K is such a sum.
+# For 'tables every tile' the model says 1.08e-2 of the output, where an H200 gave 1.10e-2 (benchmarks/results/gpu.json). The most
+# that it gave of any shape is 1.17e-2, and 7.9e-4 of the log-sum-exp.
+_FP8 = Bars(out=1.5e-2, lse=1.5e-3, gradients=1.5e-2)
+# Sums of bf16 products are float32's. The output rounds P and itself to bf16: at most 2.1e-3 on that H200, and 5.2e-5 of the
+# log-sum-exp, which holds interpret mode's bar.
+_BF16 = Bars(out=3e-3, lse=1e-4, gradients=1e-2)
+# Gradients, anywhere: P and dS are rounded to bf16, and dS is a difference. tests/pallas_kernels/test_block_sparse.py holds 1e-2 of
+# that, and FP8 to half as much again.
+
+
+def bars(scales: int | None, toy: bool) -> Bars:
+    """`scales`: of a tile, None for bf16 mode."""
+    return _BF16 if scales is None else _INTERPRETED if toy else _FP8
 
 
 def toy_shape(shape: Shape) -> Shape:
@@ -134,7 +159,8 @@ def _compared(toy: bool, run: Any, qkv: Any, pattern: Any, want: tuple[np.ndarra
         "padding_is_0": not (out32[:, ~valid].any() or lse[..., ~valid].any()),
         "repeats_bitwise": all(_same_bytes(a, b) for other in runs[1:] for a, b in zip(other, runs[0], strict=True)),
     }
-    near = result["rel_l2"] <= BAR and result["rel_l2_lse"] <= BAR
+    allowed = bars(None if pattern.tokens_per_scale is None else pattern.tile_size // pattern.tokens_per_scale, toy)
+    near = result["rel_l2"] <= allowed.out and result["rel_l2_lse"] <= allowed.lse
     ok = bool(near and result["finite"] and result["padding_is_0"] and result["repeats_bitwise"])
     return {"ok": ok, **result}
 
@@ -195,9 +221,11 @@ def operation(toy: bool, *, implementation: str, name: str) -> Iterator[dict[str
     chosen = block_sparse.choose(implementation, CallShape.of(pattern, head_dim=shape.head_dim, dtype=q.dtype))
     errors = {n: _rel_l2(a, b) for n, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True)}
     repeats = all(_same_bytes(a, b) for a, b in zip(got, again, strict=True))
+    allowed = bars(shape.scales, toy)
+    near = all(error <= (allowed.out if n == "out" else allowed.gradients) for n, error in errors.items())
     yield {
         "part": name,
-        "ok": bool(all(e <= BAR for e in errors.values()) and repeats),
+        "ok": near and repeats,
         "implementation": chosen,
         "rel_l2": errors,
         "repeats_bitwise": repeats,
@@ -215,7 +243,7 @@ def memory_checker(toy: bool) -> Iterator[dict[str, Any] | None]:
         ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m",
          "benchmarks.gpu_cases.child", json.dumps({"toy": False, "cases": [case]})],
         env={**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
-        input="go\n", capture_output=True, text=True, check=False, timeout=100,
+        input=json.dumps([case["name"]]) + "\n", capture_output=True, text=True, check=False, timeout=100,
     )  # fmt: skip
     tail = (done.stdout + done.stderr)[-1500:]
     if "not supported" in tail:

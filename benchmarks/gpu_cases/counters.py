@@ -58,6 +58,8 @@ def read(report: str) -> dict[str, Any] | None:
             found[name] = float(row[metric].replace(",", ""))
         except (KeyError, ValueError):
             found[name] = row.get(metric, "not counted")
+    if isinstance(found["seconds"], float):
+        found["seconds"] *= 1e-9  # ncu's base unit of time is the nanosecond
     return found
 
 
@@ -66,13 +68,13 @@ def main() -> None:
     import jax
 
     from benchmarks.gpu_cases import programs
-    from benchmarks.gpu_cases.attention import _config
+    from benchmarks.gpu_cases.attention import config_of
     from pallas_kernels.sm90 import quantize as quantize_sm90
 
     size, density = sys.argv[1], float(sys.argv[2])
     scales = None if sys.argv[3] == "None" else int(sys.argv[3])
     task = programs.task_of(False, size, density, scales)
-    kernel = programs.forward(False, size, density, scales, _config(False, size, density, scales, {}))
+    kernel = programs.forward(False, size, density, scales, config_of(False, size, density, scales, {}))
     operands = jax.jit(quantize_sm90.by_xla)(*task.inputs(), task.plan.pattern)
     jax.block_until_ready(kernel(operands))
 

@@ -45,10 +45,10 @@ class Clocks:
     """nvidia-smi, twice a second beside the benchmark: what clocks and power were while it measured."""
 
     def __init__(self):
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
         self._process = None
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", f"--query-gpu={','.join(_SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
+            self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
             self._process = subprocess.Popen(query, stdout=self._out, stderr=subprocess.DEVNULL)
 
     def stop(self) -> dict[str, Any]:
@@ -59,11 +59,12 @@ class Clocks:
         self._process.wait(20)
         with self._out:
             self._out.seek(0)
-            lines = self._out.read().decode(errors="replace").splitlines()
-        return summarize(lines)
+            text = self._out.read().decode(errors="replace")
+        return summarize(text[: text.rfind("\n") + 1].splitlines())  # the last may be cut off
 
 
 def summarize(lines: list[str]) -> dict[str, Any]:
+    """Of nvidia-smi's lines of `_SAMPLED`, as `Clocks.stop` says."""
     rows = []
     for line in lines:
         fields = [x.strip() for x in line.split(",")]
@@ -71,9 +72,10 @@ def summarize(lines: list[str]) -> dict[str, Any]:
             rows.append((*(float(x) for x in fields[:3]), fields[3]))
         except (ValueError, IndexError):
             continue  # a sample that was cut off, or isn't available
-    busy = [r for r in rows if r[1] >= max(r[1] for r in rows) / 2]
-    if not busy:
+    if not rows:
         return {"not available": "no sample"}
+    most = max(r[1] for r in rows)
+    busy = [r for r in rows if r[1] >= most / 2]
     found: dict[str, Any] = {"samples": len(rows), "busy": len(busy)}
     for i, name in enumerate(("sm_mhz", "watts", "celsius")):
         values = [r[i] for r in busy]

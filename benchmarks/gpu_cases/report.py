@@ -1,4 +1,4 @@
-"""The short table: ratios to the fastest dense attention of the same call, what was expected, and what was wrong."""
+"""What a call prints at its end: what was wrong, and ratios to the same call's fastest dense attention beside those expected."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -35,13 +35,34 @@ def wrong(results: Results) -> list[str]:
     ]
 
 
+def doubtful(results: Results) -> list[str]:
+    """Kernels under test that gave wrong numbers in a case: what they take means nothing."""
+    latest = results.latest().values()
+    return sorted({k for r in latest if any(p.get("ok") is False for p in r["parts"]) for k in r["kernels"][-1:]})
+
+
 def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, float) else ("-" if value is None else str(value)[:12])
 
 
+def _slower_configs(records: Iterable[dict[str, Any]]) -> set[str]:
+    """Cases of a sweep that aren't the fastest right one of their size, density, scales and call: the table leaves them out."""
+    sweeps: dict[tuple[Any, ...], list[tuple[bool, float, str]]] = {}
+    for r in records:
+        config = r["config"]
+        if config.get("options") and (seconds := seconds_of(r)) is not None:
+            is_wrong = any(p.get("ok") is False for p in r["parts"])
+            key = (*(config.get(x) for x in ("size", "density", "scales")), r["call"])
+            sweeps.setdefault(key, []).append((is_wrong, seconds, r["case"]))
+    # A wrong one is always shown.
+    return {case for sweep in sweeps.values() for is_wrong, _, case in sorted(sweep)[1:] if not is_wrong}
+
+
 def _rows(results: Results) -> Iterator[str]:
-    for name, r in results.latest().items():
-        if r["stage"] not in ("speed", "peers", "whole"):
+    latest = results.latest()
+    slower = _slower_configs(latest.values())
+    for name, r in latest.items():
+        if r["stage"] not in ("speed", "peers", "whole") or name in slower:
             continue
         best = fastest_dense(results.records, r["config"].get("size", ""), r["call"])
         for p in r["parts"]:
@@ -59,15 +80,10 @@ def _rows(results: Results) -> Iterator[str]:
 
 
 def table(results: Results) -> str:
-    """At most 40 lines of speed, then correctness, and everything that failed."""
+    """Bandwidths, correctness and everything that failed; last, where the end of a log shows them, at most 40 lines of speed."""
+    latest = results.latest()
     lines = ["", f"On a GPU: {NOT_MEASURED} (toy sizes, interpret mode)" if results.toy else "On a GPU"]
-    rows = list(_rows(results))
-    if rows:
-        lines.append(f"{'case':52} {'ok':5} {'ms':>12} {'TFLOP/s':>12} {'ratio':>6} {'expected':>10}")
-        lines += rows[-_ROWS:]
-        if len(rows) > _ROWS:
-            lines.append(f"({len(rows) - _ROWS} more in {results.path.name})")
-    for name, r in results.latest().items():
+    for name, r in latest.items():
         for p in r["parts"]:
             if "GB_s" in p or "TB_s" in p:
                 rate = p.get("GB_s", p["TB_s"] * 1e3 if isinstance(p.get("TB_s"), float) else p.get("TB_s"))
@@ -75,15 +91,22 @@ def table(results: Results) -> str:
                 lines.append(f"{name}, {p['part']}: {_number(rate, '.0f')} GB/s{share}")
             if "not available" in p:
                 lines.append(f"{name}: not available: {' '.join(str(p['not available']).split())[:70]}")
-    latest = results.latest().values()
-    right = sum(p.get("ok") is True for r in latest for p in r["parts"])
-    lines.append(f"right: {right}; wrong or failed: {', '.join(wrong(results)) or 'none'}")
-    for name in wrong(results):
-        r = results.latest()[name]
-        lines.append(f"  {name}: {' '.join(str(r.get('failed', 'wrong numbers')).split())[:110]}")
-    left_out = [name for name, r in results.latest().items() if r.get("unfinished")]
+    right = sum(p.get("ok") is True for r in latest.values() for p in r["parts"])
+    failed = wrong(results)
+    lines.append(f"right: {right}; wrong or failed: {', '.join(failed) or 'none'}")
+    lines += [f"  {name}: {str(latest[name].get('failed', 'wrong numbers'))[:110]}" for name in failed]
+    if kernels := doubtful(results):
+        lines.append(f"wrong, so that their speed means nothing: {', '.join(kernels)}")
+    left_out = [name for name, r in latest.items() if r.get("unfinished")]
     if left_out:
-        lines.append(f"left out: {len(left_out)} ({', '.join(left_out[:4])}, ...)")
+        lines.append(f"left out: {len(left_out)} ({', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''})")
     if hung := results.hung():
         lines.append("hung: " + ", ".join(f"{kernel} (in '{case}')" for kernel, case in hung.items()))
+    rows = list(_rows(results))
+    if rows:
+        lines += ["", f"{'case':52} {'ok':5} {'ms':>12} {'TFLOP/s':>12} {'ratio':>6} {'expected':>10}"]
+        # Most valuable first, as the plan has them.
+        lines += rows[:_ROWS]
+        if len(rows) > _ROWS:
+            lines.append(f"({len(rows) - _ROWS} more in {results.path.name})")
     return "\n".join(lines)

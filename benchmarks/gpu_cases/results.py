@@ -5,6 +5,7 @@ import pathlib
 from typing import Any
 
 NOT_MEASURED = "not measured"
+_LIMIT = 1_000_000  # bytes of the file: what a rented machine gives back
 
 
 class Results:
@@ -35,18 +36,29 @@ class Results:
         said = (
             f"{NOT_MEASURED}: toy sizes in interpret mode on a CPU, which prove the script" if self.toy else "on a GPU"
         )
-        content = {"measured": said, "calls": self.calls, "results": self.records}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_name(self.path.name + ".part")
+        head = json.dumps({"measured": said, "calls": self.calls}, indent=1, allow_nan=False).removesuffix("\n}")
         # A record a line: readable, and a tenth of the lines.
-        lines = ",\n".join(json.dumps(r, allow_nan=False) for r in self.records)
-        head = json.dumps({"measured": content["measured"], "calls": self.calls}, indent=1)
-        part.write_text(head.removesuffix("\n}") + f',\n "results": [\n{lines}\n ]\n}}\n')
+        lines = self._fitting(_LIMIT - len(head) - 100)
+        part.write_text(f'{head},\n "results": [\n' + ",\n".join(lines) + "\n ]\n}\n")
         part.replace(self.path)
 
-    def done(self, case: str, call: str | None = None) -> bool:
+    def _fitting(self, limit: int) -> list[str]:
+        """The records as JSON. Where they take more, those that a later one of their case replaces are forgotten, oldest first."""
+        lines = {id(r): json.dumps(r, allow_nan=False) for r in self.records}
+        size = sum(len(line) + 2 for line in lines.values())
+        kept = {id(r) for r in self.latest().values()}
+        for old in [r for r in self.records if id(r) not in kept]:
+            if size <= limit:
+                break
+            size -= len(lines.pop(id(old))) + 2
+        self.records = [r for r in self.records if id(r) in lines]
+        return list(lines.values())
+
+    def done(self, case: str) -> bool:
         """Whether the case has a result, of whatever kind but cut short by the budget."""
-        return any(r["case"] == case and not r.get("unfinished") and call in (None, r["call"]) for r in self.records)
+        return any(r["case"] == case and not r.get("unfinished") for r in self.records)
 
     def hung(self) -> dict[str, str]:
         """Kernel -> the case in which it hung: the last of its kernels, the one under test. A later result takes it back."""
@@ -57,6 +69,6 @@ class Results:
         """Case -> its newest record; one that the budget cut short only where there is no other."""
         found: dict[str, dict[str, Any]] = {}
         for r in self.records:
-            if not r.get("unfinished") or r["case"] not in found:
+            if not r.get("unfinished") or found.get(r["case"], r).get("unfinished"):
                 found[r["case"]] = r
         return found

@@ -2,9 +2,11 @@
 
 A family imports, lowers and compiles without the GPU's attention, several of them at once; then it waits for its turn. Turns are
 given one at a time, to the first family in the order of the plan that is ready. A process that falls silent has hung: it is ended,
-the case that it had started is blamed, and the family starts again with what is left of it.
+the case that it had started is blamed, and the family starts again with what is left of it. So it is with one that dies, also while
+it prepares, and with one that is not ready in time.
 """
 
+import bisect
 import dataclasses
 import json
 import math
@@ -13,7 +15,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ from fps_jax.processes import Ended, Running
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = pathlib.Path(tempfile.gettempdir()) / "fps_benchmarks_xla"
 REFERENCES = "FPS_BENCHMARK_REFERENCES"  # names the folder where `references` leaves what it computes
+SILENCE = 25.0  # seconds without a word that are a hang, where a case claims no more
 _LOOK = 0.1  # seconds between two looks
 _HOPELESS = 3  # hangs in a row
 
@@ -37,6 +40,7 @@ class Case:
         done before the family's turn: nothing that keeps the GPU busy. Each dict that it yields is a part of the result.
       kernels: what it launches, the one under test last. A hang is blamed on that, and no other case that launches it runs.
       expected: of the ratio to the fastest 16-bit dense attention, for the table.
+      silence: seconds without a word that are a hang: more than its longest part takes.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     expected: str = ""
+    silence: float = SILENCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,6 @@ class Family:
     Attributes:
       stage: facts, correct, speed, peers or whole.
       seconds: for its turn; what is not done by then is left out, and is no hang.
-      silence: seconds without a word of a turn that are a hang.
       baseline: its cases run in every call that measures something, since ratios are within one call.
       environment: more environment variables.
     """
@@ -62,7 +66,6 @@ class Family:
     stage: str
     cases: tuple[Case, ...]
     seconds: float = 60
-    silence: float = 25
     baseline: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,10 +110,14 @@ def launch(family: Family, toy: bool) -> Process:
 
 @dataclass
 class _Started:
+    """A family under way. `order`: its place in the plan."""
+
+    order: int
     family: Family
     process: Process
     since: float
     ready: bool = False
+    prepared: set[str] = field(default_factory=set)
 
 
 class Runner:
@@ -143,58 +150,65 @@ class Runner:
 
     def run(self, families: Sequence[Family]) -> None:
         """All of them, until the budget is over or nothing more is to be expected of the GPU."""
-        waiting, started = list(families), []
+        waiting, started = list(enumerate(families)), []
         try:
-            while waiting or started:
-                while waiting and len(started) <= self.ahead and self._left() > 0:
-                    family = self._without_hung(waiting.pop(0))
+            while (waiting or started) and self._left() > 0 and self._hangs < _HOPELESS:
+                while waiting and len(started) <= self.ahead:
+                    order, family = waiting.pop(0)
+                    family = self._without_hung(family)
                     if family.cases:
-                        started.append(_Started(family, self._launch(family, self.toy), self._clock()))
-                turn = self._next(started)
-                if turn is not None:
-                    started.remove(turn)
-                    waiting[:0] = self._turn(turn)
-                if self._left() <= 0 or self._hangs == _HOPELESS:
-                    break
+                        one = _Started(order, family, self._launch(family, self.toy), self._clock())
+                        bisect.insort(started, one, key=lambda s: s.order)
+                for one in started:
+                    rest = self._look_after(one)
+                    if rest is not None:
+                        started.remove(one)
+                        # First, and in its old place: it came before what waits.
+                        waiting[:0] = [(one.order, rest)] if rest.cases else []
+                        break
+                else:
+                    self._sleep(_LOOK)
         finally:
             for one in started:
                 one.process.end(timed_out=True)
-        why = f"{_HOPELESS} hangs in a row: the GPU itself may" if self._hangs == _HOPELESS else "the budget is spent"
-        for family in [*(s.family for s in started), *waiting]:
+        why = f"{_HOPELESS} hangs in a row: the GPU itself may" if self._hangs >= _HOPELESS else "the budget is spent"
+        for family in [*(s.family for s in started), *(family for _, family in waiting)]:
             self._leave(family, f"not run: {why}; call again to continue")
 
     def _left(self) -> float:
         return self.end - self._clock()
 
-    def _next(self, started: list[_Started]) -> _Started | None:
-        """The first that is ready; None where there is none yet, after a moment, or where one that never will be was dropped."""
-        for one in started:
-            one.ready = one.ready or any(said.get("ready") for said in one.process.hear())
-            if one.ready:
-                return one
-            ended = one.process.wait(0)
-            if ended or self._clock() - one.since > self.prepare_seconds:
-                started.remove(one)
-                done = one.process.end(timed_out=not ended)
-                what = f"exit status {done.status}" if ended else f"not ready after {self.prepare_seconds:.0f} s"
-                for case in one.family.cases:
-                    self._record(one.family, case, [], failed=f"in preparation: {what}", error_tail=done.complaint)
-                return None
-        self._sleep(_LOOK)
-        return None
+    def _look_after(self, one: _Started) -> Family | None:
+        """Gives the family the GPU, if it is ready. Returns what has to start again, where it came to an end; None before."""
+        process, cases = one.process, one.family.cases
+        ended = process.wait(0)
+        for said in process.hear():
+            one.ready = one.ready or "ready" in said
+            if "prepared" in said:
+                one.prepared.add(said["prepared"])
+        if one.ready:
+            return self._turn(one.family, process)
+        if not ended and self._clock() - one.since <= self.prepare_seconds:
+            return None
+        done = process.end(timed_out=not ended)
+        what = f"exit status {done.status}" if ended else f"not ready after {self.prepare_seconds:.0f} s"
+        guilty = next((case for case in cases if case.name not in one.prepared), cases[-1])
+        self._record(one.family, guilty, [], failed=f"in preparation: {what}", error_tail=done.complaint)
+        return dataclasses.replace(one.family, cases=tuple(c for c in cases if c is not guilty))
 
-    def _turn(self, one: _Started) -> list[Family]:
+    def _turn(self, family: Family, process: Process) -> Family:
         """Gives a family the GPU. Returns what is left of it, where it has to start again."""
-        family, process = one.family, one.process
+        family = self._without_hung(family)  # since it was started another may have hung
         begin = heard = case_begin = self._clock()
         limit = min(begin + family.seconds, self.end)
         names = {c.name: c for c in family.cases}
-        parts: dict[str, list[dict[str, Any]]] = {}
+        parts: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         failed: dict[str, dict[str, Any]] = {}
         finished: set[str] = set()
         current: Case | None = None
-        process.tell("go")
+        process.tell(json.dumps(list(names)))
         ended = timed_out = silent = False
+        patience = SILENCE
 
         def listen() -> None:
             nonlocal heard, current, case_begin
@@ -202,18 +216,16 @@ class Runner:
                 heard = self._clock()
                 if "starting" in said:
                     current, case_begin = names[said["starting"]], heard
-                elif "finished" in said:
-                    case = names[said["finished"]]
-                    finished.add(case.name)
-                    self._record(
-                        family, case, parts.get(case.name, []), heard - case_begin, **failed.get(case.name, {})
-                    )
-                    self._hangs = 0
-                    current = None
+                elif "result" in said:
+                    parts[said["case"]].append(said["result"])
                 elif "failed" in said:
                     failed[said["case"]] = {k: v for k, v in said.items() if k != "case"}
-                elif "case" in said:
-                    parts.setdefault(said["case"], []).append({k: v for k, v in said.items() if k != "case"})
+                elif "finished" in said:
+                    name = said["finished"]
+                    finished.add(name)
+                    self._record(family, names[name], parts[name], heard - case_begin, **failed.get(name, {}))
+                    self._hangs = 0
+                    current = None
 
         while not ended and not timed_out:
             ended = process.wait(0)
@@ -221,29 +233,30 @@ class Runner:
             if ended:
                 break
             now = self._clock()
-            silent = now > heard + family.silence
+            patience = current.silence if current else SILENCE
+            silent = now > heard + patience
             timed_out = silent or now > limit
             if not timed_out:
                 self._sleep(_LOOK)
         done = process.end(timed_out=timed_out)
         listen()
-        kept = parts.get(current.name, []) if current else []
-        left = [c for c in family.cases if c.name not in finished and c is not current]
+        left = tuple(c for c in family.cases if c.name not in finished)
+        rest = dataclasses.replace(family, cases=left)
         if timed_out and not silent:
-            for case in ([current] if current else []) + left:
-                self._leave(dataclasses.replace(family, cases=(case,)), "unfinished: its time was over", kept)
-            return []
-        if current is not None:  # it hung, or took the process along
+            why = "the budget is spent" if limit == self.end else f"its family's {family.seconds:.0f} s were over"
+            self._leave(rest, f"unfinished: {why}; call again to continue", parts)
+        elif left:  # it hung, or died
+            guilty = current or left[0]
             self._hangs += silent
-            why = f"hung: said nothing for {family.silence:.0f} s" if silent else f"exit status {done.status}"
-            more = {"hung": True} if silent or failed.get(current.name, {}).get("trapped") else {}
+            why = f"hung: said nothing for {patience:.0f} s" if silent else f"exit status {done.status}"
+            failure = failed.get(guilty.name, {})
+            more = {"hung": True} if silent or failure.get("trapped") else {}
             self._record(
-                family, current, kept, self._clock() - case_begin,
-                **{"failed": why, "error_tail": done.complaint} | failed.get(current.name, {}) | more,
+                family, guilty, parts[guilty.name], self._clock() - case_begin,
+                **{"failed": why, "error_tail": done.complaint} | failure | more,
             )  # fmt: skip
-        elif left and done.status:
-            self._record(family, left.pop(0), [], failed=f"exit status {done.status}", error_tail=done.complaint)
-        return [dataclasses.replace(family, cases=tuple(left))] if left else []
+            return dataclasses.replace(family, cases=tuple(c for c in left if c is not guilty))
+        return dataclasses.replace(family, cases=())
 
     def _without_hung(self, family: Family) -> Family:
         """Without the cases of kernels that hung, which are recorded as such."""
@@ -258,9 +271,9 @@ class Runner:
                 kept.append(case)
         return dataclasses.replace(family, cases=tuple(kept))
 
-    def _leave(self, family: Family, why: str, parts: Sequence[dict[str, Any]] = ()) -> None:
+    def _leave(self, family: Family, why: str, parts: Mapping[str, list[dict[str, Any]]] | None = None) -> None:
         for case in family.cases:
-            self._record(family, case, list(parts), failed=why, unfinished=True)
+            self._record(family, case, (parts or {}).get(case.name, []), failed=why, unfinished=True)
 
     def _record(
         self, family: Family, case: Case, parts: list[dict[str, Any]], seconds: float = math.nan, **more: Any
@@ -276,9 +289,3 @@ class Runner:
         outcome = more.get("failed") or (f"WRONG: {', '.join(wrong)}" if wrong else f"{len(parts)} results")
         took = f"{seconds:5.1f} s" if not math.isnan(seconds) else "       "
         print(f"{self._clock() - self._begin:5.0f} s  {case.name:40} {took}  {outcome}", flush=True)
-
-
-def cases_of(families: Sequence[Family]) -> Iterator[tuple[Family, Case]]:
-    for family in families:
-        for case in family.cases:
-            yield family, case

@@ -1,25 +1,70 @@
 """Cases that misbehave, for the tests of the runner. Called in a process of their own."""
 
+import os
 import subprocess
 import sys
 import time
+import types
 
 
-def good(toy: bool, *, seconds: float = 1.5) -> dict:
-    return {"part": "good", "ok": True, "seconds": seconds}
+def good(toy: bool, *, seconds: float = 1.5):
+    yield None
+    yield {"part": "good", "ok": True, "seconds": seconds}
 
 
-def wrong(toy: bool) -> dict:
-    return {"part": "bad", "ok": False, "rel_l2": float("nan")}
+def wrong(toy: bool):
+    yield None
+    yield {"part": "bad", "ok": False, "rel_l2": float("nan")}
 
 
 def hang(toy: bool):
     """Says one thing, starts a process that would outlive it, and never ends."""
+    yield None
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
     yield {"part": "before", "child": child.pid}
     time.sleep(100)
 
 
 def fail(toy: bool):
+    yield None
     yield {"part": "before"}
-    raise RuntimeError("no such instruction")
+    raise RuntimeError("no such\ninstruction")
+
+
+def die(toy: bool):
+    yield None
+    yield {"part": "before"}
+    print("out of memory", file=sys.stderr, flush=True)
+    os._exit(7)
+
+
+def trap(toy: bool):
+    """After it the GPU never answers this process again."""
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED")
+
+    yield None
+    yield {"part": "before"}
+    sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(synchronize=synchronize))  # pyright: ignore
+    raise RuntimeError("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure")
+
+
+def fail_early(toy: bool):
+    raise ValueError("no such config")
+    yield None
+
+
+def die_early(toy: bool):
+    os._exit(9)
+    yield None
+
+
+def never_ready(toy: bool):
+    time.sleep(100)
+    yield None
+
+
+def environment(toy: bool):
+    yield None
+    yield {"part": "environment", "platforms": os.environ["JAX_PLATFORMS"], "own": os.environ.get("OF_THE_FAMILY")}

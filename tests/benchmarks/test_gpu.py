@@ -1,35 +1,49 @@
-"""`benchmarks.gpu` on a machine without a GPU: the script runs, ends what hangs, continues, and claims nothing."""
+"""`benchmarks.gpu` without a GPU: what is chosen, kept and reported, that a wrong kernel is found, and nothing claimed."""
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from benchmarks.gpu_cases.cases import all_cases
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import child, correct, report, shapes
+from benchmarks.gpu_cases import correct, counters, facts, report, shapes
+from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
-from benchmarks.gpu_cases.runner import Case, run
 from pallas_kernels import reference
-from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.testing import make_call
 
 ROOT = pathlib.Path(__file__).parents[2]
-ODD = "tests.benchmarks.odd_cases"
+PLAN = all_families()
+CASES = [case for family in PLAN for case in family.cases]
 
 
-def odd(name: str, function: str = "good", **fields) -> Case:
-    return Case(name=name, stage=fields.pop("stage", "speed"), function=f"{ODD}:{function}", **fields)
+def names(families) -> list[str]:
+    return [case.name for family in families for case in family.cases]
 
 
-def ran(results: Results) -> list[str]:
-    return [r["case"] for r in results.records if not r.get("unfinished")]
+def record(case: str, *parts, stage: str = "speed", call: str = "now", config=None, **more):
+    fields = {"family": "f", "kernels": [], "config": {"size": "14B", **(config or {})}, "expected": ""}
+    return {"case": case, "stage": stage, "call": call, "parts": list(parts), **fields, **more}
+
+
+def timed(seconds: float, **more):
+    return {"part": "kernel", "seconds": seconds, "tflops": 1 / seconds, "ok": True, **more}
+
+
+def results_of(tmp_path: pathlib.Path, *records) -> Results:
+    results = Results(tmp_path / "gpu.json", toy=False)
+    results.records += records
+    return results
+
+
+def row(results: Results, start: str) -> list[str]:
+    """Words of the line of the table, after its name."""
+    return next(x for x in report.table(results).splitlines() if x.startswith(start))[52:].split()
 
 
 def numbers(content) -> list[str]:
@@ -38,242 +52,334 @@ def numbers(content) -> list[str]:
         return [name for item in content for name in numbers(item)]
     if not isinstance(content, dict):
         return []
-    rates = ("seconds", "tflops", "TB_s", "GB_s", "share_of_limit", "share_of_copy")
+    rates = ("seconds", "tflops", "TB_s", "GB_s", "share_of_limit", "share_of_copy", "ratio", "first_seconds")
     here = [f"{k}={v}" for k, v in content.items() if k in rates and v != NOT_MEASURED]
     return here + [name for value in content.values() for name in numbers(value)]
 
 
+# ---- the command ----
+
+
 @pytest.mark.slow
-def test_every_stage_runs_at_toy_size_and_says_not_measured(tmp_path, monkeypatch, capsys):
+def test_stages_run_at_toy_size_and_say_not_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
-    names = [
-        "facts machine", "correct first", "correct op auto", "baseline cudnn 14B", "speed fp8x1 0.20 14B",
-        "speed quantization 14B", "peer cudnn fp8", "tune fp8x1 1.00 14B cluster 2",
-    ]  # fmt: skip
-    gpu.main(["--toy", *names])
+    asked = ["facts machine", "correct first one tile", "fp8x1 0.20 14B", "peer cudnn fp8 14B", "velocity dense 1.3B"]
+    gpu.main(["--toy", "--budget", "3000", *asked])
     content = json.loads((tmp_path / "gpu_toy.json").read_text())
     assert content["measured"].startswith("not measured")
     done = {r["case"]: r for r in content["results"]}
-    assert set(done) == {*names, "baseline cudnn 14B again"}
+    # With the dense attention that the speed is compared with.
+    assert list(done) == [*asked[:2], "dense cudnn 14B", *asked[2:]]
     assert not [r for r in done.values() if "failed" in r], done
-    assert numbers(content) == []
-    assert done["correct first"]["parts"][0]["ok"]
-    assert [p["part"] for p in done["speed fp8x1 0.20 14B"]["parts"]] == ["kernel", "with quantization"]
-    assert done["tune fp8x1 1.00 14B cluster 2"]["parts"][0]["ok"]
-    assert done["peer cudnn fp8"]["parts"] == [{"not available": "needs a GPU"}]
+    assert numbers(content["results"]) == []
+    assert done["correct first one tile"]["parts"][0]["ok"]
+    assert [p["part"] for p in done["fp8x1 0.20 14B"]["parts"]] == ["kernel", "with quantization", "preparation"]
+    assert done["peer cudnn fp8 14B"]["parts"][0] == {"not available": "needs a GPU"}
     assert not (tmp_path / "tuned_sm90.json").exists()
+    (call,) = content["calls"].values()
+    assert call["gpu"] == "none"
+    assert call["environment"]["command"].startswith("python3 -m benchmarks.gpu --toy 'facts machine'")
     printed = capsys.readouterr().out
     assert "Nothing is measured" in printed
     assert "On a GPU: not measured" in printed
 
 
-def test_a_case_that_hangs_is_ended_with_all_it_started_and_keeps_what_it_said():
-    start = time.monotonic()
-    record = run(odd("stuck", "hang", kernels=("base", "new"), seconds=4), toy=True, seconds=100)
-    assert time.monotonic() - start < 20
-    assert record["hung"]
-    assert record["failed"] == "timed out after 4 s (a hang: no further case of new)"
-    assert [p["part"] for p in record["parts"]] == ["before"]
-    # The grandchild is gone, or a zombie that waits for init; the signal takes a moment.
-    stat = pathlib.Path(f"/proc/{record['parts'][0]['child']}/stat")
-    for _ in range(100):
-        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail("what the case started still runs")
+def test_a_gpu_that_is_demanded_and_missing_is_an_error(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setattr(gpu, "add_cuda_to_path", lambda: None)
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--gpu"])
+    assert exit.value.code == 2
+    assert "--gpu demands a GPU, and nvidia-smi names none; run where it does, or leave" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        gpu.main(["--gpu", "--toy"])
+    assert exit.value.code == 2
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_case_that_the_budget_cuts_short_did_not_hang():
-    record = run(odd("stuck", "hang", kernels=("new",), seconds=50), toy=True, seconds=2)
-    assert record["unfinished"]
-    assert "hung" not in record
-    assert record["failed"] == "unfinished: the budget ended after 2 s"
-
-
-def test_a_case_of_many_results_that_falls_silent_hung():
-    record = run(odd("stuck", "hang", kernels=("new",), seconds=50, silence=3), toy=True, seconds=40)
-    assert record["hung"]
-    assert record["failed"] == "said nothing for 3 s (a hang: no further case of new)"
-    assert record["seconds_in_all"] < 20
-
-
-def test_a_failure_leaves_its_error_and_earlier_parts():
-    record = run(odd("broken", "fail"), toy=True, seconds=60)
-    assert record["failed"] == "exit status 1"
-    assert record["error_tail"].rstrip().endswith("RuntimeError: no such instruction")
-    assert record["parts"] == [{"part": "before"}]
-
-
-def test_what_is_not_finite_is_json_all_the_same():
-    record = run(odd("wrong", "wrong"), toy=True, seconds=60)
-    assert json.loads(json.dumps(record, allow_nan=False))["parts"] == [{"part": "bad", "ok": False, "rel_l2": "nan"}]
-
-
-def test_no_further_case_of_a_kernel_that_hung(tmp_path):
-    results = Results(tmp_path / "gpu.json", toy=True)
-    cases = [
-        odd("first", kernels=("base",)),
-        odd("stuck", "hang", kernels=("base", "new"), seconds=3),
-        odd("same kernel", kernels=("base", "new")),
-        odd("other kernel", kernels=("base",)),
-    ]
-    gpu.work(cases, results, "now", toy=True, budget=300)
-    assert ran(results) == ["first", "stuck", "other kernel"]
-    assert results.latest()["same kernel"]["failed"] == "not run: new hung in 'stuck'"
-    assert "hung: new (in 'stuck')" in report.table(results)
-    # Nor in a later call, which reads the file.
-    later = Results(tmp_path / "gpu.json", toy=True)
-    gpu.work(cases, later, "later", toy=True, budget=300)
-    assert [r["case"] for r in later.records if r["call"] == "later"] == ["same kernel"]
-    # Once the case that hung works, the others run.
-    cases[1] = odd("stuck", kernels=("base", "new"))
-    gpu.work(cases[1:2], later, "fixed", toy=True, budget=300, again=True)
-    gpu.work(cases, later, "at last", toy=True, budget=300)
-    assert [r["case"] for r in later.records if r["call"] == "at last"] == ["same kernel"]
-    assert "failed" not in later.latest()["same kernel"]
-
-
-def test_a_later_call_continues_and_again_repeats(tmp_path):
-    path, out = tmp_path / "tree" / "gpu.json", tmp_path / "out" / "gpu.json"
-    cases = [odd("a"), odd("b")]
-    gpu.work(cases[:1], Results(path, toy=True), "first", toy=True, budget=300)
-    results = Results(out, toy=True, earlier=path)
-    gpu.work(cases, results, "second", toy=True, budget=300)
-    assert ran(results) == ["a", "b"]
-    gpu.work(cases[:1], results, "third", toy=True, budget=300, again=True)
-    assert ran(results) == ["a", "b", "a"]
-    assert [r["case"] for r in json.loads(out.read_text())["results"]] == ["a", "b", "a"]
-    assert not out.with_name("gpu.json.part").exists()
-
-
-def test_the_budget_ends_a_call_and_nothing_is_recorded_for_the_rest(tmp_path, capsys):
-    results = Results(tmp_path / "gpu.json", toy=True)
-    gpu.work([odd("a"), odd("b")], results, "now", toy=True, budget=5)
-    assert results.records == []
-    assert capsys.readouterr().out.count("the budget is spent; call again to continue") == 2
-
-
-def test_baselines_run_again_in_a_call_that_compares_with_them(tmp_path):
-    def timed(name: str, seconds: float, **fields) -> Case:
-        return odd(name, kwargs={"seconds": seconds}, **fields)
-
-    results = Results(tmp_path / "gpu.json", toy=False)
-    slow, fast = timed("baseline slow 14B", 4.0, baseline=True), timed("baseline fast 14B", 2.0, baseline=True)
-    ours, more = timed("speed ours 14B", 0.25), timed("speed more 14B", 0.5)
-    for case, call in ((slow, "one"), (fast, "one"), (ours, "one")):
-        size = {**case.kwargs, "size": "14B"}
-        results.records.append({**run(case, toy=False, seconds=60), "call": call, "config": size})
-    sized = [dataclasses.replace(c, kwargs={"size": "14B"}) for c in (slow, fast, ours, more)]
-    due = [c.name for c in sized if gpu.is_due(c, sized, results, "two", again=False)]
-    assert due == ["baseline fast 14B", "speed more 14B"]
-    # With nothing left to compare, no baseline runs.
-    assert not [c.name for c in sized[:3] if gpu.is_due(c, sized[:3], results, "two", again=False)]
-    assert report.fastest_baseline(results.records, "14B", "one") == ("baseline fast 14B", 2.0)
-    line = next(x for x in report.table(results).splitlines() if x.startswith("speed ours"))
-    assert line.split()[-1] == "8.00"  # 2 s by 0.25 s
-    results.records[-1]["call"] = "two"  # no baseline there: no ratio
-    line = next(x for x in report.table(results).splitlines() if x.startswith("speed ours"))
-    assert line.split()[-1] == "-"
-
-
-def test_speed_beside_a_wrong_kernel_is_said_to_mean_nothing(tmp_path):
-    results = Results(tmp_path / "gpu.json", toy=False)
-    speed = {"case": "speed fp8x1 0.20 14B", "stage": "speed", "config": {}, "kernels": [], "parts": [], "call": "now"}
-    bad = {**speed, "case": "correct tables", "stage": "correct", "parts": [{"part": "ragged", "ok": False}]}
-    results.records += [speed, bad]
-    text = report.table(results)
-    assert "wrong or failed: correct tables" in text
-    assert "SPEED MEANS NOTHING" in text
-
-
-def test_the_committed_toy_run_holds_a_right_result_of_every_case_and_no_time():
-    toy = json.loads((gpu.record.RESULTS / "gpu_toy.json").read_text())
-    assert toy["measured"].startswith(NOT_MEASURED)
-    assert {c.name for c in all_cases()} <= {r["case"] for r in toy["results"]}
-    for result in toy["results"]:
-        assert "failed" not in result, result["case"]
-        for part in result["parts"]:
-            assert part.get("ok", True), (result["case"], part)
-            assert not {"seconds", "tflops"} & {k for k, v in part.items() if isinstance(v, float)}, (
-                result["case"],
-                part,
-            )
-
-
-def test_case_names_are_unique_and_functions_exist():
-    cases = all_cases()
-    assert len({c.name for c in cases}) == len(cases)
-    assert {c.stage for c in cases} == set(gpu.STAGES)
-    for case in cases:
-        module, name = case.function.split(":")
-        assert f"\ndef {name}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text(), case.function
-
-
-def test_stages_and_words_select_cases():
-    assert {c.stage for c in gpu.select(all_cases(), ["tune"])} == {"tune"}
-    assert [c.name for c in gpu.select(all_cases(), ["fp8x2"])] == ["speed fp8x2 0.20 14B"]
-    whole = "speed fp8x1 0.20 14B"
-    assert [c.name for c in gpu.select(all_cases(), [whole])] == [whole]
-    assert len(gpu.select(all_cases(), ["fp8x1 0.20 14B"])) > 1
-    with pytest.raises(ValueError, match=r"'fast' is no stage \(facts, correct, .*and in no case's name; see --list"):
-        gpu.select(all_cases(), ["fast"])
-
-
-def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(monkeypatch):
-    shape = shapes.Shape(tile=128, tiles=2, heads=1, head_dim=64, table="all")
-
-    def right(q, k, v, pattern, *, config):
-        return reference.attention(q, k, v, pattern)
-
-    def drops_a_tile(q, k, v, pattern, *, config):
-        fewer = dataclasses.replace(pattern, counts=jnp.maximum(pattern.counts - 1, 1))
-        return reference.attention(q, k, v, fewer)
-
-    def leaves_one(q, k, v, pattern, *, config):
-        out, lse = reference.attention(q, k, v, pattern)
-        return out.at[0, 3, 0, 5].set(jnp.nan), lse
-
-    def writes_padding(q, k, v, pattern, *, config):
-        out, lse = reference.attention(q, k, v, pattern)
-        return out.at[0, -1].set(1e-3), lse
-
-    found = {}
-    for forward in (right, drops_a_tile, leaves_one, writes_padding):
-        monkeypatch.setattr(fwd_sm90, "forward", forward)
-        found[forward.__name__] = correct._forward(True, dataclasses.replace(shape, scales=None), True)["ok"]
-    assert found == {"right": True, "drops_a_tile": False, "leaves_one": False, "writes_padding": False}
-
-
-def test_a_stand_in_for_jaxtyping_only_where_the_real_one_is_missing():
-    before = list(sys.path)
-    child.use_standins()
-    assert sys.path == before
-    code = """
-import importlib.machinery, sys
-class Bare(importlib.machinery.PathFinder):  # hides what is installed
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name == "jaxtyping":
-            path = [p for p in sys.path if "site-packages" not in p]
-        return importlib.machinery.PathFinder.find_spec(name, path, target)
-sys.meta_path = [Bare if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-from benchmarks.gpu_cases import child
-child.use_standins()
-import jaxtyping
-assert "standins" in jaxtyping.__file__, jaxtyping.__file__
-from benchmarks.gpu_cases import baselines, correct, facts, peers, speed, tune
-from fps_jax.attention import plan, windows
-from pallas_kernels import block_sparse, portable
-from pallas_kernels.sm90 import forward
-assert plan.AttentionPlan.build((2, 8, 8)).density == 1
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("answer", ["exit 9", "echo", "echo 'No devices were found' >&2; exit 6"])
+def test_an_nvidia_smi_that_fails_names_no_gpu(answer, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for script, name in ((answer, None), ("echo 'NVIDIA H200, GPU-1, 580'", "NVIDIA H200, GPU-1, 580")):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        assert gpu.gpu_name() == name
 
 
 def test_the_parent_needs_no_jax():
     """It would hold the GPU's memory."""
-    code = "import sys, benchmarks.gpu\nassert not {'jax', 'torch', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    code = "import sys\nfrom benchmarks import gpu\ngpu.main(['--list'])\nassert not {'jax', 'torch', 'numpy'} & set(sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("'numpy'", "'jaxlib'")], check=True, cwd=ROOT, capture_output=True
+    )
+    assert len(done.stdout.splitlines()) == len(CASES)
+
+
+# ---- what is chosen ----
+
+
+def test_case_names_are_unique_and_functions_exist():
+    assert len(set(names(PLAN))) == len(CASES)
+    assert len({f.name for f in PLAN}) == len(PLAN)
+    assert {f.stage for f in PLAN} == set(gpu.STAGES)
+    for case in CASES:
+        module, name = case.function.split(":")
+        assert f"\ndef {name}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text(), case.function
+
+
+def test_a_part_may_take_less_than_its_family_s_time():
+    """Else a hang would never be one."""
+    assert [c.name for f in PLAN for c in f.cases if c.silence > f.seconds] == []
+
+
+def test_words_name_stages_families_and_cases():
+    assert gpu.select(PLAN, []) == PLAN
+    for stage in gpu.STAGES:
+        alone = [c.name for f in PLAN if f.stage == stage for c in f.cases]
+        assert [name for name in names(gpu.select(PLAN, [stage])) if name in alone] == alone
+    # The whole name of a family is that family alone, of a case that case alone, with what it is compared with.
+    assert [f.name for f in gpu.select(PLAN, ["correct op"])] == ["correct op"]
+    assert [f.name for f in gpu.select(PLAN, ["headline"])] == ["headline"]
+    assert names(gpu.select(PLAN, ["fp8x1 0.20 14B"])) == ["dense cudnn 14B", "fp8x1 0.20 14B"]
+    # Else a part of the name of either.
+    sweep = next(f for f in PLAN if f.name == "configs fp8x1 0.20 14B")
+    assert names(gpu.select(PLAN, ["configs fp8x1 0.20"])) == ["dense cudnn 14B", *names([sweep])]
+    assert set(names(gpu.select(PLAN, ["fp8x1 0.20 14B stages"]))) == {"dense cudnn 14B"} | set(names([sweep])[:-1])
+    assert names(gpu.select(PLAN, ["ladder", "padding none"])) == [*names(PLAN[1:2]), "correct padding none"]
+    with pytest.raises(
+        ValueError, match=r"'fast' names no stage \(facts, .*\), family or case; take words of what --list"
+    ) as e:
+        gpu.select(PLAN, ["facts", "fast"])
+    assert "\n" not in str(e.value)
+
+
+def test_a_later_call_continues_with_the_baselines_that_it_needs(tmp_path):
+    results = Results(tmp_path / "gpu.json", toy=False)
+    assert names(gpu.due(PLAN, results, again=False)) == names(PLAN)
+    left = ["fp8x1 0.20 1.3B", "correct tables ragged", "velocity dense 1.3B"]
+    results.records += [record(c.name) for c in CASES if c.name not in left]
+    # Left out, or cut short, is no result.
+    results.records += [record(name, failed="not run", unfinished=True) for name in left[1:]]
+    assert names(gpu.due(PLAN, results, again=False)) == [
+        "correct tables ragged",
+        "dense cudnn 1.3B",
+        "fp8x1 0.20 1.3B",
+        left[2],
+    ]
+    # With nothing left to compare, no baseline runs.
+    results.records.append(record(left[0], failed="RuntimeError: ..."))
+    assert names(gpu.due(PLAN, results, again=False)) == left[1:]
+    results.records += [record(name) for name in left[1:]]
+    assert gpu.due(PLAN, results, again=False) == []
+    assert names(gpu.due(PLAN, results, again=True)) == names(PLAN)
+
+
+# ---- the results file ----
+
+
+def test_a_call_continues_from_an_earlier_file_and_its_own_counts_more(tmp_path):
+    tree, out = tmp_path / "tree" / "gpu.json", tmp_path / "out" / "gpu.json"
+    first = Results(tree, toy=False)
+    first.calls["one"] = {"gpu": "H200"}
+    first.add(record("a", call="one"))
+    second = Results(out, toy=False, earlier=tree)
+    second.add(record("b", call="two"))
+    assert [r["case"] for r in json.loads(out.read_text())["results"]] == ["a", "b"]
+    assert [r["case"] for r in json.loads(tree.read_text())["results"]] == ["a"]
+    third = Results(out, toy=False, earlier=tree)
+    assert third.done("b")
+    assert third.calls == {"one": {"gpu": "H200"}}
+
+
+def test_the_newest_record_of_a_case_counts_but_for_one_that_was_cut_short(tmp_path):
+    late = {"failed": "the budget is spent", "unfinished": True}
+    results = results_of(tmp_path, record("a", call="1", **late), record("a", call="2", **late))
+    assert results.latest()["a"]["call"] == "2"
+    results.records += [record("a", call="3"), record("a", call="4", **late)]
+    assert results.latest()["a"]["call"] == "3"
+
+
+def test_the_file_stays_under_a_megabyte(tmp_path):
+    results = Results(tmp_path / "gpu.json", toy=False)
+    tail = "x" * 1500  # the most that a record keeps of an error
+    results.records += [record(c.name, call="one", failed="f", error_tail=tail) for c in CASES]
+    results.save()
+    assert results.path.stat().st_size < 5e5  # a call in which everything fails
+    for call in ("two", "three", "four", "five"):
+        results.records += [record(c.name, call=call, failed="f", error_tail=tail) for c in CASES]
+    results.save()
+    assert results.path.stat().st_size < 1e6
+    stored = json.loads(results.path.read_text())["results"]
+    assert stored == results.records
+    # What a later record replaces is forgotten, oldest first, and no more than has to be.
+    assert [r["case"] for r in stored if r["call"] == "five"] == names(PLAN)
+    assert "four" in {r["call"] for r in stored}
+    assert "one" not in {r["call"] for r in stored}
+
+
+# ---- the report ----
+
+
+def test_ratios_are_to_the_fastest_dense_attention_of_the_same_call_and_size(tmp_path):
+    results = results_of(
+        tmp_path, record("dense slow", timed(4.0)), record("dense fast", timed(2.0)),
+        record("dense small", timed(0.1), config={"size": "1.3B"}), record("dense other", timed(1.0), call="before"),
+        record("ours", timed(0.25), expected="8.7 to 9.4"), record("elsewhere", timed(0.25), call="another"),
+        record("pairs", timed(0.25, ratio=9.0)),
+    )  # fmt: skip
+    assert report.fastest_dense(results.records, "14B", "now") == ("dense fast", 2.0)
+    assert row(results, "ours") == ["yes", "250.000", "4", "8.00", "8.7", "to", "9.4"]
+    assert row(results, "dense slow")[-1] == "0.50"
+    assert row(results, "elsewhere")[-1] == "-"  # no baseline in its call
+    assert row(results, "pairs")[-1] == "9.00"  # its own, taken in turns
+    assert row(results, "case") == ["ok", "ms", "TFLOP/s", "ratio", "expected"]
+
+
+def test_the_table_has_forty_rows_at_most_the_most_valuable_first(tmp_path):
+    results = results_of(tmp_path, *(record(f"timed {i}", timed(1.0)) for i in range(50)))
+    lines = report.table(results).splitlines()
+    shown = [line.split()[1] for line in lines if line.startswith("timed ")]
+    assert shown == [str(i) for i in range(40)]
+    assert lines[-1] == "(10 more in gpu.json)"
+
+
+def test_of_a_sweep_the_fastest_right_config_is_shown_and_every_wrong_one(tmp_path):
+    seconds = {"fast": 1.0, "slow": 2.0, "wrong": 0.5}
+    results = results_of(
+        tmp_path,
+        *(
+            record(f"config {name}", timed(s, ok=name != "wrong"), config={"options": {"stages": i + 1}})
+            for i, (name, s) in enumerate(seconds.items())
+        ),
+        record("config other", timed(3.0), config={"options": {"stages": 2}, "density": 0.2}),
+    )
+    shown = [line.split()[1] for line in report.table(results).splitlines() if line.startswith("config ")]
+    assert shown == ["fast", "wrong", "other"]
+    assert row(results, "config wrong")[0] == "WRONG"
+
+
+def test_what_is_wrong_failed_left_out_or_hung_is_named(tmp_path):
+    results = results_of(
+        tmp_path,
+        record("right", timed(1.0)),
+        record("bad", {"part": "ragged", "ok": False}, stage="correct", kernels=["quantize", "fwd fp8"]),
+        record("broken", failed="RuntimeError: no such instruction"),
+        record("stuck", failed="hung: said nothing for 25 s", hung=True, kernels=["fwd fp8", "new"]),
+        record("late", failed="not run: the budget is spent", unfinished=True),
+    )
+    assert report.wrong(results) == ["bad", "broken", "stuck"]
+    text = report.table(results)
+    for line in (
+        "right: 1; wrong or failed: bad, broken, stuck",
+        "  bad: wrong numbers",
+        "  broken: RuntimeError: no such instruction",
+        "wrong, so that their speed means nothing: fwd fp8",
+        "left out: 1 (late)",
+        "hung: new (in 'stuck')",
+    ):
+        assert f"\n{line}\n" in text
+    assert "wrong or failed: none" in report.table(results_of(tmp_path, record("right", timed(1.0))))
+
+
+# ---- facts and counters ----
+
+
+def test_clocks_are_of_the_samples_under_load():
+    lines = [
+        "1980, 100.0, 40, 0x0000000000000001",
+        "1700, 690.0, 60, 0x0000000000000004",
+        "1650, 700.0, 62, 0x0000000000000004",
+        "1600, 400.0, 50, 0x0000000000000000",
+        "[N/A], 700.0, 62, 0x0000000000000004",
+        "1700, 69",
+        "",
+    ]
+    found = facts.summarize(lines)
+    assert (found["samples"], found["busy"]) == (4, 3)
+    assert found["sm_mhz"] == {"median": 1650, "least": 1600, "most": 1700}
+    assert found["watts"]["least"] == 400
+    assert found["reasons"] == {"0x0000000000000000": 1, "0x0000000000000004": 2}
+    assert facts.summarize([]) == facts.summarize(["1980, [N/A], 40, 0x0"]) == {"not available": "no sample"}
+
+
+def test_clocks_leave_out_a_line_that_was_cut_off(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '1700, 690.0, 60, 0x04\\n1650, 700.0, 62, 0x0'\ntouch done\nexec sleep 100\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    clocks = facts.Clocks()
+    while not (tmp_path / "done").exists():
+        pass
+    assert clocks.stop()["reasons"] == {"0x04": 1}
+
+
+def test_counters_are_read_from_ncu_in_seconds_and_percent():
+    metrics = counters._METRICS
+    names = ["ID", "Kernel Name", metrics["seconds"], metrics["cycles"], metrics["tensor_any"], metrics["l2"]]
+    page = "\n".join(
+        [
+            "==PROF== Connected to process 12",
+            ",".join(f'"{x}"' for x in names),
+            '"","","ns","cycle","%","%"',
+            '"0","anonymous_mosaic_gpu_kernel","127,546,592","218747269","53.03","n/a"',
+            '"1","another","1","1","1","1"',
+        ]
+    )
+    found = counters.read(page)
+    assert found is not None
+    assert found["kernel"] == "anonymous_mosaic_gpu_kernel"
+    assert found["seconds"] == pytest.approx(0.127546592)
+    assert (found["cycles"], found["tensor_any"]) == (218747269, 53.03)
+    assert (found["l2"], found["dram"]) == ("n/a", "not counted")
+    assert counters.read("==ERROR== no permission") is None
+
+
+# ---- is a wrong kernel found? ----
+
+
+@pytest.mark.parametrize("scales", [None, 1])
+def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(scales):
+    shape = shapes.Shape(tile=128, tiles=2, heads=1, head_dim=64, table="all", scales=scales)
+    qkv, pattern = make_call(shape)
+    calls = iter(range(100))
+
+    def right(q, k, v):
+        return reference.attention(q, k, v, pattern)
+
+    def drops_a_tile(q, k, v):
+        fewer = dataclasses.replace(pattern, counts=jnp.maximum(pattern.counts - 1, 1))
+        return reference.attention(q, k, v, fewer)
+
+    def leaves_one(q, k, v):
+        out, lse = right(q, k, v)
+        return out.at[0, 3, 0, 5].set(jnp.nan), lse
+
+    def writes_padding(q, k, v):
+        out, lse = right(q, k, v)
+        return out.at[0, -1].set(1e-3), lse
+
+    def is_a_little_off(q, k, v):
+        out, lse = right(q, k, v)
+        return (1.005 * out.astype(jnp.float32)).astype(out.dtype), lse
+
+    def has_another_sum(q, k, v):
+        out, lse = right(q, k, v)
+        return out, lse * 1.0005
+
+    def differs_from_run_to_run(q, k, v):
+        out, lse = right(q, k, v)
+        return out, lse.at[0, 0, 0].add(1e-6 * next(calls))
+
+    found = {}
+    for run in (
+        right, drops_a_tile, leaves_one, writes_padding, is_a_little_off, has_another_sum, differs_from_run_to_run
+    ):  # fmt: skip
+        found[run.__name__] = correct._compared(True, run, qkv, pattern, correct._specification(shape))["ok"]
+    assert found.pop("right")
+    assert found == dict.fromkeys(found, False)
 
 
 def test_poison_is_nan_in_every_float_dtype():
