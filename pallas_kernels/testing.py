@@ -1,7 +1,5 @@
 """Attention calls for tests and benchmarks: random data, every kind of padding and table."""
 
-from __future__ import annotations  # what they name may not be imported
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +58,7 @@ class Shape:
         )
 
 
-def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern]:
+def make_call(shape: Shape, seed: int = 0) -> "tuple[list[jax.Array], TilePattern]":
     """([q, k, v], pattern). Padding holds NaN, unused slots of the table nonsense."""
     import jax.numpy as jnp
     import numpy as np
@@ -91,8 +89,8 @@ def make_call(shape: Shape, seed: int = 0) -> tuple[list[jax.Array], TilePattern
     )
 
 
-def valid_slots(padding: str, tiles: int, tile: int, rng: np.random.Generator) -> Bool[np.ndarray, tiles * tile]:
-    """Which slots hold tokens. `padding`: none, tail, scattered, groups or single."""
+def valid_slots(padding: str, tiles: int, tile: int, rng: "np.random.Generator") -> "Bool[np.ndarray, 'S']":
+    """Which of tiles * tile slots hold tokens. `padding`: none, tail, scattered, groups or single."""
     import numpy as np
 
     valid = np.ones((tiles, tile), bool)
@@ -112,8 +110,8 @@ def valid_slots(padding: str, tiles: int, tile: int, rng: np.random.Generator) -
 
 
 def permuted_table(
-    table: str, heads: int, query_tiles: int, key_tiles: int, rng: np.random.Generator
-) -> tuple[Int[np.ndarray, "*N Tq Tk"], Int[np.ndarray, "*N Tq"]]:
+    table: str, heads: int, query_tiles: int, key_tiles: int, rng: "np.random.Generator"
+) -> "tuple[Int[np.ndarray, '*N Tq Tk'], Int[np.ndarray, '*N Tq']]":
     """(key tiles in random order with nonsense in unused slots, counts). `table`: ragged, per_head, one or all."""
     import numpy as np
 
