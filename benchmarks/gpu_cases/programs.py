@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.gpu_cases.runner import REFERENCES
 from benchmarks.gpu_cases.timing import size_of
 from fps_jax.tuning.autotune import Task
 from pallas_kernels import reference
@@ -26,6 +30,22 @@ def kernels(toy: bool) -> contextlib.AbstractContextManager[None]:
     from pallas_kernels.interpret import interpret
 
     return interpret(detect_races=False)
+
+
+def reference_file(name: str, patience: float) -> pathlib.Path | None:
+    """What the process of `references` leaves under this name, waited for so many seconds; None where it doesn't come.
+
+    For what is done before a case's turn, so that the GPU isn't kept waiting.
+    """
+    folder = os.environ.get(REFERENCES)
+    if folder is None:
+        return None
+    path, end = pathlib.Path(folder) / name, time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.1)
+    return path
 
 
 def compiled(toy: bool, fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:

@@ -5,15 +5,17 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import correct, counters, facts, report, shapes
+from benchmarks.gpu_cases import correct, counters, facts, programs, report, shapes
 from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
+from benchmarks.gpu_cases.runner import REFERENCES
 from pallas_kernels import reference
 from pallas_kernels.testing import make_call
 
@@ -335,6 +337,17 @@ def test_counters_are_read_from_ncu_in_seconds_and_percent():
     assert (found["cycles"], found["tensor_any"]) == (218747269, 53.03)
     assert (found["l2"], found["dram"]) == ("n/a", "not counted")
     assert counters.read("==ERROR== no permission") is None
+
+
+def test_a_reference_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
+    (tmp_path / "there.npy").touch()
+    monkeypatch.delenv(REFERENCES, raising=False)
+    assert programs.reference_file("there.npy", 0) is None  # nobody computes it
+    monkeypatch.setenv(REFERENCES, str(tmp_path))
+    assert programs.reference_file("there.npy", 0) == tmp_path / "there.npy"
+    assert programs.reference_file("missing.npy", 0.01) is None
+    threading.Timer(0.3, (tmp_path / "late.npy").touch).start()
+    assert programs.reference_file("late.npy", 60) == tmp_path / "late.npy"
 
 
 # ---- is a wrong kernel found? ----
