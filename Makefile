@@ -33,7 +33,8 @@ unit: $(STAMP)
 newest:
 	@sh .ci/make_venv .venv-newest
 	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' --upgrade --upgrade-strategy eager
-	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py tests/pallas_kernels/test_mosaic.py tests/pallas_kernels/test_registers.py
+	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py tests/pallas_kernels/test_interpret.py \
+		tests/pallas_kernels/test_mosaic.py tests/pallas_kernels/sm90/test_registers.py
 
 # Bytes per device at real size, compiled for an H200 on this machine (no GPU needed).
 memory:

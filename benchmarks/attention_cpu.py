@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.record import write
 from fps_jax import AttentionPlan, attend
 from fps_jax.attention.attend import dense_attention
-from fps_jax.attention.tiles import Shape3
+from fps_jax.sizes import Shape3
 
 GRID, LARGE, HEAD_DIM = (21, 30, 52), (21, 45, 80), 128
 WINDOWS = {"0.10": (2, 3, 2), "0.20": (3, 3, 3), "0.33": (3, 3, 5)}

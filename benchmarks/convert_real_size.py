@@ -23,8 +23,8 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import record
-from fps_convert.pth import PthFile
-from fps_convert.readers import open_safetensors
+from fps_convert.formats.pth import PthFile
+from fps_convert.formats.readers import open_safetensors
 from fps_convert.synthetic import write_checkpoint
 from fps_jax.config import WAN_T2V_1_3B
 

@@ -26,7 +26,7 @@ from benchmarks import sass
 from benchmarks.memory import H200  # sets JAX_PLATFORMS, so before jax
 from benchmarks.record import RESULTS, write
 from pallas_kernels.mosaic import impatient_waits
-from pallas_kernels.tuning import CONSUMERS, SHARED_MEMORY, ForwardConfig
+from pallas_kernels.sm90.config import CONSUMERS, SHARED_MEMORY, ForwardConfig
 
 NAME = "kernel_report"
 TOLERANCE = 1.02
@@ -95,9 +95,9 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import fwd_sm90, quantize_sm90
     from pallas_kernels.reference import FP8
-    from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
+    from pallas_kernels.sm90 import forward, quantize
+    from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 
     num_tiles, stored = _TILES[case.tiles]
     seq, heads, dim = num_tiles * stored, case.heads, case.head_dim
@@ -117,9 +117,9 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     ]
 
     def call(operands, pattern):
-        return fwd_sm90.attention(operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), config=case.config)
+        return forward.attention(operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), config=case.config)
 
-    return call, (quantize_sm90.Operands(*shapes), _pattern(num_tiles, stored, case.scales))
+    return call, (quantize.Operands(*shapes), _pattern(num_tiles, stored, case.scales))
 
 
 def _pattern(num_tiles: int, stored: int, scales: int | None) -> Any:
@@ -148,12 +148,12 @@ def quantization(
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels import quantize_sm90
+    from pallas_kernels.sm90 import quantize
 
     tokens = 300 * 256
 
     x = jax.ShapeDtypeStruct((1, tokens, heads, dim), jnp.bfloat16)
-    return quantize_sm90.quantize, (x, x, x, _pattern(tokens // stored, stored, scales))
+    return quantize.quantize, (x, x, x, _pattern(tokens // stored, stored, scales))
 
 
 def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[str]]]:

@@ -72,7 +72,9 @@ def programs() -> dict[str, Callable[[], Any]]:
     from fps_jax.models.text_encoder import build_text_encoder, encode_text
     from fps_jax.models.vae import build_vae, decode_chunk, encode_chunk
     from fps_jax.sampling.denoise import _denoise
+    from fps_jax.sampling.guidance import Inputs
     from fps_jax.sampling.solvers import SolverTable, solver_table
+    from fps_jax.sizes import latent_grid, token_grid
 
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct
@@ -89,22 +91,21 @@ def programs() -> dict[str, Callable[[], Any]]:
 
         segments = ((steps, DENSE),)
         if fps:
-            grid = (frames, h // 2, w // 2)
+            grid = token_grid((frames, h, w))
             sigma = solver_table("unipc", "wan", steps, 5.0).sigma
             segments = FPSSchedule.default(grid).segments(sigma, 5.0, grid, config.dit.num_layers)
 
-        def run(params, latents, table, text, negative, condition, image, guidance, number):
+        def run(params, inputs, table, guidance, number):
             return _denoise(
-                params, latents, table, text, negative, condition, image, guidance, number,
+                params, inputs, table, guidance, number,
                 config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, segments=segments, report=False,
             )  # fmt: skip
 
-        return compile_for_h200(
-            run, params, latents, table, text, text, condition, image, spec((), f32), spec((), jnp.int32)
-        )
+        inputs: Any = Inputs(latents, text, text, condition, image)
+        return compile_for_h200(run, params, inputs, table, spec((), f32), spec((), jnp.int32))
 
     def attention(heads: int, height: int, width: int):
-        grid = (21, height // 16, width // 16)
+        grid = token_grid(latent_grid(height, width, 81))
         plan = FPSSchedule.default(grid).plans(grid)[0]
         x = spec((1, plan.layout.num_stored, heads, 128), bf16)
 

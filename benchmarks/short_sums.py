@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.record import write
 from pallas_kernels import reference
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q
 
 INSTRUCTION = 32  # keys that one FP8 wgmma multiplies
 FRACTION_BITS = 13

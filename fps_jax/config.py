@@ -5,9 +5,13 @@ Sources: the official configs (Wan-Video/Wan2.1 wan/configs) and diffusers' conf
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from fps_jax.sizes import PATCH
 
 Task = Literal["t2v", "i2v", "flf2v"]
+Component = Literal["dit", "vae", "text_encoder", "image_encoder"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 # Per-channel statistics of the VAE's latents (Wan-Video/Wan2.1 wan/modules/vae.py; the same in diffusers' vae/config.json).
 LATENTS_MEAN = (
@@ -43,7 +47,7 @@ class DiTConfig:
     num_layers: int
     in_channels: int = 16  # 36 for i2v and flf2v: noise 16, mask 4, condition 16
     out_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, int, int] = PATCH
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512

@@ -1,1 +1,1 @@
-"""Attention kernels and their definition. Imports jax, numpy and jaxtyping only. Empty for now."""
+"""Attention kernels and their definition. Imports jax, numpy and jaxtyping only."""

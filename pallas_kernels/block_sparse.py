@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
+from pallas_kernels.sm90.call_shape import CallShape
 
 Implementation = Literal["auto", "reference", "portable", "sm90"]
 
@@ -25,46 +25,31 @@ def block_sparse_attention(
     q: Float[Array, "B Sq N H"],
     k: Float[Array, "B Sk N H"],
     v: Float[Array, "B Sk N H"],
+    pattern: TilePattern,
     *,
-    key_tiles: Int[Array, "*N Tq K"] | Int[np.ndarray, "*N Tq K"],
-    counts: Int[Array, "*N Tq"] | Int[np.ndarray, "*N Tq"],
-    valid: Bool[Array, "Sk"] | Bool[np.ndarray, "Sk"],
-    q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
-    tokens_per_scale: int | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B Sq N H"]:
-    """Attention of query tiles over the key tiles that a table lists, in FP8 or not; softmax scale H**-0.5.
+    """Attention of query tiles over the key tiles that a pattern lists, in FP8 or not; softmax scale H**-0.5.
 
     Differentiable in q, k and v; memory is linear in tokens forward and backward ('reference' apart).
 
     Args:
       q, k, v: float32, bf16 or f16, one dtype; tokens in tile order, tiles of the same stored size.
-      key_tiles, counts, tokens_per_scale: table and granularity, as `pallas_kernels.pattern.TilePattern` documents them.
-      valid: False at padded keys. Every tile must have a valid one.
-      q_valid: the same for queries, whose output is 0 there; None where queries and keys are the same tokens.
+      pattern: from `TilePattern.build`: table, padding and granularity. The output is 0 at padded queries.
       implementation: 'reference' (specification, all pairs of tokens in memory), 'portable' (plain XLA), 'sm90' (Hopper
         kernel), or 'auto': the fastest that runs here.
     Returns: q's dtype.
-    Raises: ValueError for shapes, dtypes or a table that don't fit; NotImplementedError for an implementation that can't run here.
+    Raises: ValueError for operands or a pattern that don't fit; NotImplementedError for an implementation that can't run here.
     Source: FPSAttention (arXiv 2506.04648) section 3.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
-    table = {"key_tiles": key_tiles, "counts": counts, "valid": valid, "q_valid": q_valid}
-    pattern = TilePattern.build(q, k, **table, tokens_per_scale=tokens_per_scale)
-    chosen = choose(
-        implementation,
-        head_dim=q.shape[3],
-        dtype=q.dtype,
-        tile_size=pattern.tile_size,
-        tokens_per_scale=tokens_per_scale,
-    )
+    pattern.check_operands(q, k)
+    chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
     return _attention(q, k, v, pattern, implementation=chosen)
 
 
-def choose(
-    implementation: str, *, head_dim: int, dtype: Any, tile_size: int, tokens_per_scale: int | None
-) -> Literal["reference", "portable", "sm90"]:
+def choose(implementation: str, call: CallShape) -> Literal["reference", "portable", "sm90"]:
     """The implementation that runs such a call.
 
     Raises: ValueError for an unknown one, NotImplementedError, with the reason, for one that can't run here.
@@ -76,10 +61,9 @@ def choose(
         return implementation  # pyright: ignore[reportReturnType]
     if implementation == "auto" and target_platform() != "gpu":
         return _logged("portable", f"no GPU, but {target_platform()}")
-    from pallas_kernels import fwd_sm90  # late: importing Mosaic GPU takes a second, and only GPUs need it
+    from pallas_kernels.sm90 import forward  # late: importing Mosaic GPU takes a second, and only GPUs need it
 
-    shape = {"tile_size": tile_size, "tokens_per_scale": tokens_per_scale}
-    reason = fwd_sm90.missing_device() or fwd_sm90.unsupported(head_dim, dtype, **shape)
+    reason = forward.missing_device() or call.unsupported()
     if reason is None:
         return _logged("sm90", "the Hopper kernel") if implementation == "auto" else "sm90"
     if implementation == "auto":
@@ -122,7 +106,7 @@ def _differentiable(implementation, q, k, v, pattern):
 
 def _forward(implementation, q, k, v, pattern):
     if implementation == "sm90":
-        from pallas_kernels import fwd_sm90 as kernels
+        from pallas_kernels.sm90 import forward as kernels
     else:
         kernels = portable
     out, lse = kernels.forward(q, k, v, pattern)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TilePattern:
-    """One record for every implementation of attention. A pytree: the arrays may be traced, the sizes are static.
+    """One record for every implementation of attention, from `build`. A pytree: the arrays may be traced, the sizes are static.
 
     Attributes:
       key_tiles: int32, the key tiles of each query tile, for all heads or per head; each at most once in a row. Slots from
@@ -34,20 +34,22 @@ class TilePattern:
 
     @classmethod
     def build(
-        cls, q: Any, k: Any, *, key_tiles: Any, counts: Any, valid: Any, q_valid: Any, tokens_per_scale: int | None
+        cls,
+        *,
+        key_tiles: Int[Array, "*N Tq K"] | Int[np.ndarray, "*N Tq K"],
+        counts: Int[Array, "*N Tq"] | Int[np.ndarray, "*N Tq"],
+        valid: Bool[Array, "Sk"] | Bool[np.ndarray, "Sk"],
+        q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
+        tokens_per_scale: int | None = None,
     ) -> "TilePattern":
         """A pattern, checked. What is NumPy is also checked for its values; inside jit only shapes can be.
 
         Args:
-          q, k: for their shapes. valid: `k_valid`. q_valid: None where queries and keys are the same tokens.
-        Raises: ValueError for what doesn't fit q and k, or doesn't fit together.
+          valid: `k_valid`. q_valid: None where queries and keys are the same tokens.
+        Raises: ValueError for what doesn't fit together.
         """
-        if q_valid is None and q.shape[1] != k.shape[1]:
-            raise ValueError(
-                f"q has {q.shape[1]} tokens and k {k.shape[1]}; pass q_valid where they are not the same tokens"
-            )
         q_valid = valid if q_valid is None else q_valid
-        tile_size = _tile_size(q, k, key_tiles, counts, valid, q_valid)
+        tile_size = _tile_size(key_tiles, counts, valid, q_valid)
         _check_values(key_tiles, counts, valid, tile_size)
         if tokens_per_scale is not None and (tokens_per_scale < 1 or tile_size % tokens_per_scale):
             raise ValueError(
@@ -62,6 +64,20 @@ class TilePattern:
             tokens_per_scale=tokens_per_scale,
         )
 
+    def check_operands(self, q: Any, k: Any) -> None:
+        """Raises ValueError for q and k, `[B, S, N, H]`, that have other tokens or heads than this is of."""
+        tables, (valid, q_valid) = self.key_tiles.shape, (self.k_valid.shape, self.q_valid.shape)
+        if q.shape[1] != k.shape[1] and valid == q_valid:
+            raise ValueError(
+                f"q has {q.shape[1]} tokens and k {k.shape[1]}; pass q_valid where they are not the same tokens"
+            )
+        if len(tables) == 3 and tables[0] != q.shape[2]:
+            raise ValueError(f"key_tiles has tables for {tables[0]} heads, q has {q.shape[2]} heads")
+        if valid != k.shape[1:2] or q_valid != q.shape[1:2]:
+            raise ValueError(
+                f"valid {valid} and q_valid {q_valid} must be one bool for each of {k.shape[1]} keys and {q.shape[1]} queries"
+            )
+
     @property
     def num_key_tiles(self) -> int:
         """Key tiles that there are."""
@@ -73,31 +89,28 @@ class TilePattern:
         return self.tokens_per_scale or self.tile_size
 
 
-def _tile_size(q: Any, k: Any, key_tiles: Any, counts: Any, valid: Any, q_valid: Any) -> int:
+def _tile_size(key_tiles: Any, counts: Any, valid: Any, q_valid: Any) -> int:
     """The stored size of a tile, from shapes that fit together; ValueError for others."""
     key_shape, count_shape = np.shape(key_tiles), np.shape(counts)
     if len(key_shape) not in (2, 3) or count_shape != key_shape[:-1] or 0 in key_shape:
         raise ValueError(
             f"key_tiles {key_shape} and counts {count_shape} must be [Tq, K] and [Tq], or [N, Tq, K] and [N, Tq]"
         )
-    if len(key_shape) == 3 and key_shape[0] != q.shape[2]:
-        raise ValueError(f"key_tiles has tables for {key_shape[0]} heads, q has {q.shape[2]} heads")
     for name, table in (("key_tiles", key_tiles), ("counts", counts)):
         if not jnp.issubdtype(table.dtype, jnp.integer):
             raise ValueError(f"{name} is {table.dtype}; pass int32")
-    if np.shape(valid) != k.shape[1:2] or np.shape(q_valid) != q.shape[1:2]:
+    if len(np.shape(valid)) != 1 or len(np.shape(q_valid)) != 1:
         raise ValueError(
-            f"valid {np.shape(valid)} and q_valid {np.shape(q_valid)} must be one bool for each of {k.shape[1]} keys and "
-            f"{q.shape[1]} queries"
+            f"valid {np.shape(valid)} and q_valid {np.shape(q_valid)} must be one bool for each key and each query"
         )
-    tiles = key_shape[-2]
-    if q.shape[1] % tiles:
+    (keys,), (queries,), tiles = np.shape(valid), np.shape(q_valid), key_shape[-2]
+    if queries % tiles or queries == 0:
         raise ValueError(
-            f"q has {q.shape[1]} tokens for {tiles} rows of key_tiles; every tile must have the same stored size"
+            f"q has {queries} tokens for {tiles} rows of key_tiles; every tile must have the same stored size"
         )
-    tile_size = q.shape[1] // tiles
-    if k.shape[1] % tile_size:
-        raise ValueError(f"k has {k.shape[1]} tokens, no multiple of the {tile_size} stored tokens of a tile")
+    tile_size = queries // tiles
+    if keys % tile_size:
+        raise ValueError(f"k has {keys} tokens, no multiple of the {tile_size} stored tokens of a tile")
     return tile_size
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fps_convert import mapping
-from fps_jax.config import DiTConfig, WanConfig
+from fps_jax.config import Component, DiTConfig, WanConfig
 from fps_jax.models.params import Params, flatten, unflatten
 from tests.reference import DATA
 
@@ -23,7 +23,7 @@ TINY_I2V = dataclasses.replace(TINY_FLF2V, task="i2v", image_positions=None)
 FLF2V_TRANSFORMER = DATA / "Wan2.1-FLF2V-tiny-transformer"
 
 
-def params_from(component: mapping.Component, config: WanConfig, tensors: dict[str, np.ndarray], layout) -> Params:
+def params_from(component: Component, config: WanConfig, tensors: dict[str, np.ndarray], layout) -> Params:
     """Parameters from tensors under a layout's keys; every tensor has to be used."""
     leaves: dict[str, list[np.ndarray]] = {}
     unused = set(tensors)

@@ -31,26 +31,29 @@ class Room(NamedTuple):
     inside: str = ""
 
 
-LEAVES = "fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes"
+LEAVES = "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes fps_jax.progress fps_jax.sizes"
 ARRAYS = "jax jaxtyping numpy"
 # The one table. A room is a package, or a module at the top of fps_jax; a new one, file or folder, needs its line here.
 ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
-    "fps_jax.config": Room(),
+    "fps_jax.choices": Room(),
+    "fps_jax.sizes": Room(),
+    "fps_jax.config": Room("fps_jax.sizes"),
     "fps_jax.errors": Room(inside="tyro"),
     "fps_jax.files": Room(),
     "fps_jax.processes": Room(),
+    "fps_jax.progress": Room(inside="tqdm"),
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
     "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
-    "fps_jax.checkpoints": Room(f"{LEAVES} fps_jax.models", ARRAYS, inside="orbax"),
+    "fps_jax.checkpoints": Room(f"{LEAVES} fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"),
     "fps_convert": Room(
         f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"
     ),
     "fps_jax.sampling": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
         ARRAYS,
-        inside="fps_convert PIL huggingface_hub tqdm",
+        inside="PIL",
     ),
     "fps_jax.tuning": Room(
         f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", ARRAYS
@@ -69,7 +72,7 @@ ROOMS = {
         LEAVES,
         "tyro",
         inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
-        "fps_jax.tuning fps_jax.evaluation fps_convert jax numpy",
+        "fps_jax.tuning fps_jax.evaluation jax numpy",
     ),
     "benchmarks": Room(ANY, ANY),  # on top: they also compare with what isn't ours
 }
@@ -157,6 +160,17 @@ def test_rooms_import_only_what_the_table_lets_them(name):
                 continue
             where = "at module level" if target in inside else "at all"
             pytest.fail(f"{file.relative_to(ROOT)} imports {what}, which {name} may not {where}; see ROOMS")
+
+
+def test_one_door_leads_to_the_converter():
+    """Whoever else wants a torch checkpoint asks `open_model`. The front door only names what users import."""
+    converter = [
+        module
+        for module, file in modules().items()
+        if module.startswith("fps_jax")
+        and any(what.split(".")[0] == "fps_convert" for what, _ in imports(ast.parse(file.read_text())))
+    ]
+    assert converter == ["fps_jax", "fps_jax.checkpoints.open"]
 
 
 def test_every_package_that_we_import_is_a_declared_dependency():

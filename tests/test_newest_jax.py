@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fps_jax import AttentionPlan, attend
 from fps_jax.models.dit import dit
 from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 from tests.fps_jax.models.test_dit import batch_of, outputs
@@ -24,7 +25,7 @@ def test_denoise_loop_runs_and_reports():
     noise = jax.random.normal(jax.random.key(0), (1, 16, 1, 4, 4))
     text = jnp.ones((1, 512, 32))
     out = denoise(
-        TINY, tiny_dit(), noise, solver_table("unipc", "wan", 3, 3.0), text, 0 * text,
+        TINY, tiny_dit(), Inputs(noise, text, 0 * text), solver_table("unipc", "wan", 3, 3.0),
         guidance_scale=2.0, progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert bool(jnp.isfinite(out).all())

@@ -13,8 +13,9 @@ from benchmarks.gpu_cases.results import NOT_MEASURED
 from benchmarks.gpu_cases.timing import BF16_LIMIT, FP8_LIMIT, median_seconds, rates, size_of
 from fps_jax.tuning.autotune import AGREE
 from fps_jax.tuning.timing import summary
-from pallas_kernels import quantize_sm90, tuning
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import choose_config
 
 Key = tuple[str, float, int | None]
 # What this process has timed and found right: (size, density, scales) -> config -> seconds.
@@ -24,10 +25,9 @@ _timed: dict[Key, dict[ForwardConfig, float]] = {}
 def config_of(toy: bool, size: str, density: float, scales: int | None, options: dict[str, Any]) -> ForwardConfig:
     """What the tuned table names, or the default, with these options."""
     task = programs.task_of(toy, size, density, scales)
-    chosen = replace(tuning.choose_config(task.key, **task.fits), **options)
-    if (
-        chosen.persistent and scales is None
-    ):  # as `tuning.candidates`: the copier's second loop spills with 24 registers
+    chosen = replace(choose_config(task.call), **options)
+    # As `CallShape.candidates`: the copier's second loop spills with 24 registers.
+    if chosen.persistent and scales is None:
         chosen = replace(chosen, consumer_registers=232, producer_registers=40)
     return chosen
 
@@ -126,7 +126,8 @@ def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any
     """The passes from bf16 q, k, v to operands, fused and by XLA, beside the copy bandwidth of this very process."""
     task = programs.task_of(toy, size, 1.0, scales)
     fused = programs.quantizer(toy, size, scales)
-    by_xla = programs.compiled(toy, quantize_sm90.by_xla, *[programs.like(task)] * 3, task.plan.pattern)
+    pattern = task.plan.pattern
+    by_xla = programs.compiled(toy, quantize_sm90.by_xla, *[programs.like(task)] * 3, pattern)
     yield None
     qkv = programs.inputs(toy, size)
     copy = copy_bandwidth(toy)
@@ -134,7 +135,7 @@ def quantization(toy: bool, *, size: str, scales: int) -> Iterator[dict[str, Any
     # One read in bf16 and one write in FP8 of each, and V read once more for its channel maxima.
     moved = 3 * qkv[0].size * (2 + 1) + 2 * qkv[2].size
     with programs.kernels(toy):
-        for name, run in (("fused", fused), ("by XLA", lambda *x: by_xla(*x, task.plan.pattern))):
+        for name, run in (("fused", fused), ("by XLA", lambda *x: by_xla(*x, pattern))):
             timing = median_seconds(lambda run=run: run(*qkv), toy)
             if isinstance(timing["seconds"], str):
                 yield {"part": name, **timing, "GB_s": NOT_MEASURED, "share_of_copy": NOT_MEASURED}

@@ -17,8 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_cases.programs import compiled, kernels, reference_file
-from benchmarks.gpu_cases.shapes import OPERATIONS, SHAPES, Shape, make_call
-from pallas_kernels import block_sparse, fwd_sm90, mosaic, quantize_sm90, reference
+from benchmarks.gpu_cases.shapes import OPERATIONS, SHAPES
+from pallas_kernels import block_sparse, mosaic, reference
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90 import quantize as quantize_sm90
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.testing import Shape, make_call
 
 _PATIENCE = 90  # seconds to wait for a reference
 
@@ -190,20 +194,13 @@ def operation(toy: bool, *, implementation: str, name: str) -> Iterator[dict[str
     if implementation == "portable" and shape.dtype == "float32" and not toy:
         shape = dataclasses.replace(shape, scales=None)
     (q, k, v), pattern = make_call(shape)
-    arguments = {
-        "key_tiles": pattern.key_tiles,
-        "counts": pattern.counts,
-        "valid": pattern.k_valid,
-        "q_valid": pattern.q_valid,
-        "tokens_per_scale": pattern.tokens_per_scale,
-    }
     d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape, np.float32), q.dtype)
 
     def both_ways(name, q, k, v, d_out):
         # Inside scan, as the denoising loop has it.
         def body(carry, _):
             out, vjp = jax.vjp(
-                lambda q, k, v: block_sparse.block_sparse_attention(q, k, v, **arguments, implementation=name), q, k, v
+                lambda q, k, v: block_sparse.block_sparse_attention(q, k, v, pattern, implementation=name), q, k, v
             )
             return carry, (out, *vjp(d_out))
 
@@ -214,13 +211,7 @@ def operation(toy: bool, *, implementation: str, name: str) -> Iterator[dict[str
     )
     yield None
     got, again, want = (f(q, k, v, d_out) for f in (run, run, specified))
-    chosen = block_sparse.choose(
-        implementation,
-        head_dim=shape.head_dim,
-        dtype=q.dtype,
-        tile_size=shape.tile,
-        tokens_per_scale=shape.tokens_per_scale,
-    )
+    chosen = block_sparse.choose(implementation, CallShape.of(pattern, head_dim=shape.head_dim, dtype=q.dtype))
     errors = {n: _rel_l2(a, b) for n, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True)}
     repeats = all(_same_bytes(a, b) for a, b in zip(got, again, strict=True))
     allowed = bars(shape.scales, toy)

@@ -69,7 +69,7 @@ def main() -> None:
 
     from benchmarks.gpu_cases import programs
     from benchmarks.gpu_cases.attention import config_of
-    from pallas_kernels import quantize_sm90
+    from pallas_kernels.sm90 import quantize as quantize_sm90
 
     size, density = sys.argv[1], float(sys.argv[2])
     scales = None if sys.argv[3] == "None" else int(sys.argv[3])

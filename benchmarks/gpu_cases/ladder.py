@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks.gpu_cases.programs import compiled, kernels
 from pallas_kernels.reference import FP8
-from pallas_kernels.registers import kv_order, to_fp8_operand
-from pallas_kernels.shared_memory import swizzled
-from pallas_kernels.tuning import BLOCK_KV, BLOCK_Q
+from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q
+from pallas_kernels.sm90.registers import kv_order, to_fp8_operand
+from pallas_kernels.sm90.shared_memory import swizzled
 
 _DIM = 128
 _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=jnp.float32)

@@ -17,7 +17,9 @@ from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
 from fps_jax.models.dit import DENSE, build_dit, dit, param_dtype
 from fps_jax.models.params import Params, abstract_params, flatten, unflatten
 from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
+from fps_jax.sizes import token_grid
 from fps_jax.tuning.timing import summary
 
 _MODELS = {"1.3B": (WAN_T2V_1_3B, 480, 832), "14B": (WAN_T2V_14B, 720, 1280)}
@@ -72,7 +74,7 @@ def _attention(toy: bool, grid: tuple[int, int, int], regime: int | None) -> Any
 def velocity(toy: bool, *, model: str, regime: int | None) -> Iterator[dict[str, Any] | None]:
     """One evaluation, batch 1, 512 text tokens. `regime`: of the default schedule; None for dense attention (cuDNN)."""
     config, (frames, rows, columns) = _model(toy, model)
-    grid = (frames, rows // 2, columns // 2)
+    grid = token_grid((frames, rows, columns))
     attention = _attention(toy, grid, regime)
     latents = jax.ShapeDtypeStruct((1, 16, frames, rows, columns), jnp.float32)
     text = jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), _BF16)
@@ -109,7 +111,7 @@ def video(toy: bool, *, model: str, steps: int, attention: str) -> Iterator[dict
     """The denoising loop of so many UniPC steps with guidance. `attention`: dense or fps, by the default schedule."""
     config, (frames, rows, columns) = _model(toy, model)
     steps = 2 if toy else steps
-    grid = (frames, rows // 2, columns // 2)
+    grid = token_grid((frames, rows, columns))
     table = solver_table("unipc", "wan", steps, 5.0)
     segments = None
     if attention == "fps":
@@ -125,7 +127,7 @@ def video(toy: bool, *, model: str, steps: int, attention: str) -> Iterator[dict
         yield {"part": f"starting: {name}"}
         start = time.perf_counter()
         out = denoise(
-            config, params, noise, table, text, negative, guidance_scale=5.0, dtype=_BF16, segments=segments
+            config, params, Inputs(noise, text, negative), table, guidance_scale=5.0, dtype=_BF16, segments=segments
         ).block_until_ready()
         times.append(time.perf_counter() - start)
     yield {

@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from fps_convert.formats.readers import Dtype
+from fps_convert.layouts import LayoutName
 from fps_jax.errors import parse, run_cli
 
 
@@ -21,7 +23,7 @@ class ToFlax:
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """The directory to write; it appears when it is whole."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: Dtype | None = None
     """Cast the DiT, the text encoder and the image tower. Left out: each tensor keeps its dtype. The VAE always does."""
 
     overwrite: bool = False
@@ -38,7 +40,7 @@ class ToTorch:
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """The directory to write; it appears when it is whole."""
 
-    layout: Literal["official", "diffusers"]
+    layout: LayoutName
     """Whose file names and keys to write."""
 
     overwrite: bool = False
@@ -61,7 +63,9 @@ def _run(argv: list[str]) -> None:
     )
     # Late: until here, JAX isn't imported, and a wrong argument is told at once. The accelerator has no part in this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from fps_convert.save import summary, to_flax, to_torch
+    from fps_convert.flax_to_torch import to_torch
+    from fps_convert.report import summary
+    from fps_convert.torch_to_flax import to_flax
 
     if isinstance(command, ToFlax):
         report = to_flax(command.src, command.dst, command.dtype, command.overwrite)

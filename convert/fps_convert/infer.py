@@ -4,11 +4,14 @@ import collections
 import math
 import pathlib
 import re
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple, cast
 
-from fps_convert.mapping import Layout
-from fps_convert.readers import Reader
+from fps_convert import key_patterns
+from fps_convert.formats.readers import Reader
+from fps_convert.layouts import Layout
 from fps_jax.config import LATENTS_MEAN, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig
+
+_QK_NORM = "rms_norm_across_heads"
 
 
 class _Shapes:
@@ -62,45 +65,42 @@ def _listed(config: dict[str, Any], name: str, default: tuple, where: pathlib.Pa
     return tuple(value)
 
 
+class _Stated(NamedTuple):
+    """A config.json under our names. What this naming's file doesn't state is the default, unchecked."""
+
+    config: dict[str, Any]
+    fields: dict[str, str]
+    where: pathlib.Path
+
+    def number(self, name: str, kind: type, default: Any = None) -> Any:
+        field = self.fields.get(name)
+        return default if field is None else _stated(self.config, field, kind, self.where, default)
+
+    def list(self, name: str, default: tuple) -> tuple:
+        field = self.fields.get(name)
+        return default if field is None else _listed(self.config, field, default, self.where)
+
+
 def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path) -> DiTConfig:
     """The DiT's config; the task goes by the tensors, never by `_class_name`.
 
     Raises: NotImplementedError for Wan models other than 2.1's T2V, I2V and FLF2V; ValueError where this is no Wan DiT.
     """
-    official = layout == "official"
-    shapes = _Shapes(reader, f"a Wan DiT in the {layout} layout", where)
+    names = key_patterns.DIT[layout.places["dit"].naming]
+    shapes = _Shapes(reader, f"a Wan DiT in the {layout.name} layout", where)
     if config.get("model_type") == "vace" or shapes.any(r"^vace_"):
         raise NotImplementedError(f"{where} is a VACE model; supported are Wan2.1 T2V, I2V and FLF2V")
     if config.get("model_type") in ("s2v", "animate") or shapes.any(r"^(audio|casual_audio|face_|ref_conv|control_)"):
         raise NotImplementedError(f"{where} has parts beyond Wan2.1 T2V, I2V and FLF2V, which are what is supported")
-    if official:
-        names = {"dim": "dim", "mlp": "ffn_dim", "heads": "num_heads", "ins": "in_dim", "outs": "out_dim"}
-        text, time, image = "text_embedding.0.weight", "time_embedding.0.weight", "img_emb.proj.0.(weight|bias)"
-        image_keys, positions = r"^(blocks\.\d+\.cross_attn\.(k_img|v_img)|img_emb\.proj)\b", "img_emb.emb_pos"
-        norm = r"^blocks\.\d+\.norm3\."
-    else:
-        names = {
-            "dim": "",
-            "mlp": "ffn_dim",
-            "heads": "num_attention_heads",
-            "ins": "in_channels",
-            "outs": "out_channels",
-        }
-        text, time = (f"condition_embedder.{name}_embedder.linear_1.weight" for name in ("text", "time"))
-        image = "condition_embedder.image_embedder.norm1.(weight|bias)"
-        image_keys = r"^(blocks\.\d+\.attn2\.add_[kv]_proj|condition_embedder\.image_embedder\.(ff|norm))\b"
-        positions, norm = "condition_embedder.image_embedder.pos_embed", r"^blocks\.\d+\.norm2\."
-        qk_norm = config.get("qk_norm", "rms_norm_across_heads")
-        if qk_norm != "rms_norm_across_heads":
-            raise NotImplementedError(f"{where}: qk_norm={qk_norm!r}; Wan2.1 models have 'rms_norm_across_heads'")
-    text_dim = shapes.size(re.escape(text), 1)  # first: it tells a DiT of this layout from anything else
-    heads = _stated(config, names["heads"], int, where)
-    dim = _stated(config, "dim", int, where) if official else heads * _stated(config, "attention_head_dim", int, where)
-    patch_size = tuple(shapes.size(r"patch_embedding\.weight", axis) for axis in (2, 3, 4))
-    if not official:
-        patch_size = _listed(config, "patch_size", patch_size, where)
-    ins, outs = (_stated(config, names[name], int, where) for name in ("ins", "outs"))
-    has_image, has_positions = shapes.any(image_keys), positions in shapes.shapes
+    if "qk_norm" in names.fields and config.get("qk_norm", _QK_NORM) != _QK_NORM:
+        raise NotImplementedError(f"{where}: qk_norm={config['qk_norm']!r}; Wan2.1 models have {_QK_NORM!r}")
+    text_dim = shapes.size(re.escape(names.text), 1)  # first: it tells a DiT of this layout from anything else
+    stated = _Stated(config, names.fields, where)
+    heads = stated.number("num_heads", int)
+    dim = stated.number("dim", int) if "dim" in names.fields else heads * stated.number("head_dim", int)
+    patch_size = stated.list("patch_size", tuple(shapes.size(r"patch_embedding\.weight", axis) for axis in (2, 3, 4)))
+    ins, outs = (stated.number(name, int) for name in ("in_channels", "out_channels"))
+    has_image, has_positions = shapes.any(names.has_image), names.positions in shapes.shapes
     task: Task = "flf2v" if has_image and has_positions else "i2v" if has_image else "t2v"
     if ins != (2 * outs + 4 if has_image else outs):
         raise NotImplementedError(
@@ -110,51 +110,47 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     return DiTConfig(
         task=task,
         dim=dim,
-        mlp_dim=_stated(config, names["mlp"], int, where),
+        mlp_dim=stated.number("mlp_dim", int),
         num_heads=heads,
-        num_layers=_stated(config, "num_layers", int, where),
+        num_layers=stated.number("num_layers", int),
         in_channels=ins,
         out_channels=outs,
         patch_size=cast(tuple[int, int, int], patch_size),
-        freq_dim=_stated(config, "freq_dim", int, where, shapes.size(re.escape(time), 1)),
-        text_dim=text_dim if official else _stated(config, "text_dim", int, where, text_dim),
-        text_len=_stated(config, "text_len", int, where, 512),
-        image_dim=shapes.size(image, 0) if has_image else None,
-        image_positions=shapes.size(re.escape(positions), -2) if task == "flf2v" else None,
-        cross_attn_norm=shapes.any(norm),
-        eps=_stated(config, "eps", float, where, 1e-6),
+        freq_dim=stated.number("freq_dim", int, shapes.size(re.escape(names.time), 1)),
+        text_dim=stated.number("text_dim", int, text_dim),
+        text_len=stated.number("text_len", int, 512),
+        image_dim=shapes.size(names.image, 0) if has_image else None,
+        image_positions=shapes.size(re.escape(names.positions), -2) if task == "flf2v" else None,
+        cross_attn_norm=shapes.any(names.has_norm),
+        eps=stated.number("eps", float, 1e-6),
     )
 
 
 def vae(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path) -> VAEConfig:
     """The VAE's config. Official files hold none: width and z_dim go by shapes, the rest is Wan2.1's."""
-    shapes = _Shapes(reader, f"a Wan2.1 VAE in the {layout} layout", where)
+    names = key_patterns.VAE[layout.places["vae"].naming]
+    shapes = _Shapes(reader, f"a Wan2.1 VAE in the {layout.name} layout", where)
     wan22 = shapes.any(r"samples\.\d+\.(down|up)samples\.|avg_shortcut|down_blocks\.\d+\.(resnets|downsampler)")
     if wan22 or config.get("is_residual") or config.get("patch_size") is not None:
         raise NotImplementedError(f"{where} is a Wan2.2 VAE (residual, patched); only Wan2.1's VAE is supported")
-    if layout == "official":
-        base = shapes.size(r"encoder\.(conv1\.(weight|bias)|downsamples\.[01]\.residual\.[26]\.bias)", 0)
-        z_dim = shapes.size(r"conv2\.(weight|bias)", 0)
-        if z_dim != len(LATENTS_MEAN):
-            raise NotImplementedError(
-                f"{where}: z_dim={z_dim}, but official files hold no latent statistics and Wan's own are for "
-                f"{len(LATENTS_MEAN)} channels; use the diffusers layout, whose config.json holds them"
-            )
-        return VAEConfig(base_dim=base, z_dim=z_dim)
-    base = shapes.size(r"encoder\.(conv_in\.(weight|bias)|down_blocks\.[01]\.conv[12]\.bias)", 0)
-    z_dim = _stated(config, "z_dim", int, where, shapes.size(r"post_quant_conv\.(weight|bias)", 0))
+    stated = _Stated(config, names.fields, where)
+    base = shapes.size(names.base, 0)
+    z_dim = stated.number("z_dim", int, shapes.size(names.z_dim, 0))
+    if "latents_mean" not in names.fields and z_dim != len(LATENTS_MEAN):
+        raise NotImplementedError(
+            f"{where}: z_dim={z_dim}, but {layout.name} files hold no latent statistics and Wan's own are for "
+            f"{len(LATENTS_MEAN)} channels; use the diffusers layout, whose config.json holds them"
+        )
     plain = VAEConfig()
-    base = _stated(config, "base_dim", int, where, base)
+    base = stated.number("base_dim", int, base)
     for name, wanted in (("decoder_base_dim", base), ("in_channels", 3), ("out_channels", 3)):
         if config.get(name) not in (None, wanted):
             raise NotImplementedError(f"{where}: {name}={config[name]!r}; Wan2.1's VAE has {wanted}")
     if config.get("attn_scales"):
         raise NotImplementedError(f"{where}: attn_scales={config['attn_scales']!r}; Wan2.1's VAE has none")
     lists = {
-        "dim_mult": _listed(config, "dim_mult", plain.dim_mult, where),
-        "temporal_downsample": _listed(config, "temperal_downsample", plain.temporal_downsample, where),
-        "latents_mean": _listed(config, "latents_mean", plain.latents_mean, where),
-        "latents_std": _listed(config, "latents_std", plain.latents_std, where),
+        name: stated.list(name, getattr(plain, name))
+        for name in ("dim_mult", "temporal_downsample", "latents_mean", "latents_std")
     }
     for name, length in (
         ("latents_mean", z_dim),
@@ -163,38 +159,25 @@ def vae(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     ):
         if len(lists[name]) != length:
             raise ValueError(f"{where}: {name} has {len(lists[name])} entries, this VAE needs {length}")
-    return VAEConfig(
-        base_dim=base, z_dim=z_dim, num_res_blocks=_stated(config, "num_res_blocks", int, where, 2), **lists
-    )
+    blocks = stated.number("num_res_blocks", int, plain.num_res_blocks)
+    return VAEConfig(base_dim=base, z_dim=z_dim, num_res_blocks=blocks, **lists)
 
 
 def text_encoder(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path) -> TextEncoderConfig:
     """UMT5's config; every size is in the shapes, and a config.json that says otherwise is an error at the tensor."""
-    shapes = _Shapes(reader, f"a UMT5 encoder in the {layout} layout", where)
+    names = key_patterns.TEXT_ENCODER[layout.places["text_encoder"].naming]
+    shapes = _Shapes(reader, f"a UMT5 encoder in the {layout.name} layout", where)
     if config.get("dense_act_fn", "gelu_new") != "gelu_new" or not config.get("is_gated_act", True):
         raise NotImplementedError(f"{where}: dense_act_fn={config.get('dense_act_fn')!r}; UMT5 has a gated 'gelu_new'")
-    if layout == "official":
-        block = r"blocks\.\d+\."
-        embedding, norm, bias = (
-            "token_embedding.weight",
-            block + r"norm[12]\.weight",
-            r"pos_embedding\.embedding\.weight",
-        )
-        q, up, count = block + r"attn\.[qkv]\.weight", block + r"ffn\.(gate\.0|fc1)\.weight", r"blocks\.(\d+)\."
-    else:
-        block = r"encoder\.block\.\d+\.layer\.\d+\."
-        embedding, norm = "shared.weight", block + r"layer_norm\.weight"
-        bias, q = r"SelfAttention\.relative_attention_bias\.weight", block + r"SelfAttention\.[qkv]\.weight"
-        up, count = block + r"DenseReluDense\.wi_[01]\.weight", r"encoder\.block\.(\d+)\."
-    num_heads = _stated(config, "num_heads", int, where, shapes.size(block + bias, 1))
+    num_heads = _stated(config, "num_heads", int, where, shapes.size(names.bias, 1))
     return TextEncoderConfig(
-        vocab_size=_stated(config, "vocab_size", int, where, shapes.size(re.escape(embedding), 0)),
-        dim=_stated(config, "d_model", int, where, shapes.size(norm, 0)),
-        mlp_dim=_stated(config, "d_ff", int, where, shapes.size(up, 0)),
+        vocab_size=_stated(config, "vocab_size", int, where, shapes.size(re.escape(names.embedding), 0)),
+        dim=_stated(config, "d_model", int, where, shapes.size(names.norm, 0)),
+        mlp_dim=_stated(config, "d_ff", int, where, shapes.size(names.up, 0)),
         num_heads=num_heads,
-        head_dim=_stated(config, "d_kv", int, where, shapes.size(q, 0) // num_heads),
-        num_layers=_stated(config, "num_layers", int, where, shapes.layers(count)),
-        num_buckets=_stated(config, "relative_attention_num_buckets", int, where, shapes.size(block + bias, 0)),
+        head_dim=_stated(config, "d_kv", int, where, shapes.size(names.q, 0) // num_heads),
+        num_layers=_stated(config, "num_layers", int, where, shapes.layers(names.layers)),
+        num_buckets=_stated(config, "relative_attention_num_buckets", int, where, shapes.size(names.bias, 0)),
         max_distance=_stated(config, "relative_attention_max_distance", int, where, 128),
         eps=_stated(config, "layer_norm_epsilon", float, where, 1e-6),
     )
@@ -213,24 +196,14 @@ def image_encoder(
     layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path, num_heads: int | None = None
 ) -> ImageEncoderConfig:
     """The image tower's config. `num_heads`: what a previous conversion noted for an official directory."""
-    shapes = _Shapes(reader, f"a CLIP image tower in the {layout} layout", where)
+    names = key_patterns.IMAGE_ENCODER[layout.places["image_encoder"].naming]
+    shapes = _Shapes(reader, f"a CLIP image tower in the {layout.name} layout", where)
     vision = config.get("vision_config", config)
     if vision.get("hidden_act", "gelu") != "gelu":
         raise NotImplementedError(f"{where}: hidden_act={vision['hidden_act']!r}; Wan's CLIP tower has 'gelu'")
-    if layout == "official":
-        block, mlp = r"visual\.transformer\.\d+\.", r"mlp\.0\.(weight|bias)"
-        patch, positions = r"visual\.patch_embedding\.weight", r"visual\.pos_embedding"
-        norm, count = block + r"norm[12]\.(weight|bias)", r"visual\.transformer\.(\d+)\."
-    else:
-        block, mlp = r"vision_model\.encoder\.layers\.\d+\.", r"mlp\.fc1\.(weight|bias)"
-        patch, positions = (
-            r"vision_model\.embeddings\.patch_embedding\.weight",
-            r"vision_model\.embeddings\.position_embedding\.weight",
-        )
-        norm, count = block + r"layer_norm[12]\.(weight|bias)", r"vision_model\.encoder\.layers\.(\d+)\."
-    dim = _stated(vision, "hidden_size", int, where, shapes.size(norm, 0))
-    patch_size = _stated(vision, "patch_size", int, where, shapes.size(patch, -1))
-    side = math.isqrt(max(shapes.size(positions, -2) - 1, 0))
+    dim = _stated(vision, "hidden_size", int, where, shapes.size(names.norm, 0))
+    patch_size = _stated(vision, "patch_size", int, where, shapes.size(names.patch, -1))
+    side = math.isqrt(max(shapes.size(names.positions, -2) - 1, 0))
     heads = (
         _stated(vision, "num_attention_heads", int, where, num_heads) if vision or num_heads else _vit_heads(dim, where)
     )
@@ -239,29 +212,21 @@ def image_encoder(
         image_size=_stated(vision, "image_size", int, where, side * patch_size),
         patch_size=patch_size,
         dim=dim,
-        mlp_dim=_stated(vision, "intermediate_size", int, where, shapes.size(block + mlp, 0)),
+        mlp_dim=_stated(vision, "intermediate_size", int, where, shapes.size(names.up, 0)),
         num_heads=heads,
-        num_layers=_stated(vision, "num_hidden_layers", int, where, shapes.layers(count)),
+        num_layers=_stated(vision, "num_hidden_layers", int, where, shapes.layers(names.layers)),
         projection_dim=shapes.size(re.escape(head), -1) if head in shapes.shapes else None,
         eps=_stated(vision, "layer_norm_eps", float, where, 1e-5),
     )
 
 
-# What the official code takes for a task; its files don't say. The second one: up to 480 x 832 pixels.
-OFFICIAL_FLOW_SHIFT: dict[Task, tuple[float, float | None]] = {
-    "t2v": (5.0, None),
-    "i2v": (5.0, 3.0),
-    "flf2v": (16.0, None),
-}
-
-
 def flow_shift(
     layout: Layout, task: Task, scheduler: dict[str, Any], where: pathlib.Path
 ) -> tuple[float, float | None]:
-    """`(flow_shift, flow_shift_480p)`: the scheduler's in diffusers; official: 5, I2V up to 480x832 3, FLF2V 16."""
-    if layout == "official":
-        return OFFICIAL_FLOW_SHIFT[task]
-    name: Literal["flow_shift", "shift"] = "flow_shift" if "flow_shift" in scheduler else "shift"
+    """`(flow_shift, flow_shift_480p)`: what the scheduler's file says or, without one, what the layout means."""
+    if layout.scheduler is None:
+        return layout.flow_shift[task]
+    name = "flow_shift" if "flow_shift" in scheduler else "shift"
     shift = _stated(scheduler, name, float, where)
     if shift <= 0:
         raise ValueError(f"{where}: {name}={shift} must be positive")

@@ -12,18 +12,26 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
 
-from fps_jax.config import DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from fps_jax.config import Component, DiTConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 
-Layout = Literal["official", "diffusers"]
-Component = Literal["dit", "vae", "text_encoder", "image_encoder"]
+Naming = Literal["official", "diffusers"]  # whose names tensors have: a column of the tables
 Form = Literal["same", "linear", "conv"]
 Shape = tuple[int, ...]
-LAYOUTS: tuple[Layout, ...] = ("official", "diffusers")
-COMPONENTS: tuple[Component, ...] = ("dit", "vae", "text_encoder", "image_encoder")
+NAMINGS: tuple[Naming, ...] = get_args(Naming)
+# Parts of source files that Wan never uses: listed in the audit, left out.
+UNUSED: dict[Component, tuple[str, ...]] = {
+    "dit": (),
+    "vae": (),
+    "text_encoder": ("decoder.", "lm_head."),
+    "image_encoder": (
+        "textual.", "log_scale", "text_model.", "text_projection.", "visual_projection.", "logit_scale",
+        "vision_model.embeddings.position_ids",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,13 @@ class Row:
     layer: int | None
     form: Form
     shape: Shape  # ours, without the layer axis
-    keys: dict[Layout, str]  # a layout that has no such tensor isn't there
-    shapes: dict[Layout, Shape]  # of the source tensor, or of this row's part of a shared one
+    keys: dict[Naming, str]  # a naming that has no such tensor isn't there
+    shapes: dict[Naming, Shape]  # of the source tensor, or of this row's part of a shared one
 
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a layout, with the rows that are cut from it along its first axis."""
+    """One tensor of a source, with the rows that are cut from it along its first axis."""
 
     key: str
     shape: Shape
@@ -56,13 +64,13 @@ def to_ours(tensor: np.ndarray, row: Row) -> np.ndarray:
     return tensor.reshape(row.shape)
 
 
-def from_ours(leaf: np.ndarray, row: Row, layout: Layout) -> np.ndarray:
+def from_ours(leaf: np.ndarray, row: Row, naming: Naming) -> np.ndarray:
     """A view of a parameter in the source's shape; exact inverse of `to_ours`. A linear one stays 2-D: [out, in]."""
     if row.form == "linear":
         return leaf.T
     if row.form == "conv":
         return leaf.transpose(-1, -2, *range(leaf.ndim - 2))
-    return leaf.reshape(row.shapes[layout])
+    return leaf.reshape(row.shapes[naming])
 
 
 class _Table:
@@ -95,7 +103,7 @@ class _Table:
                 self.layer,
                 form,
                 source if ours is None else ours,
-                {cast(Layout, layout): key.format(i=self.layer) for layout, key in keys.items() if key is not None},
+                {cast(Naming, naming): key.format(i=self.layer) for naming, key in keys.items() if key is not None},
                 {"official": source, "diffusers": source if diffusers_shape is None else diffusers_shape},
             )
         )
@@ -315,15 +323,15 @@ def rows(component: Component, config: WanConfig) -> list[Row]:
     return _image_encoder(config.image_encoder)
 
 
-def tensors(table: list[Row], layout: Layout) -> Iterator[SourceTensor]:
-    """The tensors that `layout` has for these rows, in the table's order."""
+def tensors(table: list[Row], naming: Naming) -> Iterator[SourceTensor]:
+    """The tensors that `naming` has for these rows, in the table's order."""
     shared: dict[str, list[Row]] = {}
     for row in table:
-        if layout in row.keys:
-            shared.setdefault(row.keys[layout], []).append(row)
+        if naming in row.keys:
+            shared.setdefault(row.keys[naming], []).append(row)
     for key, group in shared.items():
-        first = group[0].shapes[layout]
-        outs = sum(row.shapes[layout][0] for row in group) if first else 0
+        first = group[0].shapes[naming]
+        outs = sum(row.shapes[naming][0] for row in group) if first else 0
         yield SourceTensor(key, (outs, *first[1:]), tuple(group))
 
 

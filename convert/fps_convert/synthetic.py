@@ -12,13 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from fps_convert import layouts, mapping
-from fps_convert.mapping import COMPONENTS, Component, Layout, Row, SourceTensor
-from fps_convert.readers import FLOATS
-from fps_convert.save import write_rest, write_weights
-from fps_convert.writers import Output
-from fps_jax.checkpoints.format import new_directory
-from fps_jax.config import WAN_T2V_1_3B, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig, WanConfig
+from fps_convert import mapping
+from fps_convert.flax_to_torch import write_rest, write_weights
+from fps_convert.formats.readers import FLOATS
+from fps_convert.formats.writers import Output
+from fps_convert.layouts import LAYOUTS, LayoutName
+from fps_convert.mapping import Row, SourceTensor
+from fps_jax.config import (
+    COMPONENTS,
+    WAN_T2V_1_3B,
+    Component,
+    DiTConfig,
+    ImageEncoderConfig,
+    Task,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
+from fps_jax.files import new_directory, write_json
 
 _BLOCK = 1 << 20  # random numbers that are drawn; larger tensors repeat them, shifted, which is as good and far faster
 
@@ -75,7 +86,7 @@ def write_checkpoint(
     path: str | os.PathLike,
     config: WanConfig = WAN_T2V_1_3B,
     *,
-    layout: Layout,
+    layout: LayoutName,
     tokenizer_dir: str | os.PathLike | None = None,
     dtypes: dict[str, str] | None = None,
     components: tuple[Component, ...] = COMPONENTS,
@@ -88,7 +99,7 @@ def write_checkpoint(
     Args:
       path: the directory to write.
       config: what to write; its `flow_shift` only goes into the diffusers layout.
-      layout: "official" or "diffusers".
+      layout: the name of one in `layouts.LAYOUTS`.
       tokenizer_dir: a tokenizer's files to copy; None writes a stand-in that tokenizes nothing.
       dtypes: 'F32', 'F16' or 'BF16' by component; F32 where left out.
       components: leave some out to make a checkpoint that is not whole.
@@ -96,6 +107,7 @@ def write_checkpoint(
       seed: of the weights; a component's weights are the same whatever else is written.
       overwrite: replace a non-empty directory.
     """
+    wanted = LAYOUTS[layout]
     with new_directory(path, overwrite=overwrite) as fresh:
         for name in components:
             if name == "image_encoder" and config.image_encoder is None:
@@ -103,16 +115,15 @@ def write_checkpoint(
             dtype = (dtypes or {}).get(name, "F32")
             outputs = [
                 Output(tensor.key, tensor.shape, dtype, lambda t=tensor, d=dtype: weights(t, d, seed))
-                for tensor in mapping.tensors(mapping.rows(name, config), layout)
+                for tensor in mapping.tensors(mapping.rows(name, config), wanted.places[name].naming)
             ]
-            write_weights(fresh, name, config, layout, outputs, lambda _: None, shard_bytes=shard_bytes)
+            write_weights(fresh, name, config, wanted, outputs, lambda _: None, shard_bytes=shard_bytes)
         if tokenizer_dir is None:
             stand_in = fresh / "stand_in"
-            layouts.write_json(
-                stand_in / "tokenizer.json", {"version": "1.0", "model": {"type": "Unigram", "vocab": []}}
-            )
+            stand_in.mkdir()
+            write_json({"version": "1.0", "model": {"type": "Unigram", "vocab": []}}, stand_in / "tokenizer.json")
             tokenizer_dir = stand_in
-        write_rest(fresh, config, layout, pathlib.Path(tokenizer_dir))
+        write_rest(fresh, config, wanted, pathlib.Path(tokenizer_dir))
         if (fresh / "stand_in").is_dir():
             (fresh / "stand_in" / "tokenizer.json").unlink()
             (fresh / "stand_in").rmdir()

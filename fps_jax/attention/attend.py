@@ -107,16 +107,7 @@ def attend(
     if implementation == "dense" or (implementation == "auto" and is_dense):
         _log_choice("dense")
         return _dense_in_tiles(q, k, v, layout)
-    return block_sparse_attention(
-        q,
-        k,
-        v,
-        key_tiles=plan.key_tiles,
-        counts=plan.counts,
-        valid=layout.valid,
-        tokens_per_scale=plan.tokens_per_scale,
-        implementation=implementation,
-    )
+    return block_sparse_attention(q, k, v, plan.pattern, implementation=implementation)
 
 
 @functools.cache  # said once

@@ -4,13 +4,14 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
-from fps_jax.attention.tiles import Shape3, TileLayout, propose_tiles
+from fps_jax.attention.tiles import TileLayout, propose_tiles
 from fps_jax.attention.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
+from fps_jax.sizes import Shape3
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.sm90.call_shape import CallShape
 
 Window = Shape3 | tuple[Shape3, ...]  # for all heads, or one a head
 
@@ -115,15 +116,22 @@ class AttentionPlan:
 
     @property
     def pattern(self) -> TilePattern:
-        """All of it for a kernel that is called directly."""
-        valid = jnp.asarray(self.layout.valid)
-        return TilePattern(
-            key_tiles=jnp.asarray(self.key_tiles),
-            counts=jnp.asarray(self.counts),
-            q_valid=valid,
-            k_valid=valid,
+        """All of it for `block_sparse_attention` or a kernel, checked. Made anew each time, as jit wants it."""
+        return TilePattern.build(
+            key_tiles=self.key_tiles,
+            counts=self.counts,
+            valid=self.layout.valid,
+            tokens_per_scale=self.tokens_per_scale,
+        )
+
+    def call_shape(self, *, head_dim: int, dtype: str) -> CallShape:
+        """The static side of attention by this plan, as kernels are chosen and tuned for."""
+        return CallShape(
+            head_dim=head_dim,
+            dtype=dtype,
             tile_size=self.layout.stored,
             tokens_per_scale=self.tokens_per_scale,
+            table_density=self.key_tiles.shape[-1] / self.layout.num_tiles,
         )
 
     def to_tiles(self, x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S_stored *rest"]:

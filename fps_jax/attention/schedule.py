@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,11 @@ import numpy as np
 
 from fps_jax.attention.attend import PlannedAttention, TokenAttention
 from fps_jax.attention.plan import AttentionPlan
-from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_tiles
+from fps_jax.attention.tiles import TileLayout, check_shape3, propose_tiles
 from fps_jax.attention.windows import check_density, propose_window
+from fps_jax.choices import Setting, choices
 from fps_jax.files import write_json
-
-Setting = Literal["dense", "fp8", "sparse", "fps"]
-SETTINGS: tuple[str, ...] = ("dense", "fp8", "sparse", "fps")
+from fps_jax.sizes import Shape3
 
 # Step i of n is at i / n only up to the grid's end points, which differ by a thousandth (one training timestep) between
 # samplers, and to float32's rounding. A step that is meant to start a regime must not fall short of it by that.
@@ -164,7 +163,7 @@ class FPSSchedule:
         """'fps': itself. 'fp8': with whole-grid windows. 'sparse': without quantization."""
         drop = {"fps": {}, "fp8": {"window": None, "density": None}, "sparse": {"scales_per_tile": None}}
         if name not in drop:
-            raise ValueError(f"attention={name!r} is not one of {', '.join(map(repr, SETTINGS))}")
+            raise ValueError(f"attention={name!r} is not one of {choices(Setting)}")
         return dataclasses.replace(
             self, regimes=tuple(dataclasses.replace(regime, **drop[name]) for regime in self.regimes)
         )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
-Shape3 = tuple[int, int, int]  # (F, Y, X)
+from fps_jax.sizes import Shape3
 
 GROUP = 64  # stored tokens in the smallest group that has a scale; rows of one Hopper matrix instruction
 _MAX_STORED = 2048  # a tile is a unit of on-chip work

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3
+from fps_jax.attention.tiles import TileLayout, check_shape3
+from fps_jax.sizes import Shape3
 
 
 class KeyTiles(NamedTuple):

@@ -1,1 +1,1 @@
-"""Parameters on disk and on devices: our format, and where each component lives. Knows the models, not what samples them."""
+"""Parameters on disk and on devices: the door to any checkpoint, our format, and where each component lives. Knows the models."""

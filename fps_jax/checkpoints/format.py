@@ -1,6 +1,6 @@
 """Checkpoints on disk: `config.json`, one orbax directory per component, `tokenizer/`, `audit.json`.
 
-A checkpoint is written beside its final name and renamed when it is whole: a path either holds all of it or is untouched.
+A path either holds all of a checkpoint or is untouched: see `files.new_directory`.
 """
 
 import contextlib
@@ -8,19 +8,18 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from fps_jax.config import WanConfig
+from fps_jax.config import COMPONENTS, WanConfig
+from fps_jax.files import new_directory
 from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
 VERSION = 1
-COMPONENTS = ("dit", "vae", "text_encoder", "image_encoder")
 _IN_FLIGHT_GB = 1  # orbax's default, 96 GB, would let a read double the component in memory
 
 
@@ -202,69 +201,6 @@ def load_component(
             return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=unflatten(restore_args)))
     except Exception as error:
         raise ValueError(f"{path} can't be read ({_first_line(error)}); convert the checkpoint again") from error
-
-
-@contextlib.contextmanager
-def new_directory(
-    path: str | os.PathLike, *, overwrite: bool = False, sources: tuple[str | os.PathLike, ...] = ()
-) -> Iterator[pathlib.Path]:
-    """A directory to write into, which takes the name `path` when the block ends well and vanishes when it doesn't.
-
-    What was at `path` before is only removed when the new directory stands in its place.
-
-    Args:
-      path: final name; parents that don't exist are made, and removed again on failure.
-      overwrite: replace a non-empty directory.
-      sources: directories that are read from; `path` may be neither one of them, nor inside one, nor around one.
-    Raises: FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError or ValueError about `path`.
-    """
-    final = pathlib.Path(path).expanduser().resolve()
-    for source in sources:
-        place = pathlib.Path(source).expanduser().resolve()
-        if final == place or place in final.parents or final in place.parents:
-            raise ValueError(f"destination {path} and source {source} overlap; give a destination outside the source")
-    if final.exists() and not final.is_dir():
-        raise FileExistsError(f"destination {path} is a file; give a directory")
-    if final.is_dir() and any(final.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"destination {path} exists and is not empty; give another or --overwrite (overwrite=True)"
-            )
-        if final == pathlib.Path.home() or final == pathlib.Path.cwd() or final in pathlib.Path.cwd().parents:
-            raise ValueError(
-                f"destination {path} is the home or the working directory, or around it; it is not overwritten"
-            )
-    made = [parent for parent in final.parents if not parent.exists()]
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
-    except OSError as error:
-        raise type(error)(f"destination {path}: {final.parent} can't be written ({error.strerror})") from None
-    try:
-        yield fresh
-        umask = os.umask(0)
-        os.umask(umask)
-        fresh.chmod(0o777 & ~umask)  # mkdtemp's 0700 is for secrets
-        _swap(fresh, final)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: the checkpoint stands there
-            for parent in made:
-                parent.rmdir()
-
-
-def _swap(fresh: pathlib.Path, final: pathlib.Path) -> None:
-    if not final.exists():
-        fresh.rename(final)
-        return
-    aside = fresh.with_suffix(".old")
-    final.rename(aside)
-    try:
-        fresh.rename(final)
-    except BaseException:
-        aside.rename(final)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_checkpoint(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fps_jax.checkpoints.format import load_component
-from fps_jax.config import WanConfig
+from fps_jax.config import Component, WanConfig
 from fps_jax.models.dit import build_dit, param_dtype
 from fps_jax.models.image_encoder import build_image_encoder
 from fps_jax.models.params import Build, Params, abstract_params, flatten, unflatten
@@ -16,18 +16,16 @@ from fps_jax.models.text_encoder import build_text_encoder
 from fps_jax.models.vae import build_vae
 
 
-def builds(config: WanConfig) -> dict[str, Build]:
+def builds(config: WanConfig) -> dict[Component, Build]:
     """The model of each component, by the component's name."""
-    models = {
+    models: dict[Component, Build] = {
         "text_encoder": build_text_encoder(config.text_encoder),
         "vae": build_vae(config.vae),
         "dit": build_dit(config.dit),
     }
-    return (
-        models
-        if config.image_encoder is None
-        else {"image_encoder": build_image_encoder(config.image_encoder), **models}
-    )
+    if config.image_encoder is None:
+        return models
+    return {"image_encoder": build_image_encoder(config.image_encoder), **models}
 
 
 class visiting:  # noqa: N801  (reads as a phrase: `with visiting(params) as on_device`)

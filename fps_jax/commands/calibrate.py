@@ -1,17 +1,23 @@
 """fps-calibrate: measures the attention error of every candidate on your prompts, writes the fastest schedule within a budget."""
 
+import dataclasses
 import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fps_jax.commands.options import VideoOptions, call_arguments, check_options, run_record
+from fps_jax.commands.options import VideoOptions, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
+from fps_jax.progress import progress_bar
+from fps_jax.sizes import latent_grid, token_grid
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +63,21 @@ def main(argv: list[str] | None = None) -> None:
 def _calibrate(options: Calibrate) -> None:
     _check_output(options.output)
     prompts = _read_prompts(options.prompts)
-    arguments = call_arguments(options)
+    request = read_request(dataclasses.replace(options, prompt=prompts[0]))
     from fps_jax.attention.tiles import TileLayout, propose_tiles
     from fps_jax.tuning import calibration
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
 
-    check_options(options)
-    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
+    grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
     layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
     plans = calibration.candidates(layout, options.densities)
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
-    tuning.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
+    tuned.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
     start = time.time()
     if options.reuse is None:
-        errors, measured = _measure(options, prompts, arguments, plans)
+        errors, measured = _measure(options, request, prompts, plans)
     else:
         errors, measured = _read_errors(options.reuse, plans)
     result = calibration.choose_schedule(
@@ -96,42 +101,33 @@ def _calibrate(options: Calibrate) -> None:
     )
 
 
-def _measure(
-    options: Calibrate, prompts: list[str], arguments: dict[str, Any], plans: Any
-) -> tuple[Any, dict[str, Any]]:
+def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: Any) -> tuple[Any, dict[str, Any]]:
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax.sampling import request
     from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.tuning import calibration
 
     pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
     pipe.show_progress = True
-    unused = ("prompt", "attention", "schedule", "latents", "batch_guidance")
-    keywords = {name: value for name, value in arguments.items() if name not in unused}
     errors = []
     for number, prompt in enumerate(prompts, 1):
-        prepared = pipe.prepare(prompt, **keywords)
-        with request.progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
+        prepared = pipe.prepare(dataclasses.replace(request, prompt=prompt))
+        with progress_bar(f"measure prompt {number} of {len(prompts)}", True) as bar:
             errors.append(
                 calibration.measure(
                     pipe.config.dit,
                     pipe.params["dit"],
-                    prepared.noise,
+                    prepared.inputs,
                     prepared.table,
-                    prepared.text,
-                    prepared.negative,
                     plans=plans,
                     query_tiles=options.query_tiles,
-                    guidance_scale=options.guidance_scale,
-                    condition=prepared.condition,
-                    image_states=prepared.image_states,
+                    guidance_scale=request.guidance_scale,
                     dtype=pipe.dtype,
                     progress=bar,
                 )
             )
-    return np.mean(errors, axis=0), {**run_record(options, pipe), "prompts": prompts}
+    return np.mean(errors, axis=0), {**run_record(options, request, pipe), "prompts": prompts}
 
 
 def _describe(plan: Any, cost: float) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fps_jax.commands.options import FILES, VideoOptions, call_arguments, check_options, run_record
+from fps_jax.commands.options import FILES, VideoOptions, read_request, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_json
+from fps_jax.files import new_directory, write_json
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -37,26 +37,27 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compare(options: Compare) -> None:
-    arguments = call_arguments(options)
-    from fps_jax.checkpoints.format import new_directory
-    from fps_jax.sampling.pipeline import WanPipeline, resolve_checkpoint
+    request = read_request(options)
+    from fps_jax.checkpoints.open import open_model
+    from fps_jax.sampling.pipeline import WanPipeline
 
-    check_options(options)
     _check_output(options)
     read = (options.model, options.schedule, *(getattr(options, name) for name in FILES))
     sources = tuple(path for path in read if path is not None)
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
-        model = resolve_checkpoint(options.model)
-        schedule = _check_request(options, arguments, model)
+        model = open_model(options.model)
+        resolved: Any = request.resolve(model.config)
+        request.frames(
+            model.config
+        )  # read for each video again: one that is no image is told before the weights are read
+        _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 
-        pipe = WanPipeline.from_pretrained(model, dtype=options.dtype)
+        pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
         pipe.show_progress = True
-        # The schedule goes in as it was read: whoever edits the file meanwhile changes neither the video nor the record.
-        comparison = compare(pipe, **arguments | {"schedule": schedule}, tell=_tell)
+        comparison = compare(pipe, request, tell=_tell)
         write(comparison, folder, fps=options.fps, subtitle=_subtitle(options))
-        record = run_record(options, pipe) | {"schedule": schedule.to_dict()} | comparison.record()
-        write_json(record, folder / "quality.json")
+        write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")
     print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
 
 
@@ -73,38 +74,6 @@ def _check_output(options: Compare) -> None:
         raise FileExistsError(
             f"output={str(options.output)!r} holds {foreign[0]!r}, which fps-compare doesn't write and won't remove; give another"
         )
-
-
-def _check_request(options: Compare, arguments: dict[str, Any], model: pathlib.Path) -> Any:
-    """Holds the arguments against the model's config, before its weights are read. Returns the schedule for this video."""
-    from fps_jax.sampling import request
-    from fps_jax.sampling.solvers import solver_table
-
-    config = _read_config(model)
-    size = (options.height, options.width, options.num_frames)
-    shape = request.latent_shape(1, *size, config)
-    request.noise(arguments["latents"], options.seed, shape)
-    embeds = arguments["image_embeds"]
-    request.conditioning_frames(config, arguments["image"], arguments["last_image"], embeds, *size)
-    request.image_embeds(config, embeds, 1)
-    grid = tuple(n // p for n, p in zip(shape[2:], config.dit.patch_size, strict=True))
-    schedule: Any = request.schedule(options.attention, options.schedule, grid)
-    shift = request.default_flow_shift(config, *size[:2]) if options.flow_shift is None else options.flow_shift
-    sigma = solver_table(options.solver, options.sigma_grid, options.num_inference_steps, shift).sigma
-    schedule.segments(sigma, shift, grid, config.dit.num_layers)
-    _tell(f"{options.attention}: {schedule.describe(grid)}")
-    return schedule
-
-
-def _read_config(model: pathlib.Path) -> Any:
-    from fps_jax.checkpoints.format import read_config
-    from fps_jax.sampling.pipeline import is_ours
-
-    if is_ours(model):
-        return read_config(model)
-    from fps_convert.wan import open_checkpoint
-
-    return open_checkpoint(model).config
 
 
 def _subtitle(options: Compare) -> str:

@@ -15,7 +15,7 @@ def main(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.time()
     print("importing jax", file=sys.stderr, flush=True)
-    from fps_convert import to_flax
+    from fps_jax import to_flax
     from fps_jax.media.video import contact_sheet, save_video
     from fps_jax.sampling.pipeline import WanPipeline
 

@@ -1,15 +1,19 @@
-"""What the commands that sample have in common: their options, checks that need no checkpoint, and the record of a run."""
+"""What the commands that sample have in common: their options, the request these make, and the record of a run."""
 
 import dataclasses
 import pathlib
 import sys
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.request import Request
+
 FILES = ("image", "last_image", "image_embeds", "latents")
-_NOT_FOR_THE_CALL = {"model", "dtype", "fps"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +44,15 @@ class VideoOptions:
     """Classifier-free guidance weight; at 1 or below the negative prompt isn't used."""
     flow_shift: float | None = None
     """Shift of the noise levels; the checkpoint's own if left out."""
-    solver: Literal["unipc", "dpm++", "euler"] = "unipc"
+    solver: Solver = "unipc"
     """The ODE solver."""
-    sigma_grid: Literal["wan", "diffusers"] = "wan"
+    sigma_grid: SigmaGrid = "wan"
     """Noise levels of the official code or of diffusers."""
     seed: int = 0
     """Seed of the initial noise."""
     latents: pathlib.Path | None = None
     """Initial noise as .npy, [1, 16, F, H/8, W/8], in place of the seed's."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Compute dtype of the DiT and the text encoder."""
     fps: int = 16
     """Frames a second in the mp4 (Wan's models make 16)."""
@@ -56,38 +60,25 @@ class VideoOptions:
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
     """Evaluate prompt and negative prompt as one batch of two."""
-    attention: Literal["dense", "fp8", "sparse", "fps"] = "dense"
+    attention: Setting = "dense"
     """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
     schedule: pathlib.Path | None = None
     """Schedule as JSON, from fps-calibrate; the default one if left out."""
 
 
-def check_options(options: VideoOptions) -> None:
-    """What needs no checkpoint is checked before one is read, which can take minutes. Raises ValueError or FileNotFoundError."""
-    from fps_jax.sampling import request
-    from fps_jax.sampling.solvers import solver_table
+def read_request(options: VideoOptions) -> "Request":
+    """The request that the options describe, arrays read. To be called before a checkpoint is read, which can take minutes.
 
-    request.check_frame(options.height, options.width, options.num_frames)
-    solver_table(
-        options.solver,
-        options.sigma_grid,
-        options.num_inference_steps,
-        5.0 if options.flow_shift is None else options.flow_shift,
-    )
-    request.guidance(options.guidance_scale)
-    if options.latents is None:
-        request.noise(None, options.seed, (1, 1))  # one number: for the checks of the seed
+    Raises: OSError or ValueError for a file that can't be read; as `Request`; ValueError for a frame rate that no player has.
+    """
+    arrays = {name: _array(options, name) for name in FILES}
+    from fps_jax.sampling.request import Request
+
+    names = {f.name for f in dataclasses.fields(Request)} & {f.name for f in dataclasses.fields(options)}
+    request = Request(**{name: getattr(options, name) for name in names} | arrays)
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
-    # Every Wan2.1: 4 frames, 8 x 8 pixels a latent, 1 x 2 x 2 latents a token.
-    grid = ((options.num_frames - 1) // 4 + 1, options.height // 16, options.width // 16)
-    request.schedule(options.attention, options.schedule, grid)
-
-
-def call_arguments(options: VideoOptions) -> dict[str, Any]:
-    """Keyword arguments of `WanPipeline.__call__`, arrays read. Raises OSError or ValueError for a file that can't be read."""
-    names = [f.name for f in dataclasses.fields(VideoOptions) if f.name not in _NOT_FOR_THE_CALL]
-    return {name: _array(options, name) if name in FILES else getattr(options, name) for name in names}
+    return request
 
 
 def _array(options: VideoOptions, name: str) -> Any:
@@ -109,29 +100,25 @@ def _array(options: VideoOptions, name: str) -> Any:
         raise ValueError(f"{name}={str(path)!r} is not a readable .npy array: {error}") from None
 
 
-def run_record(options: VideoOptions, pipe: Any) -> dict[str, Any]:
+def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str, Any]:
     """Everything that another run needs to make the same video: settings with defaults filled in, schedule, versions, device.
 
-    pipe: the `WanPipeline` that made it.
+    request: of the options (`read_request`). pipe: the `WanPipeline` that sampled it.
     """
     import jax
 
     import fps_jax
-    from fps_jax.config import NEGATIVE_PROMPTS
-    from fps_jax.sampling.request import default_flow_shift
 
+    resolved = request.resolve(pipe.config)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
-    if settings["flow_shift"] is None:
-        settings["flow_shift"] = default_flow_shift(pipe.config, options.height, options.width)
+    settings["flow_shift"] = resolved.flow_shift
     if settings["negative_prompt"] is None:
-        settings["negative_prompt"] = NEGATIVE_PROMPTS[pipe.config.task]
-    size = (options.height, options.width, options.num_frames)
-    schedule = pipe.resolve_schedule(options.attention, options.schedule, *size)
+        settings["negative_prompt"] = resolved.negatives[0]
     device = jax.local_devices()[0]
     return {
         "settings": settings,
         "task": pipe.config.task,
-        "schedule": None if schedule is None else schedule.to_dict(),
+        "schedule": None if resolved.schedule is None else resolved.schedule.to_dict(),
         "versions": {"fps_jax": fps_jax.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "device": f"{device.platform} {device.device_kind}",
     }

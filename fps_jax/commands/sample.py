@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from fps_jax.commands.options import VideoOptions, call_arguments, check_options, run_record
+from fps_jax.commands.options import VideoOptions, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_bytes, write_json
 
@@ -30,14 +30,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _sample(options: Sample) -> None:
     _check_output(options)
-    arguments = call_arguments(options)
+    request = read_request(options)
     from fps_jax.sampling.pipeline import WanPipeline
 
     start = time.time()
-    check_options(options)
     pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
     pipe.show_progress = True
-    result = pipe(**arguments, output_type=options.output_type)
+    result = pipe.sample(request)
     if options.output_type == "latent":
         import numpy as np
 
@@ -48,7 +47,7 @@ def _sample(options: Sample) -> None:
 
         save_video(result, options.output, fps=options.fps)
     seconds = time.time() - start
-    record = run_record(options, pipe) | {"seconds": round(seconds, 2)}
+    record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}
     write_json(record, options.output.with_name(options.output.name + ".json"))
     print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=sys.stderr)
 

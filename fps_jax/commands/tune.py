@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fps_jax.errors import parse, run_cli
+from fps_jax.sizes import latent_grid, token_grid
 
 # (heads, height, width) of 81 frames
 _PRESETS = {
@@ -64,11 +65,11 @@ def _tune(options: Tune) -> None:
     if not 1 <= options.deadline <= 3600:
         raise ValueError(f"deadline={options.deadline} is not in 1 to 3600 seconds; 90 are enough for a large grid")
     from fps_jax.tuning import autotune, autotune_run
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
 
     heads, height, width = _PRESETS[options.preset]
     tasks = autotune.tasks(
-        (21, height // 16, width // 16) if options.grid is None else options.grid,
+        token_grid(latent_grid(height, width, 81)) if options.grid is None else options.grid,
         heads=heads if options.heads is None else options.heads,
         head_dim=options.head_dim,
         sparse_density=options.density,
@@ -77,7 +78,7 @@ def _tune(options: Tune) -> None:
     )
     if not tasks:
         raise ValueError("classes and scales name no key; leave them out for all")
-    output = tuning.table_path() if options.output is None else options.output.absolute()
+    output = tuned.table_path() if options.output is None else options.output.absolute()
     table = _old_entries(output)
     if options.dry_run:
         print(_plan_text(tasks))
@@ -89,16 +90,16 @@ def _tune(options: Tune) -> None:
     all_results = []
     for _, results in autotune_run.run(tasks, tell=_tell, deadline=options.deadline):
         all_results.append(results)
-        best = tuning.fastest(results)
+        best = tuned.fastest(results)
         if best:  # after every key, for whoever ends it early
             table |= best
-            tuning.write_tuned_table(table, path=output)
+            tuned.write_tuned_table(table, path=output)
     print(_table_text(tasks, all_results))
-    without = [autotune_run.key_name(t.key) for t, r in zip(tasks, all_results, strict=True) if not tuning.fastest(r)]
+    without = [autotune_run.key_name(t.key) for t, r in zip(tasks, all_results, strict=True) if not tuned.fastest(r)]
     if len(without) < len(tasks):
         print(f"wrote {output} in {time.monotonic() - start:.0f} s")
-        if output != tuning.table_path():
-            print(f"attention reads it where {tuning.TABLE_VARIABLE}={output} is set")
+        if output != tuned.table_path():
+            print(f"attention reads it where {tuned.TABLE_VARIABLE}={output} is set")
     if without:
         raise ValueError(
             f"no config measured for {'; '.join(without)}: see above; what the table had for them it still has"
@@ -107,7 +108,7 @@ def _tune(options: Tune) -> None:
 
 def _old_entries(output: pathlib.Path) -> dict[Any, Any]:
     """What the table holds before: the output's entries, else the package's own. Raises OSError if it couldn't be written after."""
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
 
     folder = output.parent
     if not folder.is_dir():
@@ -116,9 +117,9 @@ def _old_entries(output: pathlib.Path) -> dict[Any, Any]:
         raise IsADirectoryError(f"output={str(output)!r} is a folder; name a file")
     if not os.access(folder, os.W_OK):
         raise PermissionError(
-            f"output folder {str(folder)!r} can't be written; give another --output FILE and set {tuning.TABLE_VARIABLE}=FILE"
+            f"output folder {str(folder)!r} can't be written; give another --output FILE and set {tuned.TABLE_VARIABLE}=FILE"
         )
-    return tuning.read_tuned_table(output if output.exists() else tuning.TUNED_TABLE)
+    return tuned.read_tuned_table(output if output.exists() else tuned.TUNED_TABLE)
 
 
 def _amount(tasks: Any) -> str:
@@ -142,7 +143,7 @@ def _plan_text(tasks: Any) -> str:
         lines += ["", f"{autotune_run.key_name(task.key)}: {task.plan.brief()}"]
         for group in autotune_run.groups(task.candidates):
             lines += [
-                f"  {autotune.brief(config):40} {task.shared_memory_bytes(config):9,} bytes of shared memory"
+                f"  {autotune.brief(config):40} {task.call.shared_memory_bytes(config):9,} bytes of shared memory"
                 for config in group.configs
             ]
     return "\n".join(lines)
@@ -151,17 +152,18 @@ def _plan_text(tasks: Any) -> str:
 def _table_text(tasks: Any, all_results: list[list[dict[str, Any]]]) -> str:
     """The fastest config of each key, and what was out."""
     from fps_jax.tuning import autotune, autotune_run
-    from pallas_kernels import tuning
+    from pallas_kernels.sm90 import tuned
+    from pallas_kernels.sm90.config import ForwardConfig
 
     lines = [f"{'key':18} {'fastest':32} {'ms':>9} {'TFLOP/s':>8} {'x safe':>8} {'right':>6} {'out':>4}"]
     for task, results in zip(tasks, all_results, strict=True):
         name, right = autotune_run.key_name(task.key), sum(bool(r["ok"]) for r in results)
         counts = f"{right:6} {len(results) - right:4}"
-        entry = tuning.fastest(results).get(task.key)
+        entry = tuned.fastest(results).get(task.key)
         if entry is None:
             lines.append(f"{name:18} {'-':32} {'-':>9} {'-':>8} {'-':>8} {counts}")
             continue
-        safe = [r["seconds"] for r in results if r["ok"] and tuning.ForwardConfig(**r["config"]) == autotune.SAFE]
+        safe = [r["seconds"] for r in results if r["ok"] and ForwardConfig(**r["config"]) == autotune.SAFE]
         gain = f"{safe[0] / entry.seconds:8.2f}" if safe else f"{'-':>8}"
         lines.append(
             f"{name:18} {autotune.brief(entry.config):32} {entry.seconds * 1e3:9.3f} {entry.tflops:8.0f} {gain} {counts}"

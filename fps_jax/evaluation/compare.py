@@ -1,5 +1,6 @@
 """The same prompt and noise with dense attention and with another: both videos, and what tells them apart."""
 
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from fps_jax.attention.schedule import FPSSchedule, Setting
 from fps_jax.evaluation.quality import psnr, relative_l2, ssim
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.media.video import save_video, video_to_uint8
 from fps_jax.sampling.pipeline import WanPipeline
+from fps_jax.sampling.request import Request
 
 AMPLIFICATION = 4  # of the difference shown
 _PANEL = 320  # pixels: narrower videos are shown enlarged, so that the labels fit
@@ -86,41 +87,27 @@ class Comparison:
         return words
 
 
-def compare(
-    pipe: WanPipeline,
-    *,
-    attention: Setting = "fps",
-    schedule: FPSSchedule | pathlib.Path | str | None = None,
-    height: int = 480,
-    width: int = 832,
-    vae_tiling: bool = False,
-    tell: Callable[[str], Any] = lambda line: None,
-    **arguments: Any,
-) -> Comparison:
+def compare(pipe: WanPipeline, request: Request, *, tell: Callable[[str], Any] = lambda line: None) -> Comparison:
     """Sample twice, dense first, and measure.
 
     Args:
       pipe: the model.
-      attention, schedule, height, width, vae_tiling, arguments: of `WanPipeline.__call__`; one prompt.
+      request: one prompt; its attention and schedule are the second video's.
       tell: called with a line about each stage.
     Raises: as `WanPipeline.__call__`, and ValueError for more than one prompt.
     """
-    if not isinstance(arguments.get("prompt"), str):
-        raise ValueError(f"prompt={arguments.get('prompt')!r} is not one text; compare one video at a time")
+    if not isinstance(request.prompt, str):
+        raise ValueError(f"prompt={request.prompt!r} is not one text; compare one video at a time")
     # Decided once: tiles change the numbers a little, and must not in one of the two only.
-    common: dict[str, Any] = {
-        **arguments,
-        "height": height,
-        "width": width,
-        "vae_tiling": vae_tiling or pipe.needs_tiling(height, width),
-    }
+    tiling = request.vae_tiling or pipe.needs_tiling(request.height, request.width)
+    request = dataclasses.replace(request, vae_tiling=tiling, output_type="latent")
     tell("1 of 2: dense attention")
-    dense = _sample(pipe, common)
-    tell(f"2 of 2: {attention}")
-    other = _sample(pipe, common | {"attention": attention, "schedule": schedule})
+    dense = _sample(pipe, dataclasses.replace(request, attention="dense", schedule=None))
+    tell(f"2 of 2: {request.attention}")
+    other = _sample(pipe, request)
     tell("PSNR and SSIM")
     return Comparison(
-        attention=attention,
+        attention=request.attention,
         dense=dense,
         other=other,
         psnr=psnr(other.video, dense.video),
@@ -129,14 +116,12 @@ def compare(
     )
 
 
-def _sample(pipe: WanPipeline, arguments: dict[str, Any]) -> Run:
+def _sample(pipe: WanPipeline, request: Request) -> Run:
     steps: list[tuple[int, float]] = []
     start = time.perf_counter()
-    latents = pipe(
-        **arguments, output_type="latent", callback=lambda done, _: steps.append((done, time.perf_counter()))
-    )
+    latents = pipe.sample(request, callback=lambda done, _: steps.append((done, time.perf_counter())))
     sampled = time.perf_counter()
-    video = pipe.decode(latents, tiling=arguments["vae_tiling"])
+    video = pipe.decode(latents, tiling=request.vae_tiling)
     seconds = {
         "sampling_first_call": sampled - start,
         "denoising_step": _seconds_a_step(steps),

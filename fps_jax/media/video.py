@@ -15,9 +15,8 @@ from fps_jax.files import write_bytes
 log = logging.getLogger("fps_jax")
 
 _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-_BT709 = (
-    1  # the code of colour primaries, transfer and matrix alike (ITU-T H.273); the default, BT.601, shifts HD colours
-)
+# The code of colour primaries, transfer and matrix alike (ITU-T H.273); the default, BT.601, shifts HD colours.
+_BT709 = 1
 _THUMBNAIL = 320  # pixels, the longer side
 
 

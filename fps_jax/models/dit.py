@@ -15,9 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, Taps, layer_norm, tap, time_sinusoid
+from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
+from fps_jax.models.taps import Taps, tap
+from fps_jax.sizes import token_grid
 
 Remat = Literal["none", "full", "dots"]
 
@@ -96,7 +98,7 @@ class DiT(nnx.Module):
           taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
         """
         pf, py, px = self.config.patch_size
-        grid = (latents.shape[2] // pf, latents.shape[3] // py, latents.shape[4] // px)
+        grid = token_grid(latents.shape[2:], self.config.patch_size)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
         rope = jnp.asarray(rope_table(grid, self.config.head_dim))
         layout = attention.layout
@@ -141,18 +143,24 @@ class DiT(nnx.Module):
         from `DenseAttention`; another `attention` has to hide them itself.
         """
         config = self.config
+
+        # Tokens in: the residual stream, float32 from here to the head.
         x = self.patch_embedding(patches).astype(jnp.float32)
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
         tap(taps, "blocks_input", x)
 
+        # Time: one modulation for all blocks, to which each adds its own; the head takes the embedding itself.
         time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t, config.freq_dim)))
         modulation = tap(taps, "time_projection", self.time_projection(jax.nn.silu(time)))
         modulation = modulation.reshape(-1, 6, config.dim)
-        # Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
+
+        # Text. Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
         missing = config.text_len - text_states.shape[1]
         text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
         text = tap(taps, "text_embedding", self.text_embedding(text))
+
+        # Image: what the task needs, and nothing else.
         if (image_states is None) != (config.image_dim is None):
             needs = "takes no" if config.image_dim is None else "needs"
             raise ValueError(
@@ -162,6 +170,7 @@ class DiT(nnx.Module):
         if image_states is not None:
             image = tap(taps, "image_embedding", self.image_embedding(image_states)).astype(self.dtype)
 
+        # Blocks: one scan over the stacked layers. Each has dicts of its own for taps, which the scan stacks.
         block_of, layers = unstack(self.blocks)
 
         def layer(x, inputs):
@@ -184,6 +193,8 @@ class DiT(nnx.Module):
             tap(taps, f"blocks.{name}", value)
         for name, value in (own_taps or {}).items():
             tap(attention_taps, name, value)
+
+        # Tokens out, and the first stage that isn't finite (`stage_name`): embeddings, blocks, head.
         out = tap(taps, "head", self.head(x, time))
         finite += [finite_layers, jnp.isfinite(out).all()[None]]
         bad = ~jnp.concatenate(finite)

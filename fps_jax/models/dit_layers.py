@@ -13,16 +13,9 @@ from jaxtyping import Array, Float
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.models.rope import apply_rope
+from fps_jax.models.taps import Taps, tap
 
 Attend = Callable[[Array, Array, Array], Array]  # q, k, v `[B, S, N, H]` -> output; what a block calls
-Taps = dict[str, Array]  # named intermediates; a block writes into the one it is given, None asks for none
-
-
-def tap(taps: Taps | None, name: str, x: Array) -> Array:
-    """Record x under `name` where intermediates are asked for; x either way."""
-    if taps is not None:
-        taps[name] = x
-    return x
 
 
 def layer_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:

@@ -15,8 +15,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.config import TextEncoderConfig
-from fps_jax.models.dit_layers import Taps, tap
 from fps_jax.models.params import Build, Params, bind, stacked, unstack
+from fps_jax.models.taps import Taps, tap
 
 
 def position_buckets(relative: np.ndarray, *, num_buckets: int, max_distance: int) -> np.ndarray:

@@ -19,8 +19,7 @@ from fps_jax.config import VAEConfig
 from fps_jax.models.params import Build, Params, abstract_params, bind
 from fps_jax.models.vae_layers import AttentionBlock, Cache, Conv, Downsample, History, ResidualBlock, RMSNorm, Upsample
 from fps_jax.models.vae_tiling import Tiles, one_tile, plan_tiles
-
-Progress = Callable[[int, int], None]
+from fps_jax.progress import Progress
 
 _LIVE_ACTIVATIONS = 8  # see decode_bytes
 

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,25 +10,22 @@ from jaxtyping import Array, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit import DENSE, dit, stage_name
+from fps_jax.models.dit import DENSE, stage_name
 from fps_jax.models.params import Params
+from fps_jax.progress import Progress
+from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 
-Progress = Callable[[int, int], None]  # (steps done, steps in all)
 Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order
 
 
 def denoise(
     config: DiTConfig,
     params: Params,
-    latents: Float[Array, "B 16 F H W"],
+    inputs: Inputs,
     table: SolverTable,
-    text_states: Float[Array, "B T E"],
-    negative_states: Float[Array, "B T E"] | None = None,
     *,
     guidance_scale: float = 1.0,
-    condition: Float[Array, "B 20 F H W"] | None = None,
-    image_states: Float[Array, "B I G"] | None = None,
     dtype: Any = jnp.float32,
     batch_guidance: bool = False,
     segments: Segments | None = None,
@@ -38,11 +34,9 @@ def denoise(
     """Integrate from noise to clean latents.
 
     Args:
-      latents: the initial noise, float32; not donated.
-      negative_states: text states of the negative prompt; with them, classifier-free guidance (arXiv 2207.12598):
-        v = v_negative + guidance_scale (v_text - v_negative).
-      condition: mask and condition latents that an i2v or flf2v model reads beside the noisy ones.
-      batch_guidance: evaluate both prompts as one batch of two instead of two passes (more memory, fewer launches).
+      inputs: noise, text states and what goes with them; not donated. With a negative prompt's, classifier-free guidance.
+      table: the solver's coefficients (`solver_table`).
+      guidance_scale, batch_guidance, dtype: as for `guided_velocity`.
       segments: the self-attention of consecutive steps (`FPSSchedule.segments`), all steps covered; None for dense.
       progress: called from another thread as steps finish, steps in order; never waited for.
 
@@ -61,12 +55,8 @@ def denoise(
     try:
         out, bad = _denoise(
             params,
-            jnp.asarray(latents, jnp.float32),
+            inputs._replace(noise=jnp.asarray(inputs.noise, jnp.float32)),
             SolverTable(*(jnp.asarray(a) for a in table)),
-            text_states,
-            negative_states,
-            condition,
-            image_states,
             jnp.float32(guidance_scale),
             jnp.int32(run.number),
             config=config,
@@ -124,12 +114,8 @@ class _Run:
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "batch_guidance", "segments", "report"))
 def _denoise(
     params: Params,
-    latents: Array,
+    inputs: Inputs,
     table: SolverTable,
-    text: Array,
-    negative: Array | None,
-    condition: Array | None,
-    image: Array | None,
     guidance_scale: Array,
     run: Array,
     *,
@@ -139,34 +125,20 @@ def _denoise(
     segments: Segments,
     report: bool,
 ) -> tuple[Array, Int[Array, "2"]]:
-    def model(attention, x, timestep, text, condition, image):
-        if condition is not None:
-            x = jnp.concatenate([x, condition], axis=1)
-        t = jnp.broadcast_to(timestep, x.shape[:1])
-        return dit(config, params, x, t, text, image, attention=attention, dtype=dtype)
+    velocity = functools.partial(
+        guided_velocity,
+        config,
+        params,
+        inputs,
+        guidance_scale=guidance_scale,
+        batch_guidance=batch_guidance,
+        dtype=dtype,
+    )
 
-    def velocity(attention, x, timestep):
-        if negative is None:
-            return model(attention, x, timestep, text, condition, image)
-        if batch_guidance:
-
-            def twice(a):
-                return None if a is None else jnp.concatenate([a, a])
-
-            both_texts = jnp.concatenate([text, negative])
-            both = model(attention, twice(x), timestep, both_texts, twice(condition), twice(image))
-            positive_v, negative_v = jnp.split(both.velocity, 2)
-            bad = both.first_bad
-        else:
-            positive_v, bad = model(attention, x, timestep, text, condition, image)
-            negative_v, bad_negative = model(attention, x, timestep, negative, condition, image)
-            bad = jnp.where(bad >= 0, bad, bad_negative)
-        return negative_v + guidance_scale * (positive_v - negative_v), bad
-
-    def step(attention, carry, inputs):
+    def step(attention, carry, numbered_row):
         state, first_bad = carry
-        index, row = inputs
-        v, stage = velocity(attention, state.x, row.timestep)
+        index, row = numbered_row
+        v, stage = velocity(state.x, row.timestep, attention)
         state = solver_step(state, row, v)
         overflow = jnp.where(jnp.isfinite(state.x).all(), jnp.int32(-1), jnp.int32(config.num_layers + 2))
         stage = jnp.where(stage >= 0, stage, overflow)
@@ -176,8 +148,8 @@ def _denoise(
         return (state, first_bad), None
 
     steps = table.sigma.shape[0]
-    zeros = jnp.zeros_like(latents)
-    carry = (SolverState(latents, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
+    zeros = jnp.zeros_like(inputs.noise)
+    carry = (SolverState(inputs.noise, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
     rows = (jnp.arange(steps, dtype=jnp.int32), table)
     start = 0
     # One scan for each segment, not one with a switch inside: a branch would have the GPU ask the host at every step.

@@ -1,21 +1,21 @@
 """What a checkpoint is and what memory it takes, without loading its weights."""
 
+import math
 import os
-from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.checkpoints.format import abstract_component, read_config
+from fps_jax.checkpoints.open import open_model
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
-from fps_jax.sampling import request
-from fps_jax.sampling.pipeline import is_ours, resolve_checkpoint
+from fps_jax.sampling.request import latent_shape
+from fps_jax.sizes import token_grid
 
 
 def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:
@@ -23,30 +23,22 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
 
     Raises: as `WanPipeline.from_pretrained`, and ValueError for a frame size that Wan can't make.
     """
-    directory = resolve_checkpoint(model)
-    if is_ours(directory):
-        layout, config = "ours", read_config(directory)
-        components = [name for name in builds(config) if name != "image_encoder" or (directory / name).is_dir()]
-        dtypes = {
-            name: Counter({str(leaf.dtype): 0 for _, leaf in flatten(abstract_component(directory / name))})
-            for name in components
-        }
-    else:
-        from fps_convert.wan import open_checkpoint
-
-        source = open_checkpoint(directory)
-        layout, config, components = source.layout, source.config, list(source.components)
-        dtypes = {name: Counter(map(str, source.stored_dtypes(name).values())) for name in source.components}
-    shape = request.latent_shape(1, height, width, num_frames, config)
-    lines = [f"{directory}", f"Wan2.1 {config.task.upper()}, {layout} layout, flow shift {_shift(config)}", ""]
+    opened = open_model(model)
+    config = opened.config
+    dtypes = {
+        name: sorted({str(dtype) for dtype in stored.values()}) for name, stored in opened.stored_dtypes().items()
+    }
+    shape = latent_shape(1, height, width, num_frames, config)
+    kind = f"Wan2.1 {config.task.upper()}, {opened.layout} layout, flow shift {_shift(config)}"
+    lines = [f"{opened.directory}", kind, ""]
     for name, build in builds(config).items():
-        if name in components:
+        if name in dtypes:
             lines.append(
-                f"  {name:14} {_count(build):>9} parameters  {', '.join(sorted(dtypes[name])):18} {_sizes(config, name)}"
+                f"  {name:14} {_count(build):>9} parameters  {', '.join(dtypes[name]):18} {_sizes(config, name)}"
             )
         else:
             lines.append(f"  {name:14} not in this checkpoint: pass image_embeds to sample")
-    tokens = shape[2] * (shape[3] // 2) * (shape[4] // 2)
+    tokens = math.prod(token_grid(shape[2:], config.dit.patch_size))
     lines += [
         "",
         f"memory at {width} x {height}, {num_frames} frames ({tokens:,} tokens), bfloat16, one device (estimates)",
@@ -62,7 +54,8 @@ def memory(config: WanConfig, latent_shape: tuple[int, ...]) -> dict[str, int]:
     The DiT's and the VAE's weights are there throughout, the text encoder's only for its own stage. `benchmarks/memory.py`
     compiles the real programs and records what XLA says.
     """
-    _, _, frames, h, w = latent_shape
+    *_, h, w = latent_shape
+    tokens = math.prod(token_grid(latent_shape[2:], config.dit.patch_size))
     bf16 = jnp.dtype(jnp.bfloat16)
     weights = {
         name: sum(
@@ -77,7 +70,7 @@ def memory(config: WanConfig, latent_shape: tuple[int, ...]) -> dict[str, int]:
     resident = weights["dit"] + weights["vae"]
     return {
         "text encoding": resident + weights["text_encoder"] + 2**30,
-        "denoising": resident + _activations(config.dit, frames * (h // 2) * (w // 2)),
+        "denoising": resident + _activations(config.dit, tokens),
         "VAE decode": resident + decode_bytes(config.vae, 8 * h, 8 * w),
     }
 

@@ -3,13 +3,12 @@
 Everything here is NumPy in float64, rounded to float32 where the original code rounds, so that timesteps truncate alike.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-Solver = Literal["unipc", "dpm++", "euler"]
-SigmaGrid = Literal["wan", "diffusers"]
+from fps_jax.choices import SigmaGrid, Solver
 
 # (solver, grid) pairs that have an original to agree with.
 VALID_PAIRS: tuple[tuple[str, str], ...] = (

@@ -1,45 +1,45 @@
 """WanPipeline: prompt in, video out."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention.schedule import FPSSchedule, Setting
-from fps_jax.checkpoints.format import is_checkpoint, read_config, save_checkpoint
-from fps_jax.checkpoints.placement import builds, place, restore, visiting
-from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.format import save_checkpoint
+from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.placement import visiting
+from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
+from fps_jax.config import WanConfig
 from fps_jax.media.images import clip_pixels
 from fps_jax.models.image_encoder import encode_image
 from fps_jax.models.params import Params
 from fps_jax.models.text_encoder import encode_text
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
-from fps_jax.sampling import request
-from fps_jax.sampling.denoise import Progress, Segments, denoise
-from fps_jax.sampling.flow import SigmaGrid, Solver
-from fps_jax.sampling.solvers import SolverTable, solver_table
+from fps_jax.progress import Progress, progress_bar
+from fps_jax.sampling.denoise import Segments, denoise
+from fps_jax.sampling.guidance import Inputs
+from fps_jax.sampling.request import Request
+from fps_jax.sampling.solvers import SolverTable
 
-OutputType = Literal["np", "latent", "pil"]
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+log = logging.getLogger("fps_jax")
 
 
 class Prepared(NamedTuple):
-    """Inputs of `denoise`: noise `[B, 16, F, H, W]`, text states `[B, T, E]`, and what i2v and flf2v read beside them."""
+    """What `denoise` takes of a call, and whether to decode in spatial tiles."""
 
-    noise: Array
+    inputs: Inputs
     table: SolverTable
-    flow_shift: float
-    text: Array
-    negative: Array | None
-    condition: Array | None
-    image_states: Array | None
     segments: Segments | None
     tiling: bool
 
@@ -74,21 +74,10 @@ class WanPipeline:
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
         enable_compilation_cache()
-        directory = resolve_checkpoint(path)
-        if is_ours(directory):
-            config, tokenizer = read_config(directory), Tokenizer.from_directory(directory / "tokenizer")
-            params = {
-                name: restore(directory / name, build, DTYPES[dtype])
-                for name, build in builds(config).items()
-                if name != "image_encoder" or (directory / name).is_dir()
-            }
-        else:
-            from fps_convert.wan import open_checkpoint
-
-            source = open_checkpoint(directory)
-            config, tokenizer = source.config, Tokenizer.from_directory(source.tokenizer_dir)
-            params = {name: place(name, source.load(name), DTYPES[dtype]) for name in source.components}
-        return cls(config=config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
+        model = open_model(path)
+        tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
+        params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
+        return cls(config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
@@ -144,13 +133,12 @@ class WanPipeline:
           schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
-        request.output_type(output_type)
-        prepared = self.prepare(
-            prompt,
-            negative_prompt,
-            image,
-            last_image,
-            image_embeds,
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            image=image,
+            last_image=last_image,
+            image_embeds=image_embeds,
             height=height,
             width=width,
             num_frames=num_frames,
@@ -161,11 +149,18 @@ class WanPipeline:
             sigma_grid=sigma_grid,
             seed=seed,
             latents=latents,
+            output_type=output_type,
             vae_tiling=vae_tiling,
+            batch_guidance=batch_guidance,
             attention=attention,
             schedule=schedule,
         )
-        with request.progress_bar("denoise", self.show_progress) as bar:
+        return self.sample(request, callback)
+
+    def sample(self, request: Request, callback: Progress | None = None) -> Any:
+        """What `__call__` does, of arguments that are one object."""
+        prepared = self.prepare(request)
+        with progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
                 bar(done, total)
@@ -175,92 +170,48 @@ class WanPipeline:
             out = denoise(
                 self.config.dit,
                 self.params["dit"],
-                prepared.noise,
+                prepared.inputs,
                 prepared.table,
-                prepared.text,
-                prepared.negative,
-                guidance_scale=guidance_scale,
-                condition=prepared.condition,
-                image_states=prepared.image_states,
+                guidance_scale=request.guidance_scale,
                 dtype=self.dtype,
-                batch_guidance=batch_guidance,
+                batch_guidance=request.batch_guidance,
                 segments=prepared.segments,
                 progress=progress,
             )
-        if output_type == "latent":
+        if request.output_type == "latent":
             return np.asarray(out)
         video = self.decode(out, tiling=prepared.tiling)
-        return request.to_pil(video) if output_type == "pil" else video
+        return _to_pil(video) if request.output_type == "pil" else video
 
     def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
         """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
-        with request.progress_bar("decode", self.show_progress) as bar:
+        with progress_bar("decode", self.show_progress) as bar:
             video = decode(self.config.vae, self.params["vae"], latents, tiling=tiling, progress=bar)
-        return request.to_unit_range(video)
+        video *= 0.5  # [-1, 1] to [0, 1], in place
+        video += 0.5
+        return np.clip(video, 0, 1, out=video)
 
-    def prepare(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        last_image: Any = None,
-        image_embeds: Any = None,
-        *,
-        height: int,
-        width: int,
-        num_frames: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        flow_shift: float | None,
-        solver: Solver,
-        sigma_grid: SigmaGrid,
-        seed: int | Sequence[int] = 0,
-        latents: Any = None,
-        vae_tiling: bool = False,
-        attention: Setting = "dense",
-        schedule: FPSSchedule | str | os.PathLike | None = None,
-    ) -> "Prepared":
-        """What the denoising loop needs of a call with these arguments: everything checked first, then encoded."""
-        prompts, negatives = request.prompts(prompt, negative_prompt, NEGATIVE_PROMPTS[self.config.task])
-        batch = len(prompts)
-        shape = request.latent_shape(batch, height, width, num_frames, self.config)
-        request.integer("num_inference_steps", num_inference_steps)
-        request.guidance(guidance_scale)
-        if flow_shift is None:
-            flow_shift = request.default_flow_shift(self.config, height, width)
-        table = solver_table(solver, sigma_grid, num_inference_steps, flow_shift)
-        resolved = self.resolve_schedule(attention, schedule, height, width, num_frames)
-        segments = None
-        if resolved is not None and resolved.grid is not None:
-            segments = resolved.segments(table.sigma, flow_shift, resolved.grid, self.config.dit.num_layers)
-        noise = request.noise(latents, seed, shape)
-        frames = request.conditioning_frames(self.config, image, last_image, image_embeds, height, width, num_frames)
-        embeds = request.image_embeds(self.config, image_embeds, batch)
+    def prepare(self, request: Request) -> Prepared:
+        """What the denoising loop needs of a request: everything checked first, then encoded."""
+        resolved = request.resolve(self.config)
+        noise = request.noise(resolved.latent_shape)
+        frames = request.frames(self.config)
+        embeds = request.image_embeds
+        if embeds is not None:
+            embeds = jnp.array(np.asarray(embeds), jnp.float32)
         if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
             raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
-        tiling = vae_tiling or self.needs_tiling(height, width)
+        tiling = request.vae_tiling or self.needs_tiling(request.height, request.width)
 
-        text = self._encode_prompts(prompts)
-        negative = self._encode_prompts(negatives) if guidance_scale > 1 else None
+        text = self._encode_prompts(resolved.prompts)
+        negative = self._encode_prompts(resolved.negatives) if request.guidance_scale > 1 else None
         condition = None
         if frames:
             if embeds is None:
-                embeds = self._encode_images(frames, batch)
-            condition = self._condition(frames, shape, tiling)
-        return Prepared(noise, table, flow_shift, text, negative, condition, embeds, segments, tiling)
-
-    def resolve_schedule(
-        self,
-        attention: Setting,
-        schedule: FPSSchedule | str | os.PathLike | None,
-        height: int,
-        width: int,
-        num_frames: int,
-    ) -> FPSSchedule | None:
-        """The schedule that a call with these arguments follows, tile and windows filled in; None for dense. Raises ValueError."""
-        frames, rows, columns = request.latent_shape(1, height, width, num_frames, self.config)[2:]
-        pf, py, px = self.config.dit.patch_size
-        return request.schedule(attention, schedule, (frames // pf, rows // py, columns // px))
+                embeds = self._encode_images(frames, len(resolved.prompts))
+            condition = self._condition(frames, resolved.latent_shape, tiling)
+        inputs = Inputs(noise, text, negative, condition, embeds)
+        return Prepared(inputs, resolved.table, resolved.segments, tiling)
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""
@@ -294,7 +245,7 @@ class WanPipeline:
         if len(frames) == 2:
             video[:, -1] = 2 * frames[1] - 1
             mask[:, 3, -1] = 1
-        with request.progress_bar("encode image", self.show_progress) as bar:
+        with progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
         condition = np.concatenate([mask, np.asarray(latents)], axis=1)
         return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
@@ -305,37 +256,18 @@ class WanPipeline:
         if "bytes_limit" not in stats:
             return False
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-        return request.log_tiling(decode_bytes(self.config.vae, height, width), free)
+        needed = decode_bytes(self.config.vae, height, width)
+        if needed <= free:
+            return False
+        log.info("VAE decode needs %.1f GB and %.1f GB are free: decoding in spatial tiles", needed / 1e9, free / 1e9)
+        return True
 
 
-def is_ours(directory: pathlib.Path) -> bool:
-    """Whether to read a directory as our format. One that only looks like it gets our reader's error, not the converter's."""
-    return is_checkpoint(directory) or (directory / "dit").is_dir()
+def _to_pil(video: np.ndarray) -> list[list[Any]]:
+    """One list of PIL images a sample."""
+    from PIL import Image
 
-
-def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
-    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub (files of a Wan checkpoint only)."""
-    directory = pathlib.Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    parts = str(path).split("/")
-    if directory.exists():
-        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return pathlib.Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])
-        )
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} is no local directory, and downloading it from the Hugging Face hub failed: {first}"
-        ) from error
+    return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
 
 
 def enable_compilation_cache() -> None:

@@ -1,63 +1,222 @@
-"""What a call of the pipeline asks for: its arguments checked, defaults filled in, outputs shaped."""
+"""What a call of the pipeline asks for: checked as far as no checkpoint is needed, then held against a model's config."""
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention.schedule import SETTINGS, FPSSchedule, Setting
-from fps_jax.config import WanConfig
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver, check_choice
+from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.media.images import load_image
-from fps_jax.sampling.denoise import Progress
+from fps_jax.sampling.denoise import Segments
+from fps_jax.sampling.flow import sigma_grid
+from fps_jax.sampling.solvers import SolverTable, solver_table
+from fps_jax.sizes import Shape3, latent_grid, token_grid
 
-OUTPUT_TYPES = ("np", "latent", "pil")
 
-log = logging.getLogger("fps_jax")
+class Resolved(NamedTuple):
+    """A request on a model: nothing left to fill in.
+
+    Attributes:
+      prompts, negatives: B texts each.
+      latent_shape: `(B, 16, F, H/8, W/8)`.
+      grid: tokens (F, Y, X).
+      flow_shift: the request's, or the checkpoint's own.
+      table: the solver's coefficients.
+      schedule: with tile and windows filled in; None for dense.
+      segments: the self-attention of consecutive steps by that schedule; None for dense.
+    """
+
+    prompts: list[str]
+    negatives: list[str]
+    latent_shape: tuple[int, ...]
+    grid: Shape3
+    flow_shift: float
+    table: SolverTable
+    schedule: FPSSchedule | None
+    segments: Segments | None
 
 
-def prompts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, default_negative: str
-) -> tuple[list[str], list[str]]:
-    """Prompts and as many negative prompts."""
-    positive = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else []
-    if not positive or not all(isinstance(p, str) for p in positive):
-        raise ValueError(f"prompt={prompt!r} is not a text or a non-empty list of texts")
-    if negative_prompt is None:
-        negative_prompt = default_negative
-    if isinstance(negative_prompt, str):
-        return positive, [negative_prompt] * len(positive)
-    if not isinstance(negative_prompt, Sequence):
-        raise ValueError(f"negative_prompt={negative_prompt!r} is not None, a text or a list of texts")
-    negative = list(negative_prompt)
-    if len(negative) != len(positive) or not all(isinstance(p, str) for p in negative):
+@dataclass(frozen=True, kw_only=True, eq=False)  # by identity: arrays have no one answer to ==
+class Request:
+    """The arguments of `WanPipeline.__call__`, which says what each means. A schedule's file is read once, here.
+
+    Raises: ValueError for whatever is wrong on every Wan2.1 model; FileNotFoundError for a schedule that isn't there.
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    image: Any = None
+    last_image: Any = None
+    image_embeds: Any = None
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float | None = None
+    solver: Solver = "unipc"
+    sigma_grid: SigmaGrid = "wan"
+    seed: int | Sequence[int] = 0
+    latents: Any = None
+    output_type: OutputType = "np"
+    vae_tiling: bool = False
+    batch_guidance: bool = False
+    attention: Setting = "dense"
+    schedule: FPSSchedule | str | os.PathLike | None = None
+
+    def __post_init__(self):
+        check_choice("output_type", self.output_type, OutputType)
+        self._texts(default_negative="")
+        check_frame(self.height, self.width, self.num_frames)
+        _check_integer("num_inference_steps", self.num_inference_steps)
+        scale = self.guidance_scale
+        if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
+            raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
+        shift = 5.0 if self.flow_shift is None else self.flow_shift
+        sigma_grid(self.solver, self.sigma_grid, self.num_inference_steps, shift)
+        object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
+        self._schedule_on(token_grid(latent_grid(self.height, self.width, self.num_frames)))
+        if self.latents is None:
+            self._seeds()
+
+    def resolve(self, config: WanConfig) -> Resolved:
+        """The request on a model of this config. Raises ValueError for what this model can't do."""
+        prompts, negatives = self._texts(NEGATIVE_PROMPTS[config.task])
+        shape = latent_shape(len(prompts), self.height, self.width, self.num_frames, config)
+        grid = token_grid(shape[2:], config.dit.patch_size)
+        shift = self.flow_shift
+        if shift is None:
+            shift = default_flow_shift(config, self.height, self.width)
+        table = solver_table(self.solver, self.sigma_grid, self.num_inference_steps, shift)
+        schedule, segments = self._schedule_on(grid), None
+        if schedule is not None:
+            segments = schedule.segments(table.sigma, shift, grid, config.dit.num_layers)
+        self._check_latents(shape)
+        self._check_images(config, len(prompts))
+        return Resolved(prompts, negatives, shape, grid, shift, table, schedule, segments)
+
+    def noise(self, shape: tuple[int, ...]) -> Float[Array, "B 16 F H W"]:
+        """The initial noise: the caller's, or a normal draw with one key per sample. shape: `Resolved.latent_shape`."""
+        if self.latents is not None:
+            return jnp.array(np.asarray(self.latents), jnp.float32)  # a copy: the caller's array stays the caller's
+        return jnp.stack([jax.random.normal(jax.random.key(s), shape[1:], jnp.float32) for s in self._seeds()])
+
+    def frames(self, config: WanConfig) -> list[np.ndarray]:
+        """The given frames, float32 [1 or B, H, W, 3] in [0, 1]: none for t2v, the first for i2v, first and last for flf2v.
+
+        Raises: as `fps_jax.media.images.load_image`.
+        """
+        names = _IMAGES[config.task]
+        return [load_image(getattr(self, name), self.height, self.width, name=name) for name in names]
+
+    def _texts(self, default_negative: str) -> tuple[list[str], list[str]]:
+        """Prompts and as many negative prompts."""
+        given, negative = self.prompt, self.negative_prompt
+        positive = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
+        if not positive or not all(isinstance(p, str) for p in positive):
+            raise ValueError(f"prompt={given!r} is not a text or a non-empty list of texts")
+        if negative is None:
+            negative = default_negative
+        if isinstance(negative, str):
+            return positive, [negative] * len(positive)
+        if not isinstance(negative, Sequence):
+            raise ValueError(f"negative_prompt={negative!r} is not None, a text or a list of texts")
+        if len(negative) != len(positive) or not all(isinstance(p, str) for p in negative):
+            raise ValueError(
+                f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many"
+            )
+        return positive, list(negative)
+
+    def _seeds(self) -> list[int]:
+        """One seed per sample."""
+        batch = len(self._texts("")[0])
+        if isinstance(self.seed, int | np.integer):
+            seeds = [int(self.seed) + i for i in range(batch)]
+        elif isinstance(self.seed, Sequence | np.ndarray):
+            seeds = list(self.seed)
+        else:
+            raise ValueError(f"seed={self.seed!r} is not a whole number or a list of them")
+        if len(seeds) != batch:
+            raise ValueError(f"seed has {len(seeds)} values for {batch} prompts; pass one integer, or as many")
+        for value in seeds:
+            _check_integer("seed", value)
+            if not 0 <= value < 2**32:  # jax would wrap a larger one silently
+                raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
+        return [int(value) for value in seeds]
+
+    def _schedule_on(self, grid: Shape3) -> FPSSchedule | None:
+        """The schedule of the attention setting on a token grid, nothing left to propose; None for 'dense'."""
+        if self.attention == "dense":
+            return None
+        given: Any = FPSSchedule.default(grid) if self.schedule is None else self.schedule
+        return given.setting(self.attention).resolve(grid)
+
+    def _check_latents(self, shape: tuple[int, ...]) -> None:
+        if self.latents is None:
+            return
+        given = np.asarray(self.latents)
+        if given.shape != shape:
+            raise ValueError(f"latents has shape {given.shape}; this prompt, size and num_frames need {shape}")
+        if not jnp.issubdtype(given.dtype, jnp.floating):
+            raise ValueError(f"latents has dtype {given.dtype}; pass floating point noise")
+
+    def _check_images(self, config: WanConfig, batch: int) -> None:
+        """Images and image-tower tokens: those that the task needs, no others, tokens of the model's shape."""
+        wanted = _IMAGES[config.task]
+        for name in ("image", "last_image"):
+            value = getattr(self, name)
+            if value is not None and name not in wanted:
+                model = f"{'an' if config.task == 'i2v' else 'a'} {config.task} model"
+                raise ValueError(f"{name} was given, but this is {model}; leave {name} out or use another model")
+            if value is None and name in wanted:
+                raise ValueError(
+                    f"{name} is missing, and a {config.task} model needs it; pass a path, a PIL image or an array"
+                )
+        if self.image_embeds is None:
+            return
+        if config.task == "t2v":
+            raise ValueError("image_embeds was given, but this is a t2v model; leave it out or use an i2v model")
+        shape = np.shape(self.image_embeds)
+        count = config.dit.image_positions or (config.image_encoder.num_tokens if config.image_encoder else 257)
+        want = (batch, count, config.dit.image_dim)
+        if shape != want:
+            raise ValueError(f"image_embeds has shape {shape}; this model and these prompts need {want}")
+
+
+# The frames that a task is given.
+_IMAGES: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
+
+
+def _read_schedule(attention: Setting, given: Any) -> FPSSchedule | None:
+    """The schedule of a request, its file read. Raises ValueError for one that is none, or that 'dense' wouldn't follow."""
+    check_choice("attention", attention, Setting)
+    if attention == "dense" and given is not None:
         raise ValueError(
-            f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many"
+            "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"
         )
-    return positive, negative
+    if isinstance(given, str | os.PathLike):
+        return FPSSchedule.load(given)
+    if given is not None and not isinstance(given, FPSSchedule):
+        raise ValueError(f"schedule={given!r} is not an FPSSchedule, the path of its JSON file or None")
+    return given
 
 
-def integer(name: str, value: Any) -> None:
-    """Raises ValueError for what is no whole number."""
+def _check_integer(name: str, value: Any) -> None:
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
-
-
-def guidance(scale: Any) -> None:
-    """Raises ValueError for a guidance weight that is no finite number."""
-    if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
-        raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
 
 
 def check_frame(height: int, width: int, num_frames: int) -> None:
     """Raises ValueError for a frame size or a number of frames that no Wan2.1 model makes."""
     for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-        integer(name, value)
+        _check_integer(name, value)
     for name, value in (("height", height), ("width", width)):
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
@@ -72,26 +231,7 @@ def latent_shape(batch: int, height: int, width: int, num_frames: int, config: W
     check_frame(height, width, num_frames)
     if config.task == "flf2v" and num_frames < 5:
         raise ValueError(f"num_frames={num_frames} leaves nothing between the first and the last frame; use 5 or more")
-    return (batch, config.vae.z_dim, (num_frames - 1) // 4 + 1, height // 8, width // 8)
-
-
-def schedule(attention: Setting, given: Any, grid: tuple[int, int, int]) -> FPSSchedule | None:
-    """The schedule of an attention setting on a token grid, nothing left to propose; None for 'dense'. Raises ValueError."""
-    if attention not in SETTINGS:
-        raise ValueError(f"attention={attention!r} is not one of {', '.join(map(repr, SETTINGS))}")
-    if attention == "dense":
-        if given is not None:
-            raise ValueError(
-                "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"
-            )
-        return None
-    if given is None:
-        given = FPSSchedule.default(grid)
-    elif isinstance(given, str | os.PathLike):
-        given = FPSSchedule.load(given)
-    elif not isinstance(given, FPSSchedule):
-        raise ValueError(f"schedule={given!r} is not an FPSSchedule, the path of its JSON file or None")
-    return given.setting(attention).resolve(grid)
+    return (batch, config.vae.z_dim, *latent_grid(height, width, num_frames))
 
 
 def default_flow_shift(config: WanConfig, height: int, width: int) -> float:
@@ -99,102 +239,3 @@ def default_flow_shift(config: WanConfig, height: int, width: int) -> float:
     if config.flow_shift_480p is not None and height * width <= 480 * 832:
         return config.flow_shift_480p
     return config.flow_shift
-
-
-def output_type(value: str) -> None:
-    """Raises ValueError for an unknown output type."""
-    if value not in OUTPUT_TYPES:
-        raise ValueError(f"output_type={value!r} is not one of {', '.join(map(repr, OUTPUT_TYPES))}")
-
-
-def noise(latents: Any, seed: int | Sequence[int], shape: tuple[int, ...]) -> Float[Array, "B 16 F H W"]:
-    """The initial noise: the caller's, or a normal draw with one key per sample."""
-    if latents is not None:
-        given = np.asarray(latents)
-        if given.shape != shape:
-            raise ValueError(f"latents has shape {given.shape}; this prompt, size and num_frames need {shape}")
-        if not jnp.issubdtype(given.dtype, jnp.floating):
-            raise ValueError(f"latents has dtype {given.dtype}; pass floating point noise")
-        return jnp.array(given, jnp.float32)  # a copy: the caller's array stays the caller's
-    if isinstance(seed, int | np.integer):
-        seeds = [int(seed) + i for i in range(shape[0])]
-    elif isinstance(seed, Sequence | np.ndarray):
-        seeds = list(seed)
-    else:
-        raise ValueError(f"seed={seed!r} is not a whole number or a list of them")
-    if len(seeds) != shape[0]:
-        raise ValueError(f"seed has {len(seeds)} values for {shape[0]} prompts; pass one integer, or as many")
-    for value in seeds:
-        integer("seed", value)
-        if not 0 <= value < 2**32:  # jax would wrap a larger one silently
-            raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
-    return jnp.stack([jax.random.normal(jax.random.key(int(s)), shape[1:], jnp.float32) for s in seeds])
-
-
-def conditioning_frames(
-    config: WanConfig, image: Any, last_image: Any, embeds: Any, height: int, width: int, num_frames: int
-) -> list[np.ndarray]:
-    """The given frames, float32 [1 or B, H, W, 3] in [0, 1]: none for t2v, the first for i2v, first and last for flf2v."""
-    given = {"image": image, "last_image": last_image}
-    wanted = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}[config.task]
-    if config.task == "t2v" and embeds is not None:
-        given["image_embeds"] = embeds
-    for name, value in given.items():
-        if value is not None and name not in wanted and name != "image_embeds":
-            model = f"{'an' if config.task == 'i2v' else 'a'} {config.task} model"
-            raise ValueError(f"{name} was given, but this is {model}; leave {name} out or use another model")
-        if value is not None and name == "image_embeds":
-            raise ValueError("image_embeds was given, but this is a t2v model; leave it out or use an i2v model")
-        if value is None and name in wanted:
-            raise ValueError(
-                f"{name} is missing, and a {config.task} model needs it; pass a path, a PIL image or an array"
-            )
-    return [load_image(given[name], height, width, name=name) for name in wanted]
-
-
-def image_embeds(config: WanConfig, embeds: Any, batch: int) -> Float[Array, "B I E"] | None:
-    """Image-tower tokens that the caller brings, checked."""
-    if embeds is None:
-        return None
-    tokens = np.asarray(embeds)
-    count = config.dit.image_positions or (config.image_encoder.num_tokens if config.image_encoder else 257)
-    want = (batch, count, config.dit.image_dim)
-    if tokens.shape != want:
-        raise ValueError(f"image_embeds has shape {tokens.shape}; this model and these prompts need {want}")
-    return jnp.array(tokens, jnp.float32)
-
-
-def to_unit_range(video: np.ndarray) -> np.ndarray:
-    """[-1, 1] to [0, 1], in place."""
-    video *= 0.5
-    video += 0.5
-    return np.clip(video, 0, 1, out=video)
-
-
-def to_pil(video: np.ndarray) -> list[list[Any]]:
-    """One list of PIL images a sample."""
-    from PIL import Image
-
-    return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
-
-
-def log_tiling(needed: int, free: int) -> bool:
-    """Whether a decode that needs so many bytes has to be tiled; says so once in the log."""
-    if needed <= free:
-        return False
-    log.info("VAE decode needs %.1f GB and %.1f GB are free: decoding in spatial tiles", needed / 1e9, free / 1e9)
-    return True
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
-    """A function (done, total) that moves a bar on stderr. show: None for only on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=label, disable=None if show is None else not show, dynamic_ncols=True) as bar:
-
-        def update(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield update

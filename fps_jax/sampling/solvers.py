@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fps_jax.sampling.flow import Grid, SigmaGrid, Solver, sigma_grid
+from fps_jax.choices import SigmaGrid, Solver
+from fps_jax.sampling.flow import Grid, sigma_grid
 
 
 class SolverTable(NamedTuple):

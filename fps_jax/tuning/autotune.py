@@ -19,14 +19,17 @@ import jax
 import jax.numpy as jnp
 
 from fps_jax.attention.plan import AttentionPlan
-from fps_jax.attention.tiles import Shape3, TileLayout, check_shape3, propose_tiles
+from fps_jax.attention.tiles import TileLayout, check_shape3, propose_tiles
 from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
+from fps_jax.sizes import Shape3
 from fps_jax.tuning.timing import median_seconds
-from pallas_kernels import fwd_sm90, quantize_sm90, tuning
 from pallas_kernels.platform import target_device
-from pallas_kernels.tuning import ForwardConfig, TuningKey
+from pallas_kernels.sm90 import forward, quantize
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import BLOCK_KV, ForwardConfig, scales_per_block
+from pallas_kernels.sm90.tuned import TuningKey
 
 SPARSE_DENSITY = 0.2  # of the window that stands for the class 'sparse'
 AGREE = 1e-2  # relative L2 from the safe config's output: a config that computes something else is out
@@ -62,12 +65,7 @@ class Task:
             raise ValueError(f"heads={self.heads!r} is not a positive whole number; Wan 14B has 40, 1.3B has 12")
         tile = _tile(self.grid) if self.tile is None else check_shape3("tile", self.tile, "tokens")
         object.__setattr__(self, "tile", tile)
-        reason = fwd_sm90.unsupported(
-            self.head_dim,
-            jnp.bfloat16,
-            tile_size=self.plan.layout.stored,
-            tokens_per_scale=self.plan.tokens_per_scale,
-        )
+        reason = self.call.unsupported()
         if reason is not None:
             raise ValueError(f"the Hopper kernel can't: {reason.split('; use')[0]}; choose another size")
 
@@ -79,35 +77,19 @@ class Task:
         return AttentionPlan.build(self.grid, layout.tile, window, self.scales_per_tile, quantize)
 
     @property
-    def key(self) -> TuningKey:
-        """What the tuned table calls it."""
-        width = self.plan.key_tiles.shape[-1] / self.plan.layout.num_tiles
-        return tuning.tuning_key(head_dim=self.head_dim, density=width, tokens_per_scale=self.plan.tokens_per_scale)
+    def call(self) -> CallShape:
+        """Its static side."""
+        return self.plan.call_shape(head_dim=self.head_dim, dtype="bfloat16")
 
     @property
-    def fits(self) -> dict[str, int]:
-        """The other arguments of `tuning.choose_config` and, with head_dim, of `tuning.candidates`."""
-        stored = self.plan.layout.stored
-        return {
-            "operand_bytes": 1 if self.plan.quantize else 2,
-            "output_bytes": 2,
-            "blocks_per_tile": stored // tuning.BLOCK_KV,
-        }
+    def key(self) -> TuningKey:
+        """What the tuned table calls it."""
+        return TuningKey.of(self.call)
 
     @property
     def candidates(self) -> list[ForwardConfig]:
         """Every config to try."""
-        return tuning.candidates(head_dim=self.head_dim, **self.fits)
-
-    def shared_memory_bytes(self, config: ForwardConfig) -> int:
-        """Of a thread block."""
-        fits = self.fits
-        return tuning.shared_memory_bytes(
-            config,
-            head_dim=self.head_dim,
-            operand_bytes=fits["operand_bytes"],
-            output_bytes=fits["output_bytes"],
-        )
+        return self.call.candidates()
 
     @property
     def flop(self) -> float:
@@ -120,7 +102,7 @@ class Task:
         return [jax.random.normal(key, like, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)]
 
     def measured_on(self) -> dict[str, Any]:
-        """Machine, jax, date and this call, as a `tuning.TunedEntry` has them."""
+        """Machine, jax, date and this call, as a `TunedEntry` has them."""
         return {
             "gpu": target_device().device_kind,
             "jax": jax.__version__,
@@ -137,11 +119,9 @@ class Task:
 def _tile(grid: Shape3) -> Shape3:
     """The first proposed tile that is whole blocks of the kernel."""
     for proposal in propose_tiles(grid):
-        if proposal.stored % tuning.BLOCK_KV == 0:
+        if proposal.stored % BLOCK_KV == 0:
             return proposal.tile
-    raise ValueError(
-        f"grid={grid} has no tile of {tuning.BLOCK_KV} stored tokens, a block of the kernel; choose a larger one"
-    )
+    raise ValueError(f"grid={grid} has no tile of {BLOCK_KV} stored tokens, a block of the kernel; choose a larger one")
 
 
 def tasks(
@@ -181,7 +161,7 @@ def _granularity(layout: TileLayout, scales: int) -> int | None:
     """Scales of a tile that give a block of 128 keys so many; None for no quantization."""
     if scales == 0:
         return None
-    per_tile = [n for n in layout.granularities if tuning.scales_per_block(layout.tokens_per_scale(n)) == scales]
+    per_tile = [n for n in layout.granularities if scales_per_block(layout.tokens_per_scale(n)) == scales]
     if not per_tile:
         raise ValueError(
             f"scales={scales}: tiles {layout.tile} of grid {layout.grid} have no such granularity; leave it out"
@@ -213,10 +193,10 @@ def sweep(
     Yields: for each config 'key', 'config', 'ok', 'rel_l2_safe', 'measured_on'; of a right one what `measure` returns and 'tflops'.
     """
     pattern, where = task.plan.pattern, task.measured_on()
-    operands = jax.jit(functools.partial(quantize_sm90.quantize, pattern=pattern))(*task.inputs())
+    operands = jax.jit(functools.partial(quantize.quantize, pattern=pattern))(*task.inputs())
 
     def call(config: ForwardConfig) -> jax.Array:
-        return fwd_sm90.attention(
+        return forward.attention(
             operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), with_lse=False, config=config
         )[0]
 
@@ -250,7 +230,7 @@ def _rel_l2(got: jax.Array, want: jax.Array) -> jax.Array:
 def answer(asked: Mapping[str, Any], *, measure: Measure = median_seconds) -> None:
     """Says what was asked for: `{"device": true}` the GPU, else a sweep, each config announced before it starts."""
     if "device" in asked:
-        say({"missing": fwd_sm90.missing_device(), "gpu": target_device().device_kind, "jax": jax.__version__})
+        say({"missing": forward.missing_device(), "gpu": target_device().device_kind, "jax": jax.__version__})
         return
     configs = [ForwardConfig(**config) for config in asked["configs"]]
     best = math.inf if asked["best"] is None else asked["best"]

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pallas_kernels
 from fps_jax import processes
 from fps_jax.tuning.autotune import SLOW, Task, brief
-from pallas_kernels import tuning
-from pallas_kernels.tuning import ForwardConfig
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TuningKey
 
 CHILD = ("-P", "-m", "fps_jax.tuning.autotune")  # arguments of Python
 DEADLINE = 90.0  # seconds for one config: compiling takes some 5, timing 3
@@ -113,9 +114,8 @@ def run(
                 if not left:
                     break
                 said = f"no answer in {deadline:.0f} s" if ended.timed_out else _last_line(ended.complaint)
-                if (
-                    not begun
-                ):  # inputs, quantization or the safe config: no config is to blame, and others would fare alike
+                # Inputs, quantization or the safe config: no config is to blame, and others would fare alike.
+                if not begun:
                     why = lost = f"not run: the process didn't come to it ({said})"
                 elif ended.timed_out:
                     results.append({**progress.failed(left.pop(0), f"HUNG: {said}"), "hung": True})
@@ -127,7 +127,7 @@ def run(
         yield task, results
 
 
-def key_name(key: tuning.TuningKey) -> str:
+def key_name(key: TuningKey) -> str:
     """'sparse, 2 scales' for people."""
     scales = "bf16" if key.scales == 0 else f"{key.scales} scale{'s' * (key.scales > 1)}"
     return f"{key.density}, {scales}"
@@ -199,7 +199,7 @@ def _number(value: float | str) -> str:
 
 
 def _start(asked: dict[str, Any], **limits: Any) -> processes.Ended:
-    root = str(pathlib.Path(tuning.__file__).parents[1])  # the child imports what this process did
+    root = str(pathlib.Path(pallas_kernels.__file__).parents[1])  # the child imports what this process did
     return processes.run(
         [sys.executable, *CHILD, json.dumps(asked)],
         environment={

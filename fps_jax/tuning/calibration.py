@@ -23,11 +23,13 @@ from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit import dit, stage_name
+from fps_jax.models.dit import stage_name
 from fps_jax.models.params import Params
-from fps_jax.sampling.denoise import Progress
+from fps_jax.progress import Progress
+from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.pattern import TilePattern
 
 DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
 
@@ -70,16 +72,7 @@ class MeasuredAttention:
 
         errors = [
             squares(
-                block_sparse_attention(
-                    some_q,
-                    k,
-                    v,
-                    key_tiles=plan.key_tiles[rows],
-                    counts=plan.counts[rows],
-                    valid=layout.valid,
-                    q_valid=layout.valid[chosen],
-                    tokens_per_scale=plan.tokens_per_scale,
-                ).astype(jnp.float32)
+                block_sparse_attention(some_q, k, v, _of_rows(plan, rows, layout.valid[chosen])).astype(jnp.float32)
                 - want
             )
             for plan in self.plans
@@ -88,19 +81,26 @@ class MeasuredAttention:
         return out
 
 
+def _of_rows(plan: AttentionPlan, rows: np.ndarray, q_valid: np.ndarray) -> TilePattern:
+    """The plan's pattern for some of its query tiles."""
+    return TilePattern.build(
+        key_tiles=plan.key_tiles[rows],
+        counts=plan.counts[rows],
+        valid=plan.layout.valid,
+        q_valid=q_valid,
+        tokens_per_scale=plan.tokens_per_scale,
+    )
+
+
 def measure(
     config: DiTConfig,
     params: Params,
-    noise: Float[Array, "B 16 F H W"],
+    inputs: Inputs,
     table: SolverTable,
-    text: Float[Array, "B T E"],
-    negative: Float[Array, "B T E"] | None = None,
     *,
     plans: Sequence[AttentionPlan],
     query_tiles: int = 32,
     guidance_scale: float = 1.0,
-    condition: Array | None = None,
-    image_states: Array | None = None,
     dtype: Any = jnp.float32,
     progress: Progress | None = None,
 ) -> Float[np.ndarray, "n L C"]:
@@ -116,20 +116,17 @@ def measure(
     layout = plans[0].layout
     spread = np.linspace(0, layout.num_tiles - 1, min(query_tiles, layout.num_tiles)).round().astype(int)
     attention = MeasuredAttention(tuple(plans), tuple(int(i) for i in spread))
-    zeros = jnp.zeros_like(noise)
+    zeros = jnp.zeros_like(inputs.noise)
     # Committed to the device as a step's outputs are: else the second step would compile again.
-    state = jax.device_put(SolverState(noise, zeros, zeros, zeros), jax.local_devices()[0])
+    state = jax.device_put(SolverState(inputs.noise, zeros, zeros, zeros), jax.local_devices()[0])
     errors = []
     for step in range(len(table.sigma)):
         row = SolverTable(*(jnp.asarray(a[step]) for a in table))
         state, squares, bad = _measured_step(
             params,
+            inputs,
             state,
             row,
-            text,
-            negative,
-            condition,
-            image_states,
             jnp.float32(guidance_scale),
             config=config,
             dtype=jnp.dtype(dtype),
@@ -147,14 +144,19 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "attention"))
-def _measured_step(params, state, row, text, negative, condition, image, guidance_scale, *, config, dtype, attention):
-    x = state.x if condition is None else jnp.concatenate([state.x, condition], axis=1)
-    t = jnp.broadcast_to(row.timestep, x.shape[:1])
+def _measured_step(params, inputs, state, row, guidance_scale, *, config, dtype, attention):
     taps = {}
-    velocity, bad = dit(config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype)
-    if negative is not None:
-        unguided = dit(config, params, x, t, negative, image, attention=attention, dtype=dtype).velocity
-        velocity = unguided + guidance_scale * (velocity - unguided)
+    velocity, bad = guided_velocity(
+        config,
+        params,
+        inputs,
+        state.x,
+        row.timestep,
+        attention,
+        guidance_scale=guidance_scale,
+        attention_taps=taps,
+        dtype=dtype,
+    )
     return solver_step(state, row, velocity), taps["attention_error"], bad
 
 

@@ -17,6 +17,7 @@ from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import REFERENCES
 from pallas_kernels import reference
+from pallas_kernels.testing import make_call
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = all_families()
@@ -355,7 +356,7 @@ def test_a_reference_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("scales", [None, 1])
 def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(scales):
     shape = shapes.Shape(tile=128, tiles=2, heads=1, head_dim=64, table="all", scales=scales)
-    qkv, pattern = shapes.make_call(shape)
+    qkv, pattern = make_call(shape)
     calls = iter(range(100))
 
     def right(q, k, v):

@@ -180,9 +180,8 @@ def test_operands_are_what_fp8_attention_reads(monkeypatch):
     monkeypatch.setattr(short_sums, "KEYS", (256, 1024))
     x: Operands = short_sums.operands(1, 2.0, 1.0, 1.0)
     assert x.scores.shape == (64, 1024)
-    np.testing.assert_allclose(
-        x.scores.std(), 2 * np.log2(np.e), rtol=0.1
-    )  # 64 query rows: 1 / sqrt(2 * 64) of their lengths
+    # 64 query rows: 1 / sqrt(2 * 64) of their lengths.
+    np.testing.assert_allclose(x.scores.std(), 2 * np.log2(np.e), rtol=0.1)
     assert np.isin(x.v, E4M3).all()
     np.testing.assert_array_equal(x.v[:, -1], 1)
     np.testing.assert_array_equal(np.abs(x.v[:, :-1]).max(0), 448)

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fps_convert.pth import PthFile
+from fps_convert.formats.pth import PthFile
 
 
 def read_all(path: pathlib.Path) -> dict[str, dict[str, tuple[str, tuple[int, ...], bytes]]]:

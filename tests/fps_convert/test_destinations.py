@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import fps_convert.cli
-from fps_convert import array_files, open_checkpoint, to_flax, to_torch
+from fps_convert import open_checkpoint, to_flax, to_torch
+from fps_convert.formats import array_files
 from fps_jax.checkpoints.format import is_checkpoint
 from tests.fps_convert.failing import fails, snapshot
 from tests.fps_convert.tensors import read_all, rewrite
@@ -92,7 +93,7 @@ def test_a_failure_halfway_leaves_nothing(capsys, pristine, tmp_path, monkeypatc
 
 
 def test_a_full_disk_on_the_way_back_leaves_nothing(capsys, pristine, tmp_path, monkeypatch):
-    from fps_convert import writers
+    from fps_convert.formats import writers
 
     to_flax(pristine("official"), tmp_path / "ours")
     before = snapshot(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 from fps_convert import mapping
 from fps_convert.synthetic import tiny_config
 from fps_jax.checkpoints.placement import builds
-from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
+from fps_jax.config import COMPONENTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
 from fps_jax.models.params import abstract_params, flatten
 from tests.reference import DATA
 
@@ -75,8 +75,8 @@ def test_a_t2v_model_has_no_image_tower():
         mapping.rows("image_encoder", tiny_config("t2v"))
 
 
-@pytest.mark.parametrize("layout", mapping.LAYOUTS)
-@pytest.mark.parametrize("component", mapping.COMPONENTS)
+@pytest.mark.parametrize("layout", mapping.NAMINGS)
+@pytest.mark.parametrize("component", COMPONENTS)
 def test_from_ours_undoes_to_ours(component, layout):
     for tensor in mapping.tensors(mapping.rows(component, tiny_config("flf2v")), layout):
         whole = np.arange(np.prod(tensor.shape), dtype=np.float32).reshape(tensor.shape)

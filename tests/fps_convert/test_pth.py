@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fps_convert import writers
-from fps_convert.pth import PthFile
-from fps_convert.writers import Output, write_pth
+from fps_convert.formats import writers
+from fps_convert.formats.pth import PthFile
+from fps_convert.formats.writers import Output, write_pth
 from tests.reference import DATA
 
 GOLDEN = DATA / "convert" / "models_t5_umt5-xxl-enc-bf16.pth"

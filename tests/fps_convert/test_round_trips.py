@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fps_convert import open_checkpoint, to_flax, to_torch
-from fps_convert.pth import PthFile
+from fps_convert.formats.pth import PthFile
+from fps_convert.formats.writers import Output, write_pth
 from fps_convert.synthetic import tiny_config
-from fps_convert.writers import Output, write_pth
 from fps_jax.checkpoints.format import abstract_component, load_component, read_config, read_manifest
 from fps_jax.models.params import flatten
 from tests.checkpoints import T2V

@@ -10,8 +10,11 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fps_jax import AttentionPlan, attend
-from pallas_kernels import block_sparse, fwd_sm90, mosaic, platform, portable
+from pallas_kernels import block_sparse, platform, portable
 from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.interpret import interpret
+from pallas_kernels.pattern import TilePattern
+from pallas_kernels.sm90 import forward as fwd_sm90
 from tests.pallas_kernels import interpreted
 from tests.reference import rel_l2
 
@@ -33,6 +36,8 @@ X = jnp.zeros((1, 512, 2, 64))
         ({"key_tiles": np.array([[0], [-1]], np.int32)}, "key_tiles holds tile -1"),
         ({"key_tiles": np.array([[0, 0], [0, 1]], np.int32), "counts": np.array([2, 2], np.int32)}, "lists a tile twice in a row"),
         ({"valid": np.ones(100, bool)}, r"valid \(100,\) .* must be one bool for each of 512 keys"),
+        ({"valid": np.ones((2, 256), bool)}, r"valid \(2, 256\) .* must be one bool for each key and each query"),
+        ({"valid": np.ones(0, bool)}, "q has 0 tokens for 2 rows of key_tiles"),
         ({"valid": np.arange(512) < 256}, "valid has no valid key in tile 1"),
         ({"tokens_per_scale": 100}, "tokens_per_scale=100 doesn't divide the 256 stored tokens of a tile"),
         ({"tokens_per_scale": 0}, "tokens_per_scale=0 doesn't divide"),
@@ -41,28 +46,29 @@ X = jnp.zeros((1, 512, 2, 64))
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(change, message):
+    table = {**TABLE, **change}
+    keywords = {"implementation": table.pop("implementation")} if "implementation" in table else {}
     with pytest.raises(ValueError, match=message):
-        block_sparse_attention(X, X, X, **{**TABLE, **change})
+        block_sparse_attention(X, X, X, TilePattern.build(**table), **keywords)
 
 
 def test_queries_and_keys_may_be_different_tokens():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 16), np.float32)) for n in (64, 192, 192))
     table = {"key_tiles": np.array([[0, 2]], np.int32), "counts": np.array([2], np.int32), "valid": np.ones(192, bool)}
-    outs = [
-        block_sparse_attention(q, k, v, **table, q_valid=np.ones(64, bool), implementation=name)
-        for name in ("portable", "reference")
-    ]
+    pattern = TilePattern.build(**table, q_valid=np.ones(64, bool))
+    outs = [block_sparse_attention(q, k, v, pattern, implementation=name) for name in ("portable", "reference")]
     assert rel_l2(*outs) <= 2e-6
+    one_tile = TilePattern.build(**{**table, "key_tiles": np.array([[0]], np.int32), "counts": np.array([1], np.int32)})
     with pytest.raises(ValueError, match="q has 64 tokens and k 192; pass q_valid"):
-        block_sparse_attention(q, k, v, **table)
+        block_sparse_attention(q, k, v, one_tile)
 
 
 def test_the_hopper_kernel_is_refused_with_the_reason():
     with pytest.raises(
         NotImplementedError, match=r"implementation='sm90': needs an NVIDIA GPU .*found cpu; use 'portable'"
     ):
-        block_sparse_attention(X, X, X, **TABLE, tokens_per_scale=256, implementation="sm90")
+        block_sparse_attention(X, X, X, TilePattern.build(**TABLE, tokens_per_scale=256), implementation="sm90")
 
 
 @pytest.fixture
@@ -125,7 +131,7 @@ def _attend_interpreted(scales) -> tuple[float, float]:
     fwd_sm90.missing_device = lambda: None
     results = []
     for implementation in ("sm90", "portable"):
-        with mosaic.interpret():
+        with interpret():
             out, vjp = jax.vjp(functools.partial(attend, plan=plan, implementation=implementation), q, k, v)
         results.append([np.asarray(x, np.float32) for x in (out, *vjp(d_out))])
     out, *grads = (rel_l2(a, b) for a, b in zip(*results, strict=True))
@@ -136,7 +142,7 @@ def _attend_interpreted(scales) -> tuple[float, float]:
 def test_the_kernel_through_attend_forward_and_backward(scales):
     out, grads = interpreted.run(_attend_interpreted, scales)
     # Each rounds P against its own running maximum (steps of 128 keys, a chunk of 512) and so lies within 2e-2 of the
-    # specification; test_fwd_sm90 holds the kernel to its own rounding. Without FP8 the difference is bf16's.
+    # specification; sm90/test_forward.py holds the kernel to its own rounding. Without FP8 the difference is bf16's.
     assert out <= (4e-2 if scales else 5e-3)
     assert grads <= 2e-2
 
@@ -151,9 +157,8 @@ def test_gradients_with_16_bit_operands_are_as_good_in_fp8_as_without(monkeypatc
 
     def errors(tokens_per_scale):
         def gradients(implementation):
-            attention = functools.partial(
-                block_sparse_attention, **TABLE, tokens_per_scale=tokens_per_scale, implementation=implementation
-            )
+            pattern = TilePattern.build(**TABLE, tokens_per_scale=tokens_per_scale)
+            attention = functools.partial(block_sparse_attention, pattern=pattern, implementation=implementation)
             return jax.vjp(attention, q, k, v)[1](d_out)
 
         return [rel_l2(a, b) for a, b in zip(gradients("portable"), gradients("reference"), strict=True)]

@@ -1,87 +1,23 @@
-"""The one file that leans on jax's private interfaces stands on the installed jax; `make newest` runs this on the newest."""
+"""What leans on jax's private interfaces stands on the installed jax; `make newest` runs this on the newest."""
 
 import functools
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from pallas_kernels import fwd_sm90, mosaic, registers
-from pallas_kernels.tuning import ForwardConfig
-from tests.pallas_kernels import attention_cases, interpreted
+from pallas_kernels import mosaic
+from pallas_kernels.sm90 import forward as fwd_sm90
+from pallas_kernels.sm90.config import ForwardConfig
+from tests.pallas_kernels import interpreted
+from tests.pallas_kernels.sm90 import attention_cases
 
 
 def test_the_installed_jax_was_checked():
     assert jax.__version__ in mosaic.VERSIONS_CHECKED, (
         f"jax {jax.__version__} is new to pallas_kernels/mosaic.py: run tests/pallas_kernels on it, then add it to VERSIONS_CHECKED"
     )
-
-
-def relabel_then_multiply(order: str = "right"):
-    """P @ V + 1: P through `to_fp8_operand`, V copied into one slot twice, the second time after its use.
-
-    `order` "early": the slot is filled again before the matmul was waited for. "unwaited": V is read before it has arrived.
-    """
-    rng = np.random.default_rng(0)
-    p = rng.random((64, 128), np.float32)
-    v = rng.standard_normal((128, 64)).astype(jnp.float8_e4m3fn)
-
-    def body(p_ref, v_ref, out_ref, v_smem, out_smem, barrier, again):
-        plgpu.copy_gmem_to_smem(v_ref, v_smem, barrier)
-        if order != "unwaited":
-            plgpu.barrier_wait(barrier)
-        p = registers.to_fp8_operand(plgpu.load(p_ref, layout=plgpu.Layout.WGMMA, optimized=False))
-
-        def multiply(acc):
-            plgpu.wgmma(acc, p, v_smem.transpose((1, 0)))
-            if order == "early":
-                plgpu.copy_gmem_to_smem(v_ref, v_smem, again)
-
-        start = plgpu.layout_cast(jnp.ones((64, 64), jnp.float32), plgpu.Layout.WGMMA)
-        out_smem[...] = pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(start))
-        if order == "right":
-            plgpu.copy_gmem_to_smem(v_ref, v_smem, again)
-        if order == "unwaited":
-            plgpu.barrier_wait(barrier)
-        else:
-            plgpu.barrier_wait(again)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem, out_ref)
-        plgpu.wait_smem_to_gmem(0)
-
-    def smem(shape, dtype, columns):
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
-
-    kernel = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((64, 64), jnp.float32),
-        scratch_types=[
-            smem((64, 128), jnp.float8_e4m3fn, 128),
-            smem((64, 64), jnp.float32, 32),
-            plgpu.Barrier(),
-            plgpu.Barrier(),
-        ],
-    )
-    in_order = np.ascontiguousarray(v[registers.kv_order(128)].T)
-    jax.jit(kernel).trace(p, in_order).lower(lowering_platforms=("cuda",))
-    with mosaic.interpret():
-        got = np.asarray(kernel(p, in_order))
-    want = p.astype(jnp.float8_e4m3fn).astype(np.float64) @ v.astype(np.float64) + 1
-    return float(np.abs(got - want).max())
-
-
-def test_relabelled_registers_multiply_a_permuted_v():
-    assert interpreted.run(relabel_then_multiply) <= 1e-5
-
-
-@pytest.mark.parametrize("order", ["early", "unwaited"])
-def test_reads_of_the_tensor_cores_race_with_copies(order):
-    """jax's interpret mode knows neither: its matmul reads at once, and unseen by the race detector."""
-    with pytest.raises(AssertionError, match="RACE DETECTED"):
-        interpreted.run(relabel_then_multiply, order)
 
 
 def kernel_that_waits(x):
@@ -134,16 +70,6 @@ def test_waits_of_no_time_or_all_time_are_refused(seconds):
     words = "is not a positive time; a wait takes microseconds, use 3"
     with pytest.raises(ValueError, match=words), mosaic.impatient_waits(seconds):
         pass
-
-
-def test_interpret_leaves_jax_as_it_was():
-    from jax._src.pallas.mosaic_gpu.interpret import jaxpr_interpret
-
-    interpreter = jaxpr_interpret.JaxprInterpreter
-    before = dict(vars(interpreter))
-    with mosaic.interpret():
-        assert dict(vars(interpreter)) != before
-    assert dict(vars(interpreter)) == before
 
 
 @pytest.mark.parametrize(

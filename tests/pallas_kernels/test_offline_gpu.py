@@ -9,7 +9,8 @@ import json
 import pytest
 
 from benchmarks import kernel_report, sass
-from pallas_kernels import tuning
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import SHARED_MEMORY
 
 COMMITTED = json.loads((kernel_report.RESULTS / "kernel_report.json").read_text())["kernels"]
 
@@ -160,7 +161,7 @@ def test_the_committed_report_is_of_the_shipped_kernels_and_in_order():
     for name in kernel_report.cases():
         facts = COMMITTED[name]
         assert facts["main_loop_matmuls"][0].startswith("HGMMA" if "bf16" in name else "QGMMA"), name
-        assert facts["shared_memory"] <= tuning.SHARED_MEMORY
+        assert facts["shared_memory"] <= SHARED_MEMORY
 
 
 def test_the_default_config_issues_370_instructions_in_the_usual_step_at_most():
@@ -170,12 +171,16 @@ def test_the_default_config_issues_370_instructions_in_the_usual_step_at_most():
         assert COMMITTED[name]["special_functions"] == sass.EXPONENTIALS
 
 
-def test_shared_memory_is_what_tuning_estimates():
+def test_shared_memory_is_what_a_call_shape_estimates():
     for name, case in kernel_report.cases().items():
-        estimate = tuning.shared_memory_bytes(
-            case.config, head_dim=case.head_dim, operand_bytes=1 if case.scales else 2, output_bytes=2
+        call = CallShape(
+            head_dim=case.head_dim,
+            dtype="bfloat16",
+            tile_size=256,
+            tokens_per_scale=256 // case.scales if case.scales else None,
+            table_density=1.0,
         )
-        assert estimate == COMMITTED[name]["shared_memory"], name
+        assert call.shared_memory_bytes(case.config) == COMMITTED[name]["shared_memory"], name
 
 
 def test_waits_give_up_where_they_should_and_nowhere_else():

@@ -3,8 +3,8 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fps_jax import AttentionPlan
 from pallas_kernels.pattern import TilePattern
@@ -27,14 +27,21 @@ def test_another_table_is_not_compiled_for_and_another_size_is():
     assert traced == [128, None]
 
 
-def test_a_plan_has_the_pattern_that_the_op_makes_of_its_arrays():
-    x = jnp.zeros((1, PLAN.layout.num_stored, 2, 16))
-    table = {"key_tiles": PLAN.key_tiles, "counts": PLAN.counts, "valid": PLAN.layout.valid, "q_valid": None}
-    built = TilePattern.build(x, x, **table, tokens_per_scale=PLAN.tokens_per_scale)
-    assert jax.tree.structure(built) == jax.tree.structure(PLAN.pattern)  # the sizes
-    for a, b in zip(jax.tree.leaves(built), jax.tree.leaves(PLAN.pattern), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.dtype == b.dtype
+def test_a_plans_pattern_is_its_arrays_and_sizes():
+    pattern = PLAN.pattern
+    assert (pattern.tile_size, pattern.tokens_per_scale) == (256, 128)
+    valid = PLAN.layout.valid
+    for got, want in ((pattern.key_tiles, PLAN.key_tiles), (pattern.counts, PLAN.counts), (pattern.k_valid, valid)):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
+    np.testing.assert_array_equal(pattern.q_valid, valid)
+
+
+def test_a_plan_whose_table_is_wrong_has_no_pattern(monkeypatch):
+    """What `attend` and a kernel that is called directly take is checked in one place."""
+    monkeypatch.setattr(AttentionPlan, "counts", np.array([1, 2], np.int32))
+    with pytest.raises(ValueError, match=r"counts lie in \[1, 2\]; each must be in \[1, 1\]"):
+        _ = PLAN.pattern
 
 
 def test_groups_are_tiles_where_nothing_is_quantized():

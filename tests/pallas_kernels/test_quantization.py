@@ -40,9 +40,8 @@ def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf1
     ]
     assert np.logical_or.reduce([np.asarray(values) == n for n in nearest]).all()
     back = np.asarray(values, np.float32) * np.repeat(np.asarray(scales), 4, axis=1)[..., None]
-    assert (
-        np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-5)
-    ).all()  # a bit of 448: 2e-6 of half a step
+    # A bit of 448 is 2e-6 of half a step.
+    assert (np.abs(back - x) <= np.repeat(amax, 4, axis=1)[..., None] / 28 * (1 + 1e-5)).all()
 
 
 def test_every_boundary_between_two_codes_is_rounded_as_ml_dtypes_does():

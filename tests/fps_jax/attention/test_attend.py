@@ -46,9 +46,8 @@ def run(plan, implementation, q, k, v, d_out, poison=False):
 @st.composite
 def plans(draw, quantize):
     grid = tuple(draw(st.integers(1, 7)) for _ in range(3))
-    tile = tuple(
-        draw(st.integers((n + 1) // 2, n)) for n in grid
-    )  # at most 8 tiles: the specification holds all pairs of slots
+    # At most 8 tiles: the specification holds all pairs of slots.
+    tile = tuple(draw(st.integers((n + 1) // 2, n)) for n in grid)
     windows = st.tuples(*(st.integers(1, 3),) * 3)
     window = draw(st.one_of(windows, st.tuples(windows, windows), st.none()))
     plan = AttentionPlan.build(grid, tile, window, quantize=quantize)

@@ -4,17 +4,18 @@ import pytest
 
 from fps_jax import AttentionPlan
 from fps_jax.attention.cost import attention_cost
-from pallas_kernels import tuning
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TunedEntry, TuningKey, write_tuned_table
 
 
 def tuned(path, monkeypatch, **tflops: tuple[str, float]) -> None:
     """A tuned table with entries 'dense0=(GPU, TFLOP/s)': density class and scales."""
-    keys = {n: tuning.TuningKey(head_dim=128, density=n[:-1], scales=int(n[-1])) for n in tflops}
+    keys = {n: TuningKey(head_dim=128, density=n[:-1], scales=int(n[-1])) for n in tflops}
     table = {
-        keys[name]: tuning.TunedEntry(config=tuning.ForwardConfig(), seconds=1.0, tflops=rate, measured_on={"gpu": gpu})
+        keys[name]: TunedEntry(config=ForwardConfig(), seconds=1.0, tflops=rate, measured_on={"gpu": gpu})
         for name, (gpu, rate) in tflops.items()
     }
-    tuning.write_tuned_table(table, path=path)
+    write_tuned_table(table, path=path)
     monkeypatch.setenv("FPS_TUNED_TABLE", str(path))
 
 

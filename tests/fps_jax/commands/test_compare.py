@@ -174,14 +174,14 @@ def test_the_image_is_looked_at_before_weights_are_read(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("error", [FloatingPointError("NaN or inf at step 2 of 3"), KeyboardInterrupt()])
 def test_a_run_that_fails_late_leaves_nothing(tmp_path, monkeypatch, capsys, error):
-    original = WanPipeline.__call__
+    original = WanPipeline.sample
 
-    def second_fails(self, *arguments, attention="dense", **keywords):
-        if attention != "dense":
+    def second_fails(self, request, callback=None):
+        if request.attention != "dense":
             raise error
-        return original(self, *arguments, **keywords)
+        return original(self, request, callback)
 
-    monkeypatch.setattr(WanPipeline, "__call__", second_fails)
+    monkeypatch.setattr(WanPipeline, "sample", second_fails)
     status = run(T2V, "--prompt", "A cat", "--output", tmp_path / "a" / "b", *SMALL)
     assert status == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert "error: " in capsys.readouterr().err

@@ -9,8 +9,10 @@ import pytest
 
 from fps_jax.commands import tune
 from fps_jax.tuning import autotune, autotune_run
-from pallas_kernels import tuning
-from pallas_kernels.tuning import ForwardConfig, TunedEntry, TuningKey
+from pallas_kernels.sm90 import tuned
+from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TunedEntry, TuningKey
 
 SMALL = ["--grid", "7", "18", "8", "--heads", "1", "--density", "0.4"]  # of (7, 9, 4): 4 tiles
 SPARSE, DENSE = (TuningKey(head_dim=128, density=d, scales=1) for d in ("sparse", "dense"))
@@ -26,7 +28,7 @@ def run(capsys, *argv: object) -> tuple[int, str, str]:
 def pretend(monkeypatch, **fates: object) -> None:
     """The sweep's processes are those of tuning_child, and configs are four: 2 or 4 stages, clusters of 1 or 2."""
     found = [ForwardConfig(stages=stages, cluster=cluster) for cluster in (1, 2) for stages in (2, 4)]
-    monkeypatch.setattr(tuning, "candidates", lambda **_: found)
+    monkeypatch.setattr(CallShape, "candidates", lambda _: found)
     monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", json.dumps(fates)))
 
 
@@ -98,7 +100,7 @@ def test_a_dry_run_lists_every_config_and_touches_no_device():
     assert said.count("bytes of shared memory") == sum(len(t.candidates) for t in tasks)
     for task in tasks:
         for config in task.candidates:
-            assert f"{autotune.brief(config):40} {task.shared_memory_bytes(config):9,} bytes" in said
+            assert f"{autotune.brief(config):40} {task.call.shared_memory_bytes(config):9,} bytes" in said
     assert said.rstrip().endswith("mine.json")
 
 
@@ -110,10 +112,10 @@ def test_it_writes_the_fastest_right_config_of_each_key(tmp_path, capsys, monkey
     path = tmp_path / "tuned.json"
     kept = TuningKey(head_dim=64, density="sparse", scales=0)
     again = TunedEntry(config=ForwardConfig(), seconds=9.0, tflops=9.0, measured_on={"gpu": "an older one"})
-    tuning.write_tuned_table({kept: again, SPARSE: again}, path=path)
+    tuned.write_tuned_table({kept: again, SPARSE: again}, path=path)
     code, out, err = run(capsys, *SMALL, "--scales", 1, "--output", path)
     assert code == 0
-    table = tuning.read_tuned_table(path)
+    table = tuned.read_tuned_table(path)
     assert table[kept] == again
     assert {key: (e.config, e.seconds, e.tflops) for key, e in table.items() if key != kept} == {
         SPARSE: (ForwardConfig(stages=4, cluster=2), 0.25, 400.0),
@@ -137,7 +139,7 @@ def test_the_default_output_is_the_table_that_attention_reads(tmp_path, capsys, 
     monkeypatch.setenv("FPS_TUNED_TABLE", str(path))  # not there yet
     code, out, _ = run(capsys, *SMALL, "--scales", 1, "--classes", "dense")
     assert code == 0
-    assert set(tuning.tuned_table()) == {*tuning.read_tuned_table(tuning.TUNED_TABLE), DENSE}
+    assert set(tuned.tuned_table()) == {*tuned.read_tuned_table(tuned.TUNED_TABLE), DENSE}
     assert "is set" not in out
 
 
@@ -147,7 +149,7 @@ def test_a_hang_ends_and_nothing_more_of_that_cluster_size_is_tried(tmp_path, ca
     code, out, err = run(capsys, *SMALL, "--scales", 1, "--output", tmp_path / "t.json", "--deadline", 5)
     assert time.monotonic() - start < 60
     assert code == 0
-    table = tuning.read_tuned_table(tmp_path / "t.json")
+    table = tuned.read_tuned_table(tmp_path / "t.json")
     assert {key: e.config for key, e in table.items()} == dict.fromkeys(
         (SPARSE, DENSE), ForwardConfig(stages=4, cluster=2)
     )
@@ -161,7 +163,7 @@ def test_a_key_whose_process_fails_before_any_config_is_given_up_alone(tmp_path,
     pretend(monkeypatch, **{"sparse/1 start": "crash"})
     code, _, err = run(capsys, *SMALL, "--scales", 1, "--output", tmp_path / "t.json")
     assert code == 2
-    assert set(tuning.read_tuned_table(tmp_path / "t.json")) == {DENSE}
+    assert set(tuned.read_tuned_table(tmp_path / "t.json")) == {DENSE}
     assert err.count("not run: the process didn't come to it (RuntimeError: no such instruction)") == 4
     assert err.rstrip().endswith(
         "error: no config measured for sparse, 1 scale: see above; what the table had for them it still has"
@@ -171,11 +173,11 @@ def test_a_key_whose_process_fails_before_any_config_is_given_up_alone(tmp_path,
 def test_the_real_processes_measure_real_kernels(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(autotune_run, "CHILD", ("-m", "tests.fps_jax.tuning.tuning_child", "interpret"))
     monkeypatch.setenv("NPROC", "12")  # warpgroups wait for each other in XLA's thread pool
-    monkeypatch.setattr(tuning, "candidates", lambda **_: [ForwardConfig(), ForwardConfig(stages=2)])
+    monkeypatch.setattr(CallShape, "candidates", lambda _: [ForwardConfig(), ForwardConfig(stages=2)])
     arguments = ["--grid", 2, 8, 16, "--heads", 1, "--classes", "dense", "--scales", 1, "--output", tmp_path / "t.json"]
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
-    ((key, entry),) = tuning.read_tuned_table(tmp_path / "t.json").items()
+    ((key, entry),) = tuned.read_tuned_table(tmp_path / "t.json").items()
     assert (key, entry.config, entry.seconds) == (DENSE, ForwardConfig(), 1.0)
     assert entry.measured_on["heads"] == 1
     assert out.splitlines()[1].split()[-2:] == ["2", "0"]

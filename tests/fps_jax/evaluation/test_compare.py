@@ -9,6 +9,7 @@ import pytest
 from fps_jax.evaluation import compare
 from fps_jax.evaluation.compare import Comparison, Run, plot, side_by_side
 from fps_jax.evaluation.quality import psnr, ssim
+from fps_jax.sampling.request import Request
 
 SECONDS = {"sampling_first_call": 1.0, "denoising_step": 0.1, "decoding_first_call": 0.5}
 
@@ -28,21 +29,22 @@ def test_both_videos_are_decoded_alike_whatever_memory_is_free():
         def needs_tiling(self, *_):
             return next(free)
 
-        def __call__(self, callback, **arguments):
-            seen.append(arguments["vae_tiling"])
+        def sample(self, request, callback):
+            seen.append(request.vae_tiling)
             return np.ones((1, 16, 1, 4, 4), np.float32)
 
         def decode(self, latents, *, tiling):
             seen.append(tiling)
             return np.zeros((1, 1, 32, 32, 3), np.float32)
 
-    compare.compare(Pipe(), prompt="x", height=32, width=32)  # pyright: ignore[reportArgumentType]
+    request = Request(prompt="x", height=32, width=32)
+    compare.compare(Pipe(), request)  # pyright: ignore[reportArgumentType]
     assert seen == [True] * 4
 
 
 def test_one_prompt_at_a_time():
     with pytest.raises(ValueError, match=r"prompt=\['a', 'b'\] is not one text"):
-        compare.compare(None, prompt=["a", "b"])  # pyright: ignore[reportArgumentType]
+        compare.compare(None, Request(prompt=["a", "b"]))  # pyright: ignore[reportArgumentType]
 
 
 def test_side_by_side_shows_both_and_four_times_their_difference():

@@ -6,6 +6,7 @@ import pytest
 
 from fps_jax.models.params import flatten, unflatten
 from fps_jax.sampling.denoise import _denoise, denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 from tests.reference import rel_l2
@@ -25,7 +26,7 @@ def test_one_batch_of_two_equals_two_passes(inputs):
     noise, text, negative = inputs
     table = solver_table("unipc", "wan", 3, 3.0)
     two, one = (
-        denoise(TINY, tiny_dit(), noise, table, text, negative, guidance_scale=4.0, batch_guidance=b)
+        denoise(TINY, tiny_dit(), Inputs(noise, text, negative), table, guidance_scale=4.0, batch_guidance=b)
         for b in (False, True)
     )
     assert rel_l2(one, two) <= 1e-5
@@ -34,15 +35,15 @@ def test_one_batch_of_two_equals_two_passes(inputs):
 def test_guidance_of_one_equals_no_guidance(inputs):
     noise, text, negative = inputs
     table = solver_table("euler", "wan", 2, 3.0)
-    plain = denoise(TINY, tiny_dit(), noise, table, text)
-    assert rel_l2(denoise(TINY, tiny_dit(), noise, table, text, negative, guidance_scale=1.0), plain) <= 1e-5
+    plain = denoise(TINY, tiny_dit(), Inputs(noise, text), table)
+    assert rel_l2(denoise(TINY, tiny_dit(), Inputs(noise, text, negative), table, guidance_scale=1.0), plain) <= 1e-5
 
 
 def test_same_inputs_give_the_same_bits_and_the_noise_survives(inputs):
     noise, text, _ = inputs
     table = solver_table("dpm++", "wan", 3, 3.0)
     before = np.array(noise)
-    first, second = (np.asarray(denoise(TINY, tiny_dit(), noise, table, text)) for _ in range(2))
+    first, second = (np.asarray(denoise(TINY, tiny_dit(), Inputs(noise, text), table)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_array_equal(noise, before)  # not donated
 
@@ -52,7 +53,7 @@ def test_solver_shift_guidance_and_prompt_share_one_program(inputs):
     before = _denoise._cache_size()
     for solver, shift, scale in (("unipc", 3.0, 5.0), ("dpm++", 5.0, 2.0), ("euler", 8.0, 3.0)):
         table = solver_table(solver, "wan", 4, shift)
-        denoise(TINY, tiny_dit(), noise, table, text, negative, guidance_scale=scale, progress=lambda *_: None)
+        denoise(TINY, tiny_dit(), Inputs(noise, text, negative), table, guidance_scale=scale, progress=lambda *_: None)
     assert _denoise._cache_size() == before + 1
 
 
@@ -60,7 +61,7 @@ def test_progress_arrives_in_order_and_its_error_is_raised(inputs):
     noise, text, _ = inputs
     table = solver_table("unipc", "wan", 5, 3.0)
     seen = []
-    denoise(TINY, tiny_dit(), noise, table, text, progress=lambda done, total: seen.append((done, total)))
+    denoise(TINY, tiny_dit(), Inputs(noise, text), table, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (5, 5)
     assert seen == sorted(seen)
 
@@ -68,7 +69,7 @@ def test_progress_arrives_in_order_and_its_error_is_raised(inputs):
         raise RuntimeError("the caller's own mistake")
 
     with pytest.raises(RuntimeError, match="the caller's own mistake"):
-        denoise(TINY, tiny_dit(), noise, table, text, progress=broken)
+        denoise(TINY, tiny_dit(), Inputs(noise, text), table, progress=broken)
 
 
 def test_nan_names_the_first_step_and_layer(inputs):
@@ -78,7 +79,7 @@ def test_nan_names_the_first_step_and_layer(inputs):
     with pytest.raises(
         FloatingPointError, match=r"step 1 of 3 \(timestep 999\), first in block 2; try dtype='float32'"
     ):
-        denoise(TINY, unflatten(params), noise, solver_table("unipc", "wan", 3, 3.0), text)
+        denoise(TINY, unflatten(params), Inputs(noise, text), solver_table("unipc", "wan", 3, 3.0))
 
 
 def test_overflow_in_a_later_step_is_blamed_on_that_step(inputs):
@@ -87,4 +88,4 @@ def test_overflow_in_a_later_step_is_blamed_on_that_step(inputs):
     sigma = table.sigma.copy()
     sigma[2] = np.inf
     with pytest.raises(FloatingPointError, match=r"step 3 of 4 .*first in the solver"):
-        denoise(TINY, tiny_dit(), noise, table._replace(sigma=sigma), text)
+        denoise(TINY, tiny_dit(), Inputs(noise, text), table._replace(sigma=sigma))

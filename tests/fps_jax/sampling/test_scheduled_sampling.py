@@ -13,6 +13,7 @@ from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import Regime
 from fps_jax.models.dit import dit
 from fps_jax.sampling import denoise
+from fps_jax.sampling.guidance import Inputs
 from tests.checkpoints import T2V, TINY, tiny_dit
 from tests.reference import golden, rel_l2
 
@@ -150,7 +151,7 @@ def test_segments_have_to_cover_the_steps():
 
     with pytest.raises(ValueError, match="segments cover 3 steps of 4"):
         denoise.denoise(
-            TINY, tiny_dit(), jnp.zeros((1, 16, 3, 8, 8)), solver_table("unipc", "wan", 4, 5.0), jnp.zeros((1, 4, 32)),
+            TINY, tiny_dit(), Inputs(jnp.zeros((1, 16, 3, 8, 8)), jnp.zeros((1, 4, 32))), solver_table("unipc", "wan", 4, 5.0),
             segments=((3, PlannedAttention(AttentionPlan.build((3, 4, 4)))),),
         )  # fmt: skip
 

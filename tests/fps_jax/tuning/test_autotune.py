@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from fps_jax.tuning import autotune, autotune_run
-from pallas_kernels import fwd_sm90
-from pallas_kernels.tuning import ForwardConfig, TuningKey
+from pallas_kernels.sm90 import forward
+from pallas_kernels.sm90.config import ForwardConfig
+from pallas_kernels.sm90.tuned import TuningKey
 
 
 def test_the_keys_are_those_that_attention_asks_for():
@@ -68,7 +69,7 @@ def test_the_engine_times_what_agrees_with_the_safe_config_and_what_is_slow_only
     def attention(operands, pattern, *, config, **arguments):
         return jnp.full((1, 256, 1, 128), factors[config], jnp.float32), None
 
-    monkeypatch.setattr(fwd_sm90, "attention", attention)
+    monkeypatch.setattr(forward, "attention", attention)
     limits, begun, seconds = [], [], iter([2.0, 1.0])
 
     def measure(call, limit):

@@ -13,6 +13,7 @@ from fps_jax import AttentionPlan, attend
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.models.dit import dit
 from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
 from fps_jax.tuning import calibration
 from tests.checkpoints import TINY, tiny_dit
@@ -33,10 +34,10 @@ def test_errors_are_those_of_the_attention_output_along_the_dense_trajectory():
     params = jax.tree.map(jnp.asarray, tiny_dit())
     noise = jnp.asarray(rng.standard_normal((1, 16, 3, 8, 12), np.float32))
     text, negative = (jnp.asarray(rng.standard_normal((1, 7, 32), np.float32)) for _ in range(2))
-    table = solver_table("unipc", "wan", 3, 5.0)
+    inputs, table = Inputs(noise, text, negative), solver_table("unipc", "wan", 3, 5.0)
     seen = []
     errors = calibration.measure(
-        TINY, params, noise, table, text, negative, plans=PLANS, guidance_scale=4.0, query_tiles=99,
+        TINY, params, inputs, table, plans=PLANS, guidance_scale=4.0, query_tiles=99,
         progress=lambda done, steps: seen.append((done, steps)),
     )  # fmt: skip
     assert errors.shape == (3, TINY.num_layers, len(PLANS))
@@ -46,7 +47,7 @@ def test_errors_are_those_of_the_attention_output_along_the_dense_trajectory():
 
     # Step 2 again, by hand: the dense model's own q, k and v there, and the outputs of each plan on them.
     short = table._replace(**{name: getattr(table, name)[:1] for name in table._fields})
-    x = denoise(TINY, params, noise, short, text, negative, guidance_scale=4.0)
+    x = denoise(TINY, params, inputs, short, guidance_scale=4.0)
     taps = {}
     dit(TINY, params, x, jnp.asarray(table.timestep[1:2]), text, taps=taps)
     for layer in range(TINY.num_layers):
@@ -61,10 +62,8 @@ def test_errors_are_those_of_the_attention_output_along_the_dense_trajectory():
 
 def test_a_part_of_the_queries_stands_for_all():
     rng = np.random.default_rng(0)
-    arguments = (
-        TINY, tiny_dit(), jnp.asarray(rng.standard_normal((1, 16, 3, 8, 12), np.float32)), solver_table("unipc", "wan", 2, 5.0),
-        jnp.asarray(rng.standard_normal((1, 7, 32), np.float32)),
-    )  # fmt: skip
+    inputs = Inputs(*(jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((1, 16, 3, 8, 12), (1, 7, 32))))
+    arguments = (TINY, tiny_dit(), inputs, solver_table("unipc", "wan", 2, 5.0))
     part, whole = (calibration.measure(*arguments, plans=PLANS, query_tiles=n) for n in (4, 99))
     assert part.shape == whole.shape
     assert not np.array_equal(part, whole)

@@ -49,7 +49,7 @@ def misbehave(fate: object) -> None:
 def interpret() -> None:
     """The real thing in interpret mode, which has no times: its own, rising."""
     from fps_jax.tuning import autotune
-    from pallas_kernels import mosaic
+    from pallas_kernels.interpret import interpret
 
     del sys.argv[1]
     device = "device" in json.loads(sys.argv[1])
@@ -58,7 +58,7 @@ def interpret() -> None:
         say({"missing": None, "gpu": "Interpreted", "jax": "0"})
         return
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mosaic.interpret(detect_races=False))
+        stack.enter_context(interpret(detect_races=False))
         autotune.main(measure=lambda call, limit: {"seconds": float(next(seconds)), "limit": limit})
 
 

@@ -1,0 +1,194 @@
+"""Our format to a directory in a torch layout."""
+
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+
+from fps_convert import mapping
+from fps_convert.formats.array_files import ArrayFiles
+from fps_convert.formats.arrays import contiguous
+from fps_convert.formats.readers import FLOATS
+from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
+from fps_convert.layouts import LAYOUTS, Layout, LayoutName
+from fps_convert.mapping import SourceTensor
+from fps_convert.report import NAMES, lost_flow_shift, progress_bar
+from fps_convert.spelling import spelled
+from fps_jax.checkpoints.format import read_config, read_manifest
+from fps_jax.config import COMPONENTS, Component, WanConfig
+from fps_jax.files import check_space, new_directory, write_json
+
+
+def to_torch(
+    src: str | os.PathLike, dst: str | os.PathLike, layout: LayoutName, overwrite: bool = False
+) -> dict[str, Any]:
+    """Converts a checkpoint of this project to an official or a diffusers directory, with that layout's own file names.
+
+    Every tensor is bit-identical to what `to_flax` read at the same dtype. Parts that Wan never uses (CLIP's text tower) were
+    left out on the way in and stay out.
+
+    Returns: a report, also written beside `dst` as `<dst>.audit.json`: `dst` holds that layout's files and no other.
+    Raises: FileNotFoundError, ValueError or OSError in one line; `dst` is then as it was.
+    """
+    began = time.monotonic()
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+    wanted = LAYOUTS[layout]
+    with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
+        root = pathlib.Path(src)
+        manifest, config = read_manifest(root), read_config(root)
+        components = _saved_components(root, manifest)
+        tokenizer = root / "tokenizer"
+        if not tokenizer.is_dir():
+            raise FileNotFoundError(f"{tokenizer} is missing; convert the checkpoint again")
+        total = sum(file.stat().st_size for name in components for file in (root / name).rglob("*") if file.is_file())
+        check_space(fresh.parent, total)
+        report: dict[str, Any] = {"layout": layout, "task": config.task, "notes": [], "components": {}}
+        with progress_bar("converting", total) as progress:
+            for name in components:
+                report["components"][name] = _write_component(
+                    root, fresh, name, config, wanted, manifest, progress, report["notes"]
+                )
+        write_rest(fresh, config, wanted, tokenizer)
+        report["notes"] += lost_flow_shift(config, wanted)
+    report |= {"written_bytes": sum(part["bytes"] for part in report["components"].values()), "destination": str(dst)}
+    report["seconds"] = round(time.monotonic() - began, 3)
+    final = pathlib.Path(dst).resolve()
+    beside = final.parent / f"{final.name}.audit.json"
+    report["report"] = str(beside)
+    write_json(report, beside)
+    return report
+
+
+def _saved_components(root: pathlib.Path, manifest: dict[str, Any]) -> list[Component]:
+    named = manifest.get("components")
+    if not isinstance(named, list) or not set(named) <= set(COMPONENTS):
+        raise ValueError(f"{root}/config.json lists components={named!r}; convert the checkpoint again")
+    missing = [name for name in COMPONENTS[:3] if name not in named]
+    if missing:
+        raise ValueError(f"{root} has no {missing[0]}, which every Wan checkpoint needs; convert the checkpoint again")
+    return cast(list[Component], named)
+
+
+def _arrays(directory: pathlib.Path, name: Component, config: WanConfig) -> ArrayFiles:
+    """The component's arrays, checked against the config."""
+    arrays = ArrayFiles(directory)
+    wanted = mapping.leaves(mapping.rows(name, config))
+    for what, paths in (("lacks", wanted.keys() - arrays.shapes.keys()), ("has", arrays.shapes.keys() - wanted.keys())):
+        if paths:
+            raise ValueError(
+                f"{directory} {what} parameter {min(paths)!r}, unlike its config; convert the checkpoint again"
+            )
+    for path, shape in wanted.items():
+        if arrays.shapes[path] != shape:
+            raise ValueError(
+                f"{directory}: parameter {path!r} has shape {list(arrays.shapes[path])}, its config says {list(shape)}; "
+                "convert the checkpoint again"
+            )
+        if arrays.dtypes[path] not in NAMES:
+            raise NotImplementedError(
+                f"{directory}: parameter {path!r} is {arrays.dtypes[path]}, which Wan files don't hold"
+            )
+    return arrays
+
+
+def _outputs(
+    component: Component, config: WanConfig, layout: Layout, arrays: ArrayFiles, mixed: dict[str, list[str]]
+) -> tuple[list[Output], list[str]]:
+    """The tensors of one component in a layout, and notes on what has no exact counterpart there."""
+    table, naming = mapping.rows(component, config), layout.places[component].naming
+    notes = [
+        f"{row.path} has no tensor in the {layout.name} layout and is left out"
+        for row in table
+        if naming not in row.keys
+    ]
+
+    def output(tensor: SourceTensor) -> Output:
+        names = {
+            mixed[row.path][row.layer or 0] if row.path in mixed else NAMES[arrays.dtypes[row.path]]
+            for row in tensor.rows
+        }
+        name = names.pop() if len(names) == 1 else "F32"
+        if names:
+            notes.append(f"{tensor.key} joins parameters of several dtypes and is written as F32")
+
+        def make() -> np.ndarray | list[np.ndarray]:
+            row = tensor.rows[0]
+            as_it_is = row.form == "same" and row.layer is None and row.shape == tensor.shape
+            if as_it_is and FLOATS[name] == arrays.dtypes[row.path]:
+                return arrays.chunks(row.path)  # the text embedding has 2 GB: not joined in memory
+            pieces = [mapping.from_ours(arrays.read(row.path, row.layer), row, naming) for row in tensor.rows]
+            return contiguous(pieces, FLOATS[name])
+
+        return Output(tensor.key, tensor.shape, name, make)
+
+    return [output(tensor) for tensor in mapping.tensors(table, naming)], notes
+
+
+def _write_component(
+    root: pathlib.Path,
+    fresh: pathlib.Path,
+    name: Component,
+    config: WanConfig,
+    layout: Layout,
+    manifest: dict[str, Any],
+    progress: Callable[[int], object],
+    notes: list[str],
+) -> dict[str, Any]:
+    arrays = _arrays(root / name, name, config)
+    outputs, left_out = _outputs(name, config, layout, arrays, manifest.get("mixed_dtypes", {}).get(name, {}))
+    notes.extend(left_out)
+    if layout.places[name].naming == "diffusers":
+        outputs = spelled(name, outputs, manifest.get("spelling", {}))
+    write_weights(fresh, name, config, layout, outputs, progress)
+    return {
+        "tensors": len(outputs),
+        "parameters": len(arrays.shapes),
+        "bytes": sum(output.nbytes for output in outputs),
+        "dtypes": {output.key: output.dtype for output in outputs},
+    }
+
+
+def write_weights(
+    fresh: pathlib.Path,
+    name: Component,
+    config: WanConfig,
+    layout: Layout,
+    outputs: list[Output],
+    progress: Callable[[int], object],
+    *,
+    shard_bytes: int | None = None,
+) -> None:
+    """Writes one component's tensors, and its config.json where `layout` has one."""
+    place = layout.places[name]
+    folder = fresh / place.folder
+    folder.mkdir(exist_ok=True)
+    if place.is_pth:
+        write_pth(folder / place.name, outputs, progress)
+    else:
+        metadata = _noted_with_the_dit(config, layout) if name == "dit" else {}
+        write_safetensors(folder, place.stem, outputs, metadata, progress, shard_bytes or SHARD_BYTES)
+    if place.config is not None:
+        dtypes = [output.dtype for output in outputs]
+        common = FLOATS[max(set(dtypes), key=dtypes.count)].name
+        write_json(place.config(getattr(config, name), common), folder / "config.json")
+
+
+def _noted_with_the_dit(config: WanConfig, layout: Layout) -> dict[str, str]:
+    """What no file of this layout holds: see `open_checkpoint`."""
+    tower = config.image_encoder
+    if tower is None or layout.places["image_encoder"].config is not None:
+        return {}
+    return {"image_encoder_num_heads": str(tower.num_heads)}
+
+
+def write_rest(fresh: pathlib.Path, config: WanConfig, layout: Layout, tokenizer: pathlib.Path) -> None:
+    """The tokenizer, and the JSON files beside the components."""
+    shutil.copytree(tokenizer, fresh / layout.tokenizer)
+    for name, content in layout.beside(config, tokenizer).items():
+        (fresh / name).parent.mkdir(exist_ok=True)
+        write_json(content, fresh / name)

@@ -1,0 +1,264 @@
+"""A reader of PyTorch `.pth` files that runs nothing.
+
+A `.pth` is a zip archive: `data.pkl`, a pickle that describes the tensors, and one uncompressed record per storage. A pickle
+is a program for a small stack machine that may call anything importable. Here that machine is interpreted opcode by opcode
+(pickletools only takes the bytes apart): nothing is ever imported, and a call to anything but the three functions that a
+state dict needs is refused by name.
+
+Source: torch/serialization.py and torch/_weights_only_unpickler.py describe the format.
+"""
+
+import math
+import pathlib
+import pickletools
+import struct
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fps_convert.formats.readers import TensorInfo, map_file
+
+_STORAGES = {
+    "FloatStorage": ("F32", 4), "HalfStorage": ("F16", 2), "BFloat16Storage": ("BF16", 2), "DoubleStorage": ("F64", 8),
+    "LongStorage": ("I64", 8), "IntStorage": ("I32", 4), "ShortStorage": ("I16", 2), "CharStorage": ("I8", 1),
+    "ByteStorage": ("U8", 1), "BoolStorage": ("BOOL", 1),
+}  # fmt: skip
+_ORDERED_DICT = "collections.OrderedDict"
+_TENSOR = "torch._utils._rebuild_tensor_v2"
+_PARAMETER = "torch._utils._rebuild_parameter"
+_MAX_PICKLE = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Global:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    record: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+_MARK = object()
+
+
+class _RefusedError(ValueError):
+    pass
+
+
+def _admit(name: str) -> _Global:
+    known = {_ORDERED_DICT, _TENSOR, _PARAMETER} | {f"torch.{storage}" for storage in _STORAGES}
+    if name not in known:
+        raise _RefusedError(
+            f"its pickle asks to import {name}; only tensors and ordered dicts are admitted, and nothing was run. "
+            "If you trust its author, re-save the state dict alone as safetensors"
+        )
+    return _Global(name)
+
+
+def _ints(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _call(function: Any, args: Any) -> Any:
+    name = function.name if isinstance(function, _Global) else type(function).__name__
+    match name, args:
+        case "collections.OrderedDict", ():
+            return {}
+        case "torch._utils._rebuild_tensor_v2", (_Storage() as storage, int(offset), shape, stride, bool(), *_rest):
+            if _ints(shape) and _ints(stride) and len(shape) == len(stride) and offset >= 0 and len(_rest) <= 2:
+                last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+                if math.prod(shape) and last >= storage.numel:
+                    raise _RefusedError(
+                        f"a tensor of shape {list(shape)} reaches past its storage of {storage.numel} elements"
+                    )
+                return _Tensor(storage, offset, shape, stride)
+        case "torch._utils._rebuild_parameter", (_Tensor() as tensor, bool(), _):
+            return tensor
+    raise _RefusedError(f"its pickle calls {name} with arguments that no state dict has; nothing was run")
+
+
+def _persistent(pid: Any) -> _Storage:
+    match pid:
+        case ("storage", _Global(name=name), str(record), str(), int(numel)) if name[6:] in _STORAGES and numel >= 0:
+            return _Storage(_STORAGES[name[6:]][0], record, numel)
+    raise _RefusedError("its pickle has a persistent id that is not a tensor's storage")
+
+
+def interpret(pickle: bytes) -> Any:
+    """The object that a state dict's pickle describes: dicts, lists, tuples, scalars and `_Tensor`s.
+
+    Raises: ValueError for anything that a state dict doesn't need, before it takes any effect.
+    """
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def pop_mark() -> list[Any]:
+        at = max(i for i, item in enumerate(stack) if item is _MARK)
+        items = stack[at + 1 :]
+        del stack[at:]
+        return items
+
+    def set_items(items: list[Any]) -> None:
+        if not isinstance(stack[-1], dict) or len(items) % 2:
+            raise _RefusedError("its pickle sets items of something that is not a dict")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | int):
+                raise _RefusedError(f"its pickle has a dict key of type {type(key).__name__}")
+            stack[-1][key] = value
+
+    arg: Any
+    for opcode, arg, _ in pickletools.genops(pickle):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                stack.append(_MARK)
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case (
+                "BININT" | "BININT1" | "BININT2" | "LONG1" | "INT" | "LONG" | "BINFLOAT"
+                | "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "SHORT_BINSTRING" | "BINSTRING"
+            ):  # fmt: skip
+                stack.append(arg)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE":
+                stack.append(tuple(pop_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND" | "APPENDS":
+                items = [stack.pop()] if opcode.name == "APPEND" else pop_mark()
+                if not isinstance(stack[-1], list):
+                    raise _RefusedError("its pickle appends to something that is not a list")
+                stack[-1].extend(items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                set_items([key, value])
+            case "SETITEMS":
+                set_items(pop_mark())
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                memo[int(arg)] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(memo[int(arg)])
+            case "GLOBAL":
+                stack.append(_admit(arg.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                stack.append(_admit(f"{module}.{name}"))
+            case "BINPERSID":
+                stack.append(_persistent(stack.pop()))
+            case "REDUCE":
+                args, function = stack.pop(), stack.pop()
+                stack.append(_call(function, args))
+            case "BUILD":  # state_dict's `_metadata` attribute: version numbers of modules
+                state = stack.pop()
+                if not isinstance(stack[-1], dict) or not isinstance(state, dict) or set(state) - {"_metadata"}:
+                    raise _RefusedError("its pickle sets the state of an object")
+            case "STOP":
+                return stack.pop()
+            case other:
+                raise _RefusedError(f"its pickle uses the opcode {other}, which no state dict needs; nothing was run")
+    raise _RefusedError("its pickle doesn't end")
+
+
+def _state_dict(content: Any, depth: int = 1) -> dict[str, _Tensor]:
+    """The tensors, also from within one wrapper such as {"state_dict": ...} beside plain values."""
+    if isinstance(content, dict):
+        if content and all(isinstance(k, str) and isinstance(v, _Tensor) for k, v in content.items()):
+            return content
+        inner = [value for value in content.values() if isinstance(value, dict)]
+        plain = all(isinstance(v, dict | str | int | float | None) for v in content.values())
+        if depth and len(inner) == 1 and plain:
+            return _state_dict(inner[0], depth - 1)
+    raise _RefusedError("it doesn't hold a state dict (names to tensors)")
+
+
+class PthFile:
+    """The tensors of one `.pth` state dict, each a view of the mapped file.
+
+    Raises: ValueError, naming the file, where it is truncated, compressed, in PyTorch's format of before 1.6, or asks
+      for anything but tensors and ordered dicts; nothing it asks for is run.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._bytes = map_file(path)
+        self.metadata: dict[str, str] = {}
+        magic = self._bytes[:4].tobytes()
+        if magic[:2] != b"PK":
+            raise ValueError(
+                f"{path} is not a zip-format .pth; it may be truncated, corrupt or in the format of before PyTorch "
+                "1.6. Re-save it there: torch.save(torch.load(path, weights_only=True), path)"
+            )
+        try:
+            with zipfile.ZipFile(path) as archive:
+                records = {entry.filename: entry for entry in archive.infolist()}
+                pickles = [name for name in records if name == "data.pkl" or name.endswith("/data.pkl")]
+                if len(pickles) != 1:
+                    raise _RefusedError(f"it has {len(pickles)} data.pkl records, a .pth has one")
+                self._prefix = pickles[0].removesuffix("data.pkl")
+                if records[pickles[0]].file_size > _MAX_PICKLE:
+                    raise _RefusedError(
+                        f"its data.pkl has {records[pickles[0]].file_size} bytes, more than a state dict needs"
+                    )
+                if self._prefix + "byteorder" in records and archive.read(self._prefix + "byteorder") != b"little":
+                    raise _RefusedError("it was written on a big-endian machine")
+                content = interpret(archive.read(pickles[0]))
+            self._records = records
+            self._tensors = _state_dict(content)
+            self._starts = {key: self._place(tensor.storage) for key, tensor in self._tensors.items()}
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is truncated or corrupt ({error}); copy or download it again") from None
+        except _RefusedError as error:
+            raise ValueError(f"{path} is refused: {error}") from None
+        except (ValueError, IndexError, KeyError, TypeError, RecursionError, NotImplementedError) as error:
+            raise ValueError(f"{path} has a corrupt data.pkl ({error!r}); copy or download it again") from None
+        self.tensors = {
+            key: TensorInfo(key, tensor.shape, tensor.storage.dtype, path) for key, tensor in self._tensors.items()
+        }
+
+    def _place(self, storage: _Storage) -> int:
+        """The byte at which a storage's record begins."""
+        name = f"{self._prefix}data/{storage.record}"
+        entry = self._records.get(name)
+        if entry is None:
+            raise _RefusedError(f"its pickle names the record {name}, which the archive lacks")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise _RefusedError(f"its record {name} is compressed; PyTorch doesn't do that")
+        size = next(width for dtype, width in _STORAGES.values() if dtype == storage.dtype) * storage.numel
+        # The local header's name and extra field may be longer than the central directory's.
+        head = self._bytes[entry.header_offset : entry.header_offset + 30].tobytes()
+        if len(head) < 30 or head[:4] != b"PK\3\4":
+            raise _RefusedError(f"its record {name} has no local header where the directory says")
+        name_length, extra_length = struct.unpack("<HH", head[26:30])
+        start = entry.header_offset + 30 + name_length + extra_length
+        if entry.file_size < size or start + size > len(self._bytes):
+            raise _RefusedError(f"its record {name} should have {size} bytes and has {entry.file_size}")
+        return start
+
+    def read(self, key: str) -> np.ndarray:
+        tensor, dtype = self._tensors[key], self.tensors[key].check_dtype()
+        start = self._starts[key]
+        flat = self._bytes[start : start + tensor.storage.numel * dtype.itemsize].view(dtype)[tensor.offset :]
+        strides = tuple(step * dtype.itemsize for step in tensor.stride)
+        return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)

@@ -1,0 +1,228 @@
+"""Lazy readers of safetensors: a file is mapped, its header checked in full, and a tensor is a view of the mapping."""
+
+import dataclasses
+import json
+import math
+import mmap
+import pathlib
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import ml_dtypes
+import numpy as np
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+# Names as in safetensors, with their NumPy types where Wan's files may hold them.
+FLOATS: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FN": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
+    "F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a source: what its file says about it, before anything is read."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str  # as in safetensors: F32, BF16, ...
+    file: pathlib.Path
+
+    def check_dtype(self) -> np.dtype:
+        """The NumPy type. Raises NotImplementedError for what is no plain floating-point weight."""
+        if self.dtype in FLOATS:
+            return FLOATS[self.dtype]
+        fix = "use the original bf16 or float32 files"
+        if self.dtype.startswith("F8"):
+            fix = f"FP8 repacks carry scales that Wan's own code doesn't know; {fix}"
+        raise NotImplementedError(
+            f"{self.file}: tensor {self.key!r} has dtype {self.dtype}; weights are F32, F16 or BF16: {fix}"
+        )
+
+
+class Reader(Protocol):
+    """Tensors of one component, wherever they lie."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+    def read(self, key: str) -> np.ndarray:
+        """The tensor, as a read-only view of the file."""
+        ...
+
+
+def map_file(path: pathlib.Path) -> np.ndarray:
+    """The bytes of a file as a read-only array, mapped: reading them takes no anonymous memory."""
+    with open(path, "rb") as file:
+        if not file.seek(0, 2):
+            raise ValueError(f"{path} is empty; copy or download it again")
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError that names the file."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _no_duplicates(path: pathlib.Path):
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{path}: {twice!r} stands twice in the header")
+        return dict(pairs)
+
+    return build
+
+
+class SafetensorsFile:
+    """One safetensors file.
+
+    Raises: ValueError, naming the file, where the header is corrupt, doesn't describe the file's bytes exactly
+      (truncated, overlapping, holes) or contradicts itself.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._bytes = map_file(path)
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        size = len(self._bytes)
+        length = int.from_bytes(self._bytes[:8].tobytes(), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise self._corrupt(f"the header should be {length} bytes long, the file has {size}")
+        try:
+            header = json.loads(self._bytes[8 : 8 + length].tobytes(), object_pairs_hook=_no_duplicates(path))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise self._corrupt(f"its header is not JSON ({error})") from None
+        if not isinstance(header, dict):
+            raise self._corrupt("its header is not a JSON object")
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict):
+            raise self._corrupt("its __metadata__ is not a JSON object")
+        self.metadata: dict[str, str] = metadata
+        for key, entry in header.items():
+            self._add(key, entry, 8 + length)
+        end = 8 + length
+        for key, (start, stop) in sorted(self._places.items(), key=lambda item: item[1]):
+            if start != end:
+                raise self._corrupt(f"tensor {key!r} starts at byte {start}, where {end} is expected")
+            end = stop
+        if end != size:
+            what = "truncated" if end > size else "longer than its header says"
+            raise self._corrupt(f"{what}: the header describes {end} bytes, the file has {size}")
+
+    def _corrupt(self, why: str) -> ValueError:
+        return ValueError(f"{self._path} is not a whole safetensors file: {why}; copy or download it again")
+
+    def _add(self, key: str, entry: Any, base: int) -> None:
+        dtype, shape, start, stop = "", (), 0, 0
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sane = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        except (KeyError, TypeError, ValueError):
+            sane = False
+        if not sane:
+            raise self._corrupt(f"the header's entry for {key!r} lacks a sound dtype, shape or data_offsets")
+        if dtype not in _BITS:
+            raise self._corrupt(f"tensor {key!r} has the unknown dtype {dtype!r}")
+        if (math.prod(shape) * _BITS[dtype] + 7) // 8 != stop - start:
+            raise self._corrupt(
+                f"tensor {key!r} of shape {list(shape)} and dtype {dtype} can't have {stop - start} bytes"
+            )
+        self.tensors[key] = TensorInfo(key, shape, dtype, self._path)
+        self._places[key] = (base + start, base + stop)
+
+    def read(self, key: str) -> np.ndarray:
+        info = self.tensors[key]
+        start, stop = self._places[key]
+        return self._bytes[start:stop].view(info.check_dtype()).reshape(info.shape)
+
+
+class ShardedSafetensors:
+    """Shards with their index: `{"weight_map": {tensor: file}}`.
+
+    Raises: ValueError where index and shards disagree on any tensor, FileNotFoundError where a shard is missing.
+    """
+
+    def __init__(self, index: pathlib.Path):
+        weight_map = read_json(index).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(f, str) for f in weight_map.values())
+        ):
+            raise ValueError(f"{index} has no weight_map from tensor to file; copy or download it again")
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._shards: dict[pathlib.Path, SafetensorsFile] = {}
+        for name in dict.fromkeys(weight_map.values()):
+            if pathlib.PurePosixPath(name).name != name or "\\" in name:
+                raise ValueError(f"{index} names the shard {name!r}, which is not a plain file name beside it")
+            path = index.parent / name
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing, and {index.name} names it; copy or download it again")
+            shard = self._shards[path] = SafetensorsFile(path)
+            self.metadata |= shard.metadata
+            for key, info in shard.tensors.items():
+                if weight_map.get(key) != name:
+                    where = f"places it in {weight_map[key]}" if key in weight_map else "doesn't name it"
+                    raise ValueError(
+                        f"{path} holds tensor {key!r}, but {index.name} {where}; shards and index disagree"
+                    )
+                self.tensors[key] = info
+        for key, name in weight_map.items():
+            if key not in self.tensors:
+                raise ValueError(f"{index} places tensor {key!r} in {name}, which lacks it; shards and index disagree")
+
+    def read(self, key: str) -> np.ndarray:
+        return self._shards[self.tensors[key].file].read(key)
+
+
+class Renamed:
+    """A reader under other key names, for files that spell a prefix differently."""
+
+    def __init__(self, reader: Reader, names: dict[str, str]):
+        self._reader, self._names = reader, {new: old for old, new in names.items()}
+        self.metadata = reader.metadata
+        self.tensors = {
+            names.get(key, key): dataclasses.replace(info, key=names.get(key, key))
+            for key, info in reader.tensors.items()
+        }
+
+    def read(self, key: str) -> np.ndarray:
+        return self._reader.read(self._names.get(key, key))
+
+
+def open_safetensors(directory: pathlib.Path, stem: str) -> Reader | None:
+    """`stem.safetensors`, or its shards by their index; None where the directory has neither."""
+    index = directory / f"{stem}.safetensors.index.json"
+    single = directory / f"{stem}.safetensors"
+    shards = sorted(path.name for path in directory.glob(f"{stem}-*-of-*.safetensors"))
+    if index.is_file():
+        reader = ShardedSafetensors(index)
+        unknown = set([*shards, single.name] if single.is_file() else shards) - {
+            info.file.name for info in reader.tensors.values()
+        }
+        if unknown:
+            raise ValueError(f"{directory / min(unknown)} is not named by {index.name}; remove the one that is stale")
+        return reader
+    if shards:
+        if single.is_file():
+            raise ValueError(f"{directory} has both {single.name} and {shards[0]}; remove the stale one")
+        raise FileNotFoundError(f"{index} is missing, and {shards[0]} is a shard; copy or download the index too")
+    return SafetensorsFile(single) if single.is_file() else None

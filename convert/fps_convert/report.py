@@ -1,0 +1,94 @@
+"""What a conversion says of itself: a bar while it runs, a report for the record, a few lines at the end."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fps_convert import mapping
+from fps_convert.formats.readers import FLOATS
+from fps_convert.layouts import Layout, LayoutName
+from fps_convert.source import Part, Source
+from fps_jax.config import Component, WanConfig
+
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, nbytes: int) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
+    import tqdm
+
+    with tqdm.tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+        yield bar.update
+
+
+def audit(
+    path: pathlib.Path, layout: LayoutName, config: WanConfig, parts: dict[Component, Part], notes: list[str]
+) -> dict[str, Any]:
+    """Every tensor of a source: its file, dtype, shape and the parameter that it becomes; and what is left out. JSON-ready."""
+    components = {}
+    for name, part in parts.items():
+        infos = part.reader.tensors
+        components[name] = {
+            "source_tensors": len(infos),
+            "used": len(part.tensors),
+            "left_out": part.unused,
+            "parameters_filled": len(mapping.leaves(part.table)),
+            "missing": [],
+            "extra": [],
+            "bytes": part.nbytes,
+            "notes": part.notes,
+            "tensors": {
+                tensor.key: {
+                    "file": infos[tensor.key].file.relative_to(path).as_posix(),
+                    "dtype": infos[tensor.key].dtype,
+                    "shape": list(tensor.shape),
+                    "to": [row.path if row.layer is None else f"{row.path}[{row.layer}]" for row in tensor.rows],
+                }
+                for tensor in part.tensors
+            },
+        }
+    return {"source": str(path), "layout": layout, "task": config.task, "notes": notes, "components": components}
+
+
+def dtype_changes(source: Source, component: Component, dtype: np.dtype | None) -> list[dict[str, Any]]:
+    """The parameters that are stored in another dtype than each of their source tensors has."""
+    stored = source.stored_dtypes(component, dtype)
+    return [
+        {"parameter": path, "from": sorted(set(names)), "to": NAMES[stored[path]]}
+        for path, names in source.parts[component].row_dtypes().items()
+        if set(names) != {NAMES[stored[path]]}
+    ]
+
+
+def lost_flow_shift(config: WanConfig, layout: Layout) -> list[str]:
+    """What a layout can't say of the shift of the noise levels: videos would change though every weight is the same."""
+    own = (config.flow_shift, config.flow_shift_480p)
+    kept = (config.flow_shift, None) if layout.scheduler else layout.flow_shift[config.task]
+
+    def words(shift):
+        return f"{shift[0]:g}" + ("" if shift[1] is None else f" ({shift[1]:g} up to 480 x 832)")
+
+    if own == kept:
+        return []
+    return [
+        f"flow_shift={words(own)} has no place in the {layout.name} layout, which means {words(kept)}; give it when you sample"
+    ]
+
+
+def summary(report: dict[str, Any], where: str) -> str:
+    """The closing lines of a conversion."""
+    parts = report["components"]
+    tensors = sum(part.get("used", part.get("tensors", 0)) for part in parts.values())
+    size, seconds = report["written_bytes"] / 1e9, report["seconds"]
+    lines = [
+        f"{report['task']} model, {report['layout']} layout: {', '.join(parts)}",
+        f"{tensors} tensors, {size:.2f} GB in {seconds:.1f} s ({size / max(seconds, 1e-9):.2f} GB/s)",
+    ]
+    left_out = sum(len(part.get("left_out", [])) for part in parts.values())
+    if left_out:
+        lines.append(f"{left_out} source tensors that Wan never uses are left out (listed in the report)")
+    return "\n".join([*lines, *(f"note: {note}" for note in report["notes"]), where])

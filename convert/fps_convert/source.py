@@ -1,0 +1,131 @@
+"""A torch checkpoint that was opened and checked: loaded or saved in our format, a tensor at a time."""
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fps_convert import mapping
+from fps_convert.formats import array_files
+from fps_convert.formats.arrays import contiguous, copy, in_threads
+from fps_convert.formats.readers import FLOATS, Reader
+from fps_convert.layouts import LayoutName
+from fps_convert.mapping import Row, SourceTensor
+from fps_jax.checkpoints.format import empty_aligned
+from fps_jax.config import Component, WanConfig
+from fps_jax.models.params import Params, unflatten
+
+Progress = Callable[[int], Any]  # called with bytes done
+
+
+@dataclass
+class Part:
+    """One component of a source, checked: every row of the table has its tensor and the other way round."""
+
+    reader: Reader
+    table: list[Row]
+    tensors: list[SourceTensor]
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        infos = (self.reader.tensors[tensor.key] for tensor in self.tensors)
+        return sum(int(np.prod(info.shape, dtype=np.int64)) * info.check_dtype().itemsize for info in infos)
+
+    def row_dtypes(self) -> dict[str, list[str]]:
+        """Source dtypes of each of our parameters, by layer."""
+        dtypes: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            for row in tensor.rows:
+                dtypes.setdefault(row.path, []).append(self.reader.tensors[tensor.key].dtype)
+        return dtypes
+
+
+@dataclass
+class Source:
+    """A checkpoint to convert from.
+
+    Attributes:
+      layout: the name of one in `layouts.LAYOUTS`.
+      config: what it is.
+      parts: its components; `components` are their names.
+      tokenizer_dir: the directory that holds tokenizer.json or spiece.model.
+      spelling: how this source spells what its layout spells in two ways, for the way back.
+      audit: a report, JSON-ready: per component every source tensor with file, dtype, shape and parameter,
+        and what was left out.
+    """
+
+    path: pathlib.Path
+    layout: LayoutName
+    config: WanConfig
+    parts: dict[Component, Part]
+    tokenizer_dir: pathlib.Path
+    spelling: dict[str, Any]
+    audit: dict[str, Any]
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return tuple(self.parts)
+
+    def stored_dtypes(self, component: Component, dtype: Any = None) -> dict[str, np.dtype]:
+        """The dtype of every parameter as `load` returns it: `dtype` (never for the VAE), else the source's own.
+
+        A stacked parameter whose layers differ gets float32, which holds F16 and BF16 exactly.
+        """
+        if dtype is not None and component != "vae":
+            return dict.fromkeys(self.parts[component].row_dtypes(), np.dtype(dtype))
+        return {
+            path: FLOATS[names[0]] if len(set(names)) == 1 else np.dtype(np.float32)
+            for path, names in self.parts[component].row_dtypes().items()
+        }
+
+    def load(self, component: Component, dtype: Any = None, progress: Progress | None = None) -> Params:
+        """Parameters of one component as NumPy arrays, each tensor copied once, from the mapped file to its place.
+
+        Args:
+          component: one of `components`.
+          dtype: cast (round to nearest even) to this type; None keeps each tensor's. The VAE is never cast.
+          progress: called with a number of source bytes whenever so many more are done.
+        """
+        dtypes = self.stored_dtypes(component, dtype)
+        shapes = mapping.leaves(self.parts[component].table)
+        buffers = {path: empty_aligned(shape, dtypes[path]) for path, shape in shapes.items()}
+
+        def place(row: Row, values: np.ndarray) -> None:
+            copy(buffers[row.path] if row.layer is None else buffers[row.path][row.layer], values)
+
+        self.each(component, place, progress)
+        return unflatten(buffers)
+
+    def each(self, component: Component, take: Callable[[Row, np.ndarray], None], progress: Progress | None) -> None:
+        """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape."""
+        part = self.parts[component]
+
+        def fill(tensor: SourceTensor) -> int:
+            whole = part.reader.read(tensor.key)
+            pieces = np.split(whole, len(tensor.rows)) if len(tensor.rows) > 1 else [whole]
+            for row, piece in zip(tensor.rows, pieces, strict=True):
+                take(row, mapping.to_ours(piece, row))
+            return whole.nbytes
+
+        for nbytes in in_threads(fill, part.tensors):
+            if progress is not None:
+                progress(nbytes)
+
+    def save(self, component: Component, directory: pathlib.Path, dtype: Any, progress: Progress | None = None) -> None:
+        """What `save_component(directory, load(component, dtype))` writes, with one tensor a thread in memory."""
+        files = array_files.create(
+            directory, mapping.leaves(self.parts[component].table), self.stored_dtypes(component, dtype)
+        )
+
+        def write(row: Row, values: np.ndarray) -> None:
+            values = contiguous([values], files.dtypes[row.path])
+            if row.layer is None:
+                files.write(row.path, 0, values)
+            else:
+                files.write(row.path, row.layer, values[None])
+
+        self.each(component, write, progress)

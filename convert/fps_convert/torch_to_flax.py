@@ -1,0 +1,67 @@
+"""A torch directory to our format."""
+
+import os
+import shutil
+import time
+from typing import Any
+
+import numpy as np
+
+from fps_convert import mapping
+from fps_convert.formats.readers import DTYPES
+from fps_convert.open import open_checkpoint
+from fps_convert.report import dtype_changes, progress_bar
+from fps_convert.source import Source
+from fps_jax.checkpoints.format import write_config
+from fps_jax.config import Component
+from fps_jax.files import check_space, new_directory, write_json
+
+
+def to_flax(
+    src: str | os.PathLike, dst: str | os.PathLike, dtype: str | None = None, overwrite: bool = False
+) -> dict[str, Any]:
+    """Converts an official or diffusers Wan2.1 directory to this project's format.
+
+    Args:
+      src: the directory; see `open_checkpoint` for what is read and which errors there are.
+      dst: where to write; must not overlap `src`.
+      dtype: 'bfloat16', 'float16' or 'float32' casts DiT, text encoder and image tower (round to nearest even), never the
+        VAE; None keeps each tensor's own.
+      overwrite: replace a non-empty `dst`.
+    Returns: the audit, also written as `dst/audit.json`.
+    """
+    began = time.monotonic()
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
+    kind = None if dtype is None else np.dtype(dtype)
+    with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
+        source = open_checkpoint(src)
+        nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}
+        check_space(fresh.parent, sum(nbytes.values()))
+        audit = source.audit
+        mixed = {}
+        with progress_bar("converting", sum(part.nbytes for part in source.parts.values())) as progress:
+            for name in source.components:
+                source.save(name, fresh / name, kind, progress)
+                audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)
+                if kind is None or name == "vae":
+                    mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
+        shutil.copytree(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
+        audit |= {"dtype": dtype, "destination": str(dst), "written_bytes": sum(nbytes.values())}
+        audit["seconds"] = round(time.monotonic() - began, 3)
+        write_config(
+            fresh,
+            source.config,
+            components=list(source.components),
+            source_layout=source.layout,
+            spelling=source.spelling,
+            mixed_dtypes={name: paths for name, paths in mixed.items() if paths},
+        )
+        write_json(audit, fresh / "audit.json")
+    return audit
+
+
+def _stored_bytes(source: Source, component: Component, dtype: np.dtype | None) -> int:
+    dtypes = source.stored_dtypes(component, dtype)
+    shapes = mapping.leaves(source.parts[component].table)
+    return sum(int(np.prod(shape, dtype=np.int64)) * dtypes[path].itemsize for path, shape in shapes.items())

@@ -1,0 +1,115 @@
+"""The door to checkpoints: ours, one in a torch layout, or a Hugging Face repository. Behind it, nobody asks which it was.
+
+The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fps_jax.checkpoints.format import abstract_component, is_checkpoint, read_config
+from fps_jax.checkpoints.placement import builds, place, restore
+from fps_jax.config import Component, WanConfig
+from fps_jax.models.params import Params, flatten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint that was opened: its config is known, none of its weights were read.
+
+    Attributes:
+      directory: where it lies.
+      layout: 'ours', or the torch layout's name.
+      config: the architecture.
+      components: those that it has.
+      tokenizer_dir: the folder that holds tokenizer.json or spiece.model.
+      stored_dtypes: stored_dtypes() is the dtype of every parameter, by component and path, as the files hold it.
+      load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
+        is that of the DiT and the text encoder.
+    """
+
+    directory: pathlib.Path
+    layout: str
+    config: WanConfig
+    components: tuple[Component, ...]
+    tokenizer_dir: pathlib.Path
+    stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
+    load: Callable[[Component, Any], Params]
+
+
+def open_model(path: str | os.PathLike) -> Model:
+    """Opens a directory, or 'owner/name' of a Hugging Face repository, which is downloaded into Hugging Face's own cache.
+
+    Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
+    """
+    directory = resolve_checkpoint(path)
+    return _ours(directory) if _is_ours(directory) else _theirs(directory)
+
+
+def _is_ours(directory: pathlib.Path) -> bool:
+    """Whether to read a directory as our format. One that only looks like it gets our reader's error, not the converter's."""
+    return is_checkpoint(directory) or (directory / "dit").is_dir()
+
+
+def _ours(directory: pathlib.Path) -> Model:
+    config = read_config(directory)
+    models = builds(config)
+    components: tuple[Component, ...] = tuple(
+        name for name in models if name != "image_encoder" or (directory / name).is_dir()
+    )
+    return Model(
+        directory=directory,
+        layout="ours",
+        config=config,
+        components=components,
+        tokenizer_dir=directory / "tokenizer",
+        stored_dtypes=lambda: {
+            name: {path: np.dtype(leaf.dtype) for path, leaf in flatten(abstract_component(directory / name))}
+            for name in components
+        },
+        load=lambda name, dtype: restore(directory / name, models[name], dtype),
+    )
+
+
+def _theirs(directory: pathlib.Path) -> Model:
+    from fps_convert import open_checkpoint
+
+    source = open_checkpoint(directory)
+    return Model(
+        directory=directory,
+        layout=source.layout,
+        config=source.config,
+        components=source.components,
+        tokenizer_dir=source.tokenizer_dir,
+        stored_dtypes=lambda: {name: source.stored_dtypes(name) for name in source.components},
+        load=lambda name, dtype: place(name, source.load(name), dtype),
+    )
+
+
+def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
+    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub (files of a Wan checkpoint only)."""
+    directory = pathlib.Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    parts = str(path).split("/")
+    if directory.exists():
+        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise FileNotFoundError(
+            f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return pathlib.Path(
+            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])
+        )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"checkpoint {str(path)!r} is no local directory, and downloading it from the Hugging Face hub failed: {first}"
+        ) from error

@@ -1,0 +1,79 @@
+"""The velocity that a sampler follows: the model on a prompt, moved away from the model on a negative one."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fps_jax.attention.attend import TokenAttention
+from fps_jax.config import DiTConfig
+from fps_jax.models.dit import DENSE, DiTOutput, dit
+from fps_jax.models.params import Params
+from fps_jax.models.taps import Taps
+
+
+class Inputs(NamedTuple):
+    """All arrays of a sample that aren't parameters: where it starts, and what the model reads at every step. A pytree.
+
+    Attributes:
+      noise: `[B, 16, F, H, W]` float32, the initial noise.
+      text: `[B, T, E]` text states of the prompt.
+      negative: `[B, T, E]` text states of the negative prompt; None for no guidance.
+      condition: `[B, 20, F, H, W]` mask and latents that i2v and flf2v read beside x.
+      image: `[B, I, G]` image-tower tokens, for i2v and flf2v.
+    """
+
+    noise: Float[Array, "B 16 F H W"]
+    text: Float[Array, "B T E"]
+    negative: Float[Array, "B T E"] | None = None
+    condition: Float[Array, "B 20 F H W"] | None = None
+    image: Float[Array, "B I G"] | None = None
+
+
+def guided_velocity(
+    config: DiTConfig,
+    params: Params,
+    inputs: Inputs,
+    x: Float[Array, "B 16 F H W"],
+    t: Float[Array, ""] | Float[Array, "B"],
+    attention: TokenAttention = DENSE,
+    *,
+    guidance_scale: float | Array = 1.0,
+    batch_guidance: bool = False,
+    attention_taps: Taps | None = None,
+    dtype: Any = jnp.float32,
+) -> DiTOutput:
+    """v_negative + guidance_scale (v_text - v_negative) at x; where `inputs.negative` is None, v_text.
+
+    Args:
+      x: noisy latents, float32; `inputs.noise` isn't read.
+      t: timesteps in [0, 1000], one for all samples or one each.
+      batch_guidance: evaluate both prompts as one batch of two instead of two passes (more memory, fewer launches).
+      attention_taps: a dict that is filled with what `attention` records in the pass with the prompt (in the one pass of both).
+      dtype: compute dtype of the DiT.
+    Returns: float32 velocity, and the first stage with a NaN or inf of the pass with the prompt or, where that has none, the other.
+    Source: classifier-free guidance (arXiv 2207.12598), as in Wan-Video/Wan2.1 wan/text2video.py.
+    """
+
+    def model(x, t, text, condition, image, taps=None):
+        if condition is not None:
+            x = jnp.concatenate([x, condition], axis=1)
+        return dit(config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype)
+
+    def twice(a):
+        return None if a is None else jnp.concatenate([a, a])
+
+    _, text, negative, condition, image = inputs
+    t = jnp.broadcast_to(t, x.shape[:1])
+    if negative is None:
+        return model(x, t, text, condition, image, attention_taps)
+    if batch_guidance:
+        both_texts = jnp.concatenate([text, negative])
+        both = model(twice(x), twice(t), both_texts, twice(condition), twice(image), attention_taps)
+        positive_v, negative_v = jnp.split(both.velocity, 2)
+        bad = both.first_bad
+    else:
+        positive_v, bad = model(x, t, text, condition, image, attention_taps)
+        negative_v, bad_negative = model(x, t, negative, condition, image)
+        bad = jnp.where(bad >= 0, bad, bad_negative)
+    return DiTOutput(negative_v + guidance_scale * (positive_v - negative_v), bad)

@@ -1,0 +1,177 @@
+"""One request: the same for Python and the commands, checked without a checkpoint, the same object all the way down."""
+
+import dataclasses
+import inspect
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fps_jax import FPSSchedule, Regime, WanPipeline
+from fps_jax.commands.calibrate import Calibrate
+from fps_jax.commands.compare import Compare
+from fps_jax.commands.options import read_request
+from fps_jax.commands.sample import Sample
+from fps_jax.config import NEGATIVE_PROMPTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_14B
+from fps_jax.evaluation.compare import compare
+from fps_jax.sampling import pipeline
+from fps_jax.sampling.request import Request
+
+FIELDS = {field.name: field for field in dataclasses.fields(Request)}
+WHOLE = FPSSchedule(regimes=(Regime(until=1.0),))
+
+
+def test_every_field_is_an_argument_of_the_pipeline_with_its_default():
+    arguments = dict(inspect.signature(WanPipeline.__call__).parameters)
+    del arguments["self"], arguments["callback"]  # not of the video
+    assert list(arguments) == list(FIELDS)
+    for name, argument in arguments.items():
+        default = FIELDS[name].default
+        assert argument.default == (inspect.Parameter.empty if default is dataclasses.MISSING else default), name
+        assert argument.annotation == FIELDS[name].type, name
+
+
+def test_the_pipeline_passes_each_argument_on_as_its_own_field(monkeypatch):
+    monkeypatch.setattr(pipeline, "Request", lambda **arguments: arguments)
+    monkeypatch.setattr(WanPipeline, "sample", lambda self, request, callback: (request, callback))
+    values = {name: object() for name in (*FIELDS, "callback")}
+    request, callback = WanPipeline.__call__(object.__new__(WanPipeline), **values)  # pyright: ignore[reportArgumentType]
+    assert callback is values.pop("callback")
+    assert request == values
+
+
+def test_every_field_is_an_option_of_fps_sample_with_its_default():
+    options = {field.name: field for field in dataclasses.fields(Sample)}
+    for name, field in FIELDS.items():
+        assert options[name].default == field.default, name
+
+
+@pytest.mark.parametrize("command", [Compare, Calibrate])
+def test_other_commands_lack_only_what_they_decide_themselves(command):
+    assert FIELDS.keys() - {field.name for field in dataclasses.fields(command)} == {"output_type"}
+
+
+def test_an_option_becomes_the_field_of_its_name(tmp_path):
+    np.save(tmp_path / "noise.npy", noise := np.ones((1, 16, 2, 4, 6), np.float32))
+    np.save(tmp_path / "tokens.npy", tokens := np.full((1, 257, 8), 2, np.float32))
+    WHOLE.save(tmp_path / "schedule.json")
+    given: dict[str, Any] = {
+        "prompt": "a cat", "negative_prompt": "a dog", "image": tmp_path / "a.png", "last_image": tmp_path / "b.png",
+        "image_embeds": tmp_path / "tokens.npy", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 7,
+        "guidance_scale": 3.0, "flow_shift": 4.0, "solver": "euler", "sigma_grid": "diffusers", "seed": 9,
+        "latents": tmp_path / "noise.npy", "output_type": "latent", "vae_tiling": True, "batch_guidance": True,
+        "attention": "fps", "schedule": tmp_path / "schedule.json",
+    }  # fmt: skip
+    assert given.keys() == FIELDS.keys()
+    assert all(value != FIELDS[name].default for name, value in given.items())
+    request = read_request(Sample(model="m", **given))
+    np.testing.assert_array_equal(request.latents, noise)
+    np.testing.assert_array_equal(request.image_embeds, tokens)
+    want = given | {"schedule": WHOLE, "latents": request.latents, "image_embeds": request.image_embeds}
+    assert {name: getattr(request, name) for name in FIELDS} == want
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Extended(Request):
+    """An option that only a request has."""
+
+    strength: float = 1.0
+
+
+def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    seen = []
+
+    def prepare(self, request):
+        seen.append(request.strength)
+        raise SeenError
+
+    monkeypatch.setattr(WanPipeline, "prepare", prepare)
+    monkeypatch.setattr(WanPipeline, "needs_tiling", lambda *_: False)
+    pipe, request = object.__new__(WanPipeline), Extended(prompt="x", strength=0.5)
+    for run in (pipe.sample, lambda request: compare(pipe, request)):
+        with pytest.raises(SeenError):
+            run(request)
+    assert seen == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_type": "gif"}, "output_type='gif' is not one of 'np', 'latent', 'pil'"),
+        ({"prompt": []}, "prompt=.* is not a text"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
+        ({"num_frames": 10}, r"num_frames=10 is not 4k\+1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not a whole number"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf is not a finite number"),
+        ({"flow_shift": 0.0}, "flow_shift=0.0 is not a positive number"),
+        ({"solver": "dpm++", "sigma_grid": "diffusers"}, "is not a valid pair"),
+        ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
+        ({"schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
+        ({"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(3, 2, 3))}, "schedule is for a grid of"),
+        ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
+        ({"seed": [-1]}, "seed=-1 is not in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_no_model_can_do_is_refused_without_one(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt": "x", **arguments})
+
+
+def test_a_schedules_file_is_read_once(tmp_path):
+    path = tmp_path / "schedule.json"
+    with pytest.raises(FileNotFoundError, match="doesn't exist; fps-calibrate makes one"):
+        Request(prompt="x", attention="fps", schedule=path)
+    WHOLE.save(path)
+    request = Request(prompt="x", attention="fps", schedule=str(path))
+    path.unlink()
+    assert dataclasses.replace(request, prompt="y").resolve(WAN_T2V_14B).schedule == WHOLE.resolve((21, 30, 52))
+
+
+def test_a_model_fills_in_what_the_request_leaves_open():
+    small, large = (
+        Request(prompt=["a", "b"]),
+        Request(prompt="a", height=720, width=1280, num_frames=5, attention="fps"),
+    )
+    resolved = small.resolve(WAN_T2V_14B)
+    assert resolved.prompts == ["a", "b"]
+    assert resolved.negatives == [NEGATIVE_PROMPTS["t2v"]] * 2
+    assert resolved.latent_shape == (2, 16, 21, 60, 104)
+    assert (resolved.grid, resolved.flow_shift) == ((21, 30, 52), 5.0)
+    assert len(resolved.table.sigma) == 50
+    assert resolved.schedule is None
+    assert resolved.segments is None
+    resolved = large.resolve(WAN_T2V_14B)
+    assert resolved.schedule is not None
+    assert resolved.schedule.grid == resolved.grid == (2, 45, 80)
+    assert resolved.segments is not None
+    assert sum(count for count, _ in resolved.segments) == 50
+    image = pathlib.Path("a.png")
+    for size, shift in (((480, 832), 3.0), ((720, 1280), 5.0)):
+        request = Request(prompt="a", image=image, height=size[0], width=size[1])
+        assert request.resolve(WAN_I2V_14B).flow_shift == shift
+        assert dataclasses.replace(request, flow_shift=7.0).resolve(WAN_I2V_14B).flow_shift == 7.0
+
+
+def test_a_model_refuses_what_others_could_do():
+    image = pathlib.Path("a.png")
+    for config, arguments, message in (
+        (WAN_T2V_14B, {"image": image}, "image was given, but this is a t2v model"),
+        (WAN_I2V_14B, {}, "image is missing, and a i2v model needs it"),
+        (WAN_FLF2V_14B, {"num_frames": 1}, "num_frames=1 leaves nothing between"),
+        (WAN_T2V_14B, {"latents": np.zeros((1, 16, 21, 60, 100))}, "latents has shape"),
+        (
+            WAN_T2V_14B,
+            {"attention": "fps", "schedule": dataclasses.replace(WHOLE, dense_layers=(40,))},
+            "names layer 40",
+        ),
+    ):
+        request = Request(prompt="x", **arguments)
+        with pytest.raises(ValueError, match=message):
+            request.resolve(config)
