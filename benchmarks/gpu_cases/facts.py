@@ -47,7 +47,6 @@ class Clocks:
     def __init__(self):
         self._process = None
         if shutil.which("nvidia-smi"):
-            self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
             query = ["nvidia-smi", f"--query-gpu={','.join(_SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
             self._out = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
             self._process = subprocess.Popen(query, stdout=self._out, stderr=subprocess.DEVNULL)
