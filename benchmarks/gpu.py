@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 from benchmarks import record
 from benchmarks.gpu_cases.facts import Clocks, add_cuda_to_path
-from benchmarks.gpu_cases.plan import all_families
+from benchmarks.gpu_cases.plan import SWEEP, all_families
 from benchmarks.gpu_cases.report import table
 from benchmarks.gpu_cases.results import Results
 from benchmarks.gpu_cases.runner import REFERENCES, ROOT, Case, Family, Runner, python_path
@@ -96,6 +97,15 @@ def due(families: Sequence[Family], results: Results, *, again: bool) -> list[Fa
     return _only(families, lambda family, case: case.name in new or _compares(family, case, sizes))
 
 
+def swept(results: Results) -> list[dict[str, Any]]:
+    """What the tuned table is made of: the sweeps, one call a key.
+
+    Without sums that stay in the tensor cores, which cost accuracy: whoever wants them asks for them.
+    """
+    parts = [p for r in results.records if r["family"].startswith(SWEEP) for p in r["parts"] if "key" in p]
+    return [p for p in parts if p["config"]["promote_every"] == 1]
+
+
 def _patient(family: Family) -> Family:
     """With the time that interpret mode takes."""
     cases = tuple(dataclasses.replace(case, silence=_TOY_PATIENCE) for case in family.cases)
@@ -150,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A toy run elsewhere is to prove the script there: what is committed proves nothing of it.
     results = Results(out / name, toy=toy, earlier=None if toy else record.RESULTS / name)
     call = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = ["python3", "-m", "benchmarks.gpu", *["--toy"] * options.toy, *options.what]
+    command = ["python3", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
     environment = {**record.environment(), "command": shlex.join(command)}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     patience = {"ahead": 0, "prepare_seconds": _TOY_PATIENCE} if toy else {"ahead": _AHEAD}
@@ -170,9 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 references.kill()
                 references.wait()
             os.environ.pop(REFERENCES, None)
-    timed = [p for r in results.records if r["stage"] == "speed" for p in r["parts"] if "key" in p]
-    # Sums that stay in the tensor cores cost accuracy: whoever wants them asks for them.
-    best = fastest(p for p in timed if p["config"]["promote_every"] == 1)
+    best = fastest(swept(results))
     if best:
         path = out / "tuned_sm90.json"
         write_tuned_table(best, path=path)

@@ -1,8 +1,9 @@
 """Where a step of the Hopper kernel spends its time: Nsight Compute's samples of each instruction, by phases of the main loop.
 
-    ncu --clock-control none --kernel-name regex:mosaic --section SourceCounters --section SpeedOfLight -o kernels COMMAND
-    ncu --import kernels.ncu-rep --page source --csv > source.csv
-    python -m benchmarks.step_phases source.csv NAME [NAME ...]     # a name for each kernel, in order
+    ncu --clock-control none --kernel-name regex:mosaic --section SourceCounters -o kernel \\
+        python3 -m benchmarks.gpu_cases.counters 1.3B 1.0 1 '{"stages": 4}'      # size, density, scales a tile or None, config
+    ncu --import kernel.ncu-rep --page source --csv > source.csv
+    python -m benchmarks.step_phases source.csv fp8     # a name for each kernel that was launched, in order
 
 The phases lie between landmarks of the consumers' loop: the last matmul that is issued, the wait for Q K, the vote on maxima, the
 wait for the next keys, the wait for P V. Writes benchmarks/results/step_phases.json.

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -64,7 +65,10 @@ def read(report: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    """The process under ncu: quantized by XLA, so that the forward is the only kernel of ours, and launched once."""
+    """The process under ncu, SIZE DENSITY SCALES [OPTIONS as JSON]: one launch.
+
+    Quantized by XLA, so that the forward is the only kernel of ours.
+    """
     import jax
 
     from benchmarks.gpu_cases import programs
@@ -74,7 +78,8 @@ def main() -> None:
     size, density = sys.argv[1], float(sys.argv[2])
     scales = None if sys.argv[3] == "None" else int(sys.argv[3])
     task = programs.task_of(False, size, density, scales)
-    kernel = programs.forward(False, size, density, scales, config_of(False, size, density, scales, {}))
+    options = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+    kernel = programs.forward(False, size, density, scales, config_of(False, size, density, scales, options))
     operands = jax.jit(quantize_sm90.by_xla)(*task.inputs(), task.plan.pattern)
     jax.block_until_ready(kernel(operands))
 

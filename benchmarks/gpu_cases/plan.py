@@ -6,6 +6,7 @@ from benchmarks.gpu_cases.runner import Case, Family
 from benchmarks.gpu_cases.shapes import OPERATIONS, QUANTIZED, SHAPES
 
 _HERE = "benchmarks.gpu_cases"
+SWEEP = "configs "  # how names of families begin that time every config of one call
 # JAX's share of the memory. Small, so that all of it can be filled with NaN; or taken as it is needed, beside other processes.
 _SMALL = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.06"}
 _PLAIN = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -142,7 +143,7 @@ def _sweep(size: str, density: float, scales: int | None, configs: tuple[dict[st
     """Each config on one window, then the best beside cuDNN in turns."""
     kind = "bf16" if scales is None else f"fp8x{scales}"
     cases = [timed(size, density, scales, expected=expected, **c) for c in configs]
-    return _speed(f"configs {kind} {density:.2f} {size}", *cases, _pairs(size, density, scales, expected), seconds=90)
+    return _speed(f"{SWEEP}{kind} {density:.2f} {size}", *cases, _pairs(size, density, scales, expected), seconds=90)
 
 
 def _torch(size: str) -> Family:

@@ -42,7 +42,7 @@ def size_of(name: str, toy: bool) -> Size:
 
 
 def median_seconds(call: Callable[[], Any], toy: bool, rounds: int = 7) -> dict[str, Any]:
-    """As `fps_jax.timing.median_seconds`. At toy size the call runs once, and isn't timed."""
+    """As `fps_jax.tuning.timing.median_seconds`. At toy size the call runs once, and isn't timed."""
     if not toy:
         return timing.median_seconds(call, rounds=rounds)
     import jax

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import pathlib
+import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 from pallas_kernels.sm90.call_shape import CallShape
@@ -16,6 +17,7 @@ from pallas_kernels.sm90.config import SHARED_MEMORY, ForwardConfig
 TUNED_TABLE = pathlib.Path(__file__).parents[1] / "tuned_sm90.json"
 TABLE_VARIABLE = "FPS_TUNED_TABLE"  # names another file, where that one can't be written
 _TABLE_VERSION = 1
+_ALIKE = 1.01  # from call to call one config's times differ by that much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +139,28 @@ def write_tuned_table(table: Mapping[TuningKey, TunedEntry], *, path: pathlib.Pa
 
 
 def fastest(measured: Iterable[Mapping[str, Any]]) -> dict[TuningKey, TunedEntry]:
-    """The fastest right config of each key, of what `fps_jax.tuning.autotune.sweep` yields. Wrong or untimed ones are out."""
-    best: dict[TuningKey, TunedEntry] = {}
+    """The fastest right config of each key, of what `fps_jax.tuning.autotune.sweep` yields. Wrong or untimed ones are out.
+
+    All measurements of a key must be of one call: a shorter one would win whatever its config. Of a config that was measured more
+    than once the median counts, and of configs within a percent of the fastest the one that differs least from the default.
+    """
+    groups: dict[tuple[TuningKey, ForwardConfig], list[Mapping[str, Any]]] = {}
     for one in measured:
-        if not one.get("ok") or not isinstance(one.get("seconds"), float):
-            continue
-        entry = TunedEntry(
-            config=ForwardConfig(**one["config"]),
-            seconds=one["seconds"],
-            tflops=one["tflops"],
-            measured_on=one["measured_on"],
+        if one.get("ok") and isinstance(one.get("seconds"), float):
+            groups.setdefault((TuningKey(**one["key"]), ForwardConfig(**one["config"])), []).append(one)
+    entries: dict[TuningKey, list[TunedEntry]] = {}
+    for (key, config), ones in groups.items():
+        median = {name: statistics.median(one[name] for one in ones) for name in ("seconds", "tflops")}
+        entries.setdefault(key, []).append(TunedEntry(config=config, measured_on=ones[-1]["measured_on"], **median))
+    best = {}
+    for key, found in entries.items():
+        least = min(entry.seconds for entry in found)
+        best[key] = min(
+            (e for e in found if e.seconds <= least * _ALIKE), key=lambda e: (_switches(e.config), e.seconds)
         )
-        key = TuningKey(**one["key"])
-        if key not in best or entry.seconds < best[key].seconds:
-            best[key] = entry
     return best
+
+
+def _switches(config: ForwardConfig) -> int:
+    """How many settings aren't the default."""
+    return sum(value != default for value, default in zip(astuple(config), astuple(ForwardConfig()), strict=True))

@@ -17,6 +17,7 @@ from benchmarks.gpu_cases.plan import all_families
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from benchmarks.gpu_cases.runner import REFERENCES
 from pallas_kernels import reference
+from pallas_kernels.sm90.tuned import TUNED_TABLE, fastest, read_tuned_table
 from pallas_kernels.testing import make_call
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -348,6 +349,18 @@ def test_a_reference_is_waited_for_so_long_and_no_longer(tmp_path, monkeypatch):
     assert programs.reference_file("missing.npy", 0.01) is None
     threading.Timer(0.3, (tmp_path / "late.npy").touch).start()
     assert programs.reference_file("late.npy", 60) == tmp_path / "late.npy"
+
+
+def test_the_shipped_table_is_what_the_committed_sweeps_say():
+    measured = Results(gpu.record.RESULTS / "gpu.json", toy=False)
+    shipped = read_tuned_table(TUNED_TABLE)
+    assert shipped
+    assert {key: (e.config, e.seconds) for key, e in fastest(gpu.swept(measured)).items()} == {
+        key: (e.config, e.seconds) for key, e in shipped.items()
+    }
+    # One call a key: else the shortest call would win, not the best config.
+    calls = {(str(p["key"]), str(p["measured_on"]["window"]), p["measured_on"]["heads"]) for p in gpu.swept(measured)}
+    assert len(calls) == len(shipped)
 
 
 # ---- is a wrong kernel found? ----

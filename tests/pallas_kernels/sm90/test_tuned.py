@@ -131,6 +131,19 @@ def test_the_fastest_right_config_of_each_key_is_kept():
     }
 
 
+def test_medians_count_and_of_configs_that_are_alike_the_simplest():
+    def result(seconds: float, **config) -> dict:
+        return {
+            "key": dataclasses.asdict(KEY), "config": dataclasses.asdict(ForwardConfig(**config)), "ok": True,
+            "seconds": seconds, "tflops": 1.0, "measured_on": {"gpu": "NVIDIA H200"},
+        }  # fmt: skip
+
+    lucky_once = [result(s, stages=2) for s in (0.5, 1.2, 1.3)]
+    alike = [result(0.998, cluster=2, take_turns=True), result(1.0, cluster=2), result(1.02)]
+    [best] = tuned.fastest([*lucky_once, *alike]).values()
+    assert (best.config, best.seconds) == (ForwardConfig(cluster=2), 1.0)
+
+
 def test_every_shipped_config_fits():
     for key, config in tuned.tuned_table().items():
         call = dataclasses.replace(CALL, head_dim=key.head_dim, tokens_per_scale=256 if key.scales else None)
