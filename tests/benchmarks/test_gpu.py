@@ -81,7 +81,7 @@ def test_stages_run_at_toy_size_and_say_not_measured(tmp_path, monkeypatch, caps
     assert not (tmp_path / "tuned_sm90.json").exists()
     (call,) = content["calls"].values()
     assert call["gpu"] == "none"
-    assert call["environment"]["command"].startswith("python3 -m benchmarks.gpu --toy 'facts machine'")
+    assert call["environment"]["command"].startswith("python3 -m benchmarks.gpu --toy --budget 3000 'facts machine'")
     printed = capsys.readouterr().out
     assert "Nothing is measured" in printed
     assert "On a GPU: not measured" in printed
