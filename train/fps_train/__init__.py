@@ -1,1 +1,1 @@
-"""Fine-tuning of Wan2.1 with the approximated attention in place. Empty for now."""
+"""Fine-tuning with the approximation in place: clips to latents, latents to weights. docs/training.md is the way through it."""
