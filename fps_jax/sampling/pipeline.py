@@ -18,14 +18,12 @@ from fps_jax.checkpoints.open import open_model
 from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
-from fps_jax.media.images import clip_pixels
-from fps_jax.models.image_encoder import encode_image
 from fps_jax.models.params import Params
-from fps_jax.models.text_encoder import encode_text
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling.denoise import Segments, denoise
+from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.solvers import SolverTable
@@ -218,37 +216,22 @@ class WanPipeline:
         distinct = list(dict.fromkeys(prompts))
         ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
         with visiting(self.params["text_encoder"]) as params:
-            states = encode_text(self.config.text_encoder, params, ids, mask, dtype=self.dtype)
-            states = jnp.where(jnp.asarray(mask, bool)[..., None], states, 0)
+            states = text_states(self.config, params, ids, mask, dtype=self.dtype)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
 
     def _encode_images(self, frames: list[np.ndarray], batch: int) -> Float[Array, "B I E"]:
         """Image-tower tokens of the first (and last) frames, one after the other."""
-        assert self.config.image_encoder is not None
         with visiting(self.params["image_encoder"]) as params:
-            size = self.config.image_encoder.image_size
-            tokens = [
-                encode_image(self.config.image_encoder, params, jnp.asarray(clip_pixels(f, size))) for f in frames
-            ]
-            joined = jnp.concatenate([jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in tokens], axis=1)
-            return joined.block_until_ready()
+            return image_tokens(self.config, params, frames, batch).block_until_ready()
 
     def _condition(self, frames: list[np.ndarray], shape: tuple[int, ...], tiling: bool) -> Float[Array, "B 20 F H W"]:
         """Mask (1 where a frame is given) and latents of the video [first, grey, ..., grey(, last)]."""
-        batch, _, latent_frames, h, w = shape
-        num_frames = 4 * (latent_frames - 1) + 1
-        rows = max(f.shape[0] for f in frames)
-        video = np.zeros((rows, num_frames, 8 * h, 8 * w, 3), np.float32)
-        mask = np.zeros((rows, 4, latent_frames, h, w), np.float32)
-        video[:, 0] = 2 * frames[0] - 1
-        mask[:, :, 0] = 1  # the first latent frame holds one video frame, counted four times
-        if len(frames) == 2:
-            video[:, -1] = 2 * frames[1] - 1
-            mask[:, 3, -1] = 1
+        video = condition_video(frames, 4 * (shape[2] - 1) + 1)
         with progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
-        condition = np.concatenate([mask, np.asarray(latents)], axis=1)
-        return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
+        mask = condition_mask(len(frames), shape[2:])
+        condition = np.concatenate([np.broadcast_to(mask, (len(latents), *mask.shape)), latents], axis=1)
+        return jnp.broadcast_to(jnp.asarray(condition), (shape[0], *condition.shape[1:]))
 
     def needs_tiling(self, height: int, width: int) -> bool:
         """Whether frames of this size have to be decoded in spatial tiles to fit the device. Says so in the log."""
