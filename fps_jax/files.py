@@ -36,6 +36,27 @@ def write_json(record: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A path to write a file at, which takes the name `path` when the block ends well and vanishes when it doesn't.
+
+    For what is too large to be handed to `write_bytes`. Raises OSError that names the file.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())  # a full disk may only be noticed here
+        beside.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(f"can't write {str(path)!r}: {reason}; choose another path or make room") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+@contextlib.contextmanager
 def new_directory(
     path: str | os.PathLike, *, overwrite: bool = False, sources: tuple[str | os.PathLike, ...] = ()
 ) -> Iterator[pathlib.Path]:

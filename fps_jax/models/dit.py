@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
+from fps_jax.models.linear import Linear
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
 from fps_jax.models.taps import Taps, tap
@@ -23,8 +24,10 @@ from fps_jax.sizes import token_grid
 
 Remat = Literal["none", "full", "dots"]
 
-# Kept in float32 when the rest is bf16: what upstream computes outside autocast, and vectors too small to matter.
-_FLOAT32_PARAMS = re.compile(r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$")
+# Kept in float32 when the rest is bf16: what upstream computes outside autocast, vectors too small to matter, adapters' masters.
+_FLOAT32_PARAMS = re.compile(
+    r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$|lora_[ab]$"
+)
 
 
 DENSE = DenseAttention()
@@ -64,10 +67,10 @@ class DiT(nnx.Module):
         d = config.dim
         patch_dim = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.patch_embedding = nnx.Linear(config.in_channels * patch_dim, d, dtype=dtype, rngs=rngs)
+        self.patch_embedding = Linear(config.in_channels * patch_dim, d, dtype=dtype, rngs=rngs)
         self.text_embedding = MLP(config.text_dim, d, d, gelu, dtype=dtype, rngs=rngs)
         self.time_embedding = MLP(config.freq_dim, d, d, jax.nn.silu, dtype=jnp.float32, rngs=rngs)
-        self.time_projection = nnx.Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
+        self.time_projection = Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
         if config.image_dim is not None:
             self.image_embedding = ImageEmbedding(config, dtype=dtype, rngs=rngs)
         self.blocks = stacked(functools.partial(_block, config, dtype), config.num_layers, rngs)
@@ -207,7 +210,7 @@ class Head(nnx.Module):
     def __init__(self, config: DiTConfig, patch_dim: int, *, rngs: nnx.Rngs):
         d = config.dim
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, d)) / d**0.5)
-        self.proj = nnx.Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
+        self.proj = Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
         self.eps = config.eps
 
     def __call__(self, x: Float[Array, "B S D"], time: Float[Array, "B D"]) -> Float[Array, "B S Q"]:
