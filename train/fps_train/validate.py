@@ -1,0 +1,146 @@
+"""What a run is judged by while it goes on: the loss at fixed noise, and videos of fixed prompts beside the dense model's."""
+
+import io
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.config import WanConfig
+from fps_jax.evaluation.quality import psnr
+from fps_jax.files import write_bytes
+from fps_jax.media.video import contact_sheet, save_video
+from fps_jax.models.params import Params
+from fps_jax.models.vae import decode
+from fps_jax.progress import Progress
+from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.guidance import Inputs
+from fps_jax.sampling.solvers import solver_table
+from fps_train.batch import Batch
+from fps_train.config import ValidationOptions
+from fps_train.data import ValidationPrompt
+from fps_train.plan import BucketPlan
+from fps_train.step import Interval, StepOptions, evaluate
+
+
+def validation_loss(
+    trained: Params,
+    frozen: Params,
+    batches: list[tuple[BucketPlan, Batch]],
+    *,
+    options: StepOptions,
+) -> dict[str, float]:
+    """Mean unweighted loss of held-out samples, for each regime and over t's distribution ('mean').
+
+    The noise levels of a regime are spread evenly over its quantiles, the noise is the sample's own: both the same at every call.
+    """
+    sums: dict[str, list[tuple[float, float]]] = {}
+    for bucket, batch in batches:
+        size = len(batch.sample)
+        uniform = (np.arange(size, dtype=np.float32) + 0.5) / size
+        for regime in bucket.regimes:
+            interval = Interval(jnp.float32(regime.low), jnp.float32(regime.high))
+            losses = evaluate(
+                trained,
+                frozen,
+                batch,
+                jnp.uint32(0),
+                jnp.asarray(uniform),
+                interval,
+                options=options,
+                attention=regime.attention,
+            )
+            sums.setdefault(regime.name, []).append((float(losses.sum()), size))
+            sums.setdefault("mean", []).append((float(losses.sum()) * regime.probability, size * regime.probability))
+    return {name: sum(s for s, _ in parts) / sum(n for _, n in parts) for name, parts in sums.items()}
+
+
+class Videos:
+    """Samples a run's validation prompts by the weights of the moment, as they will be sampled, and holds them against the dense
+    model that the run started from: same noise, same prompts. Written to RUN/validation/.
+
+    Attributes:
+      prompts: those that are sampled (`fps_train.data.ValidationPrompt`).
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        config: WanConfig,
+        vae: Callable[[], Params],
+        prompts: tuple[ValidationPrompt, ...],
+        empty: Any,
+        buckets: tuple[BucketPlan, ...],
+        schedule: FPSSchedule | None,
+        sampling_shift: float,
+        options: ValidationOptions,
+        *,
+        dtype: Any,
+        fps: float,
+    ):
+        usable = [p for p in prompts if config.task == "t2v" or p.condition is not None]
+        self.directory, self.config, self.prompts = directory / "validation", config, usable[: options.videos]
+        self._vae, self._empty, self._options, self._schedule = vae, empty, options, schedule
+        self._buckets, self._shift = {bucket.latent_shape: bucket for bucket in buckets}, sampling_shift
+        self._dtype, self._fps = jnp.dtype(dtype), fps
+        self._table = solver_table("unipc", "wan", options.steps, sampling_shift)
+
+    def dense(self, params: Params, progress: Progress) -> None:
+        """The reference: the dense model's videos, sampled once at the start of a run and kept. params: what `dit` takes."""
+        if not self._reference(0).exists():
+            for i, video in enumerate(self._sample(params, None, progress)):
+                self._write(self.directory / "dense", i, video)
+
+    def sample(self, params: Params, step: int, progress: Progress) -> dict[str, float]:
+        """The videos of this step, written, and their PSNR in dB against the dense ones, mean over frames and prompts."""
+        values = []
+        for i, video in enumerate(self._sample(params, self._schedule, progress)):
+            self._write(self.directory / f"step_{step:08d}", i, video)
+            reference = np.load(self._reference(i), allow_pickle=False)
+            values.append(float(np.mean(np.minimum(psnr(video, reference), 100.0))))  # 100 dB: equal
+        return {"psnr": float(np.mean(values))}
+
+    def _sample(
+        self, params: Params, schedule: FPSSchedule | None, progress: Progress
+    ) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
+        vae, layers = self._vae(), self.config.dit.num_layers
+        for i, prompt in enumerate(self.prompts):
+            bucket = self._buckets.get(prompt.latent_shape, next(iter(self._buckets.values())))
+            shape = (1, *bucket.latent_shape)
+            segments = None
+            if schedule is not None:
+                segments = schedule.segments(self._table.sigma, self._shift, bucket.grid, layers)
+            noise = jax.random.normal(jax.random.key(self._options.seed + i), shape, jnp.float32)
+            inputs = Inputs(noise, *(jnp.asarray(text)[None] for text in (prompt.text, self._empty)))
+            if self.config.task != "t2v":
+                inputs = inputs._replace(
+                    condition=jnp.asarray(prompt.condition)[None], image=jnp.asarray(prompt.image)[None]
+                )
+            latents = denoise(
+                self.config.dit,
+                params,
+                inputs,
+                self._table,
+                guidance_scale=self._options.guidance_scale,
+                dtype=self._dtype,
+                segments=segments,
+            )
+            video = decode(self.config.vae, vae, latents)[0]
+            progress(i + 1, len(self.prompts))
+            yield np.rint(np.clip(video * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+    def _reference(self, i: int) -> pathlib.Path:
+        return self.directory / "dense" / f"{i}.npy"
+
+    def _write(self, folder: pathlib.Path, i: int, video: np.ndarray) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_video(video, folder / f"{i}.mp4", fps=self._fps)
+        contact_sheet(video, folder / f"{i}.png")
+        if folder.name == "dense":  # exactly, to compare with: an mp4 isn't
+            np.save(buffer := io.BytesIO(), video)
+            write_bytes(folder / f"{i}.npy", buffer.getvalue())
