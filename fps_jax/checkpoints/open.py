@@ -3,6 +3,7 @@
 The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import numpy as np
 
 from fps_jax.checkpoints.format import abstract_component, is_checkpoint, read_config
 from fps_jax.checkpoints.placement import builds, place, restore
+from fps_jax.checkpoints.runs import SCHEDULE, Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
 
@@ -23,13 +25,14 @@ class Model:
 
     Attributes:
       directory: where it lies.
-      layout: 'ours', or the torch layout's name.
+      layout: 'ours', 'run' for a run of fps-train, or the torch layout's name.
       config: the architecture.
       components: those that it has.
       tokenizer_dir: the folder that holds tokenizer.json or spiece.model.
       stored_dtypes: stored_dtypes() is the dtype of every parameter, by component and path, as the files hold it.
       load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
         is that of the DiT and the text encoder.
+      schedule: the file of the schedule that it was trained with; None where there is none.
     """
 
     directory: pathlib.Path
@@ -39,15 +42,38 @@ class Model:
     tokenizer_dir: pathlib.Path
     stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
     load: Callable[[Component, Any], Params]
+    schedule: pathlib.Path | None = None
 
 
 def open_model(path: str | os.PathLike) -> Model:
     """Opens a directory, or 'owner/name' of a Hugging Face repository, which is downloaded into Hugging Face's own cache.
 
+    A run of fps-train is the model that it started from with the weights of its newest checkpoint: their moving average, where it
+    keeps one.
     Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
     """
     directory = resolve_checkpoint(path)
-    return _ours(directory) if _is_ours(directory) else _theirs(directory)
+    if is_run(directory):
+        return open_run(directory)
+    model = _ours(directory) if _is_ours(directory) else _theirs(directory)
+    file = directory / SCHEDULE
+    return dataclasses.replace(model, schedule=file) if file.is_file() else model
+
+
+def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
+    """Opens a run of fps-train. which: 'ema' or 'raw' weights; None for the average where there is one. Raises as `open_model`."""
+    run = read_run(directory)
+    base = open_model(run.model)
+    run.trained_folder(which)  # that there is one is known now
+
+    def load(name: Component, dtype: Any) -> Params:
+        params = base.load(name, dtype)
+        return run.apply(params, run.trained(which)) if name == "dit" else params
+
+    file = directory / SCHEDULE
+    return dataclasses.replace(
+        base, directory=directory, layout="run", load=load, schedule=file if file.is_file() else None
+    )
 
 
 def _is_ours(directory: pathlib.Path) -> bool:

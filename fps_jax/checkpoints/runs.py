@@ -10,6 +10,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 
 from fps_jax.checkpoints.format import load_component
@@ -45,7 +46,11 @@ class Run:
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
     def trained(self, which: Which | None = None, step: int | None = None) -> Params:
-        """The trained parameters of a checkpoint, float32 NumPy arrays.
+        """The trained parameters of a checkpoint, float32 NumPy arrays. Arguments and errors as for `trained_folder`."""
+        return load_component(self.trained_folder(which, step))
+
+    def trained_folder(self, which: Which | None = None, step: int | None = None) -> pathlib.Path:
+        """The orbax directory that holds them.
 
         Args:
           which: 'ema', the moving average, or 'raw'; None for the average where there is one.
@@ -55,19 +60,20 @@ class Run:
         steps = self.steps()
         if not steps:
             raise FileNotFoundError(
-                f"{self.directory} has no checkpoint yet; a run saves its first after checkpoint.every steps"
+                f"run {str(self.directory)!r} has no checkpoint yet; its first comes after checkpoint.every steps"
             )
         if step is None:
             step = steps[-1]
         if step not in steps:
-            raise FileNotFoundError(
-                f"{self.directory} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
-            )
+            have = ", ".join(map(str, steps))
+            raise FileNotFoundError(f"run {str(self.directory)!r} has no checkpoint of step {step}; it has {have}")
         folder = self.directory / "checkpoints" / str(step)
         has_ema = (folder / "ema").is_dir()
         if which == "ema" and not has_ema:
-            raise ValueError(f"{self.directory} keeps no moving average (optimizer.ema=0); take the raw weights")
-        return load_component(folder / ("params" if which == "raw" or not has_ema else "ema"))
+            raise ValueError(
+                f"run {str(self.directory)!r} keeps no moving average (optimizer.ema = 0); take the raw weights"
+            )
+        return folder / ("params" if which == "raw" or not has_ema else "ema")
 
     def apply(self, base: Params, trained: Params) -> Params:
         """The base DiT with what was trained in place, leaf by leaf in the base's dtypes."""
@@ -79,7 +85,9 @@ class Run:
                 raise ValueError(
                     f"{self.directory} trained {path!r} {list(leaf.shape)}, which {self.model} doesn't have"
                 )
-            leaves[path] = np.asarray(leaf).astype(leaves[path].dtype)
+            like = leaves[path]
+            own = np.asarray(leaf).astype(like.dtype)
+            leaves[path] = own if isinstance(like, np.ndarray) else jax.device_put(own, like.sharding)
         return unflatten(leaves)
 
 
