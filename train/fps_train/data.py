@@ -222,10 +222,10 @@ def _prompts(manifest: Manifest, largest: str, latents: Store, text: Store, what
     ]
     found = []
     for prompt, text_key, clip, size in chosen:
-        given = contents.task != "t2v" and clip is not None
-        if text_key not in text or (given and clip not in latents):
+        given = clip if contents.task != "t2v" else None
+        if text_key not in text or (given is not None and given not in latents):
             raise ValueError(f"{what} lack what validation prompt {prompt!r} needs; run fps-precompute again")
-        tensors = _with_mask(latents.read(clip)[0], contents.task) if given else {}
+        tensors = {} if given is None else _with_mask(latents.read(given)[0], contents.task)
         states = _padded(text.read(text_key)[0]["text"], contents.text_len)
         shape = _latent_shape(size, contents)
         found.append(ValidationPrompt(prompt, states, shape, tensors.get("condition"), tensors.get("image")))
