@@ -66,7 +66,7 @@ def test_a_table_in_the_folder_or_elsewhere(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.csv", "file_name,words\na.mp4,A\n", "line 2: exactly one of caption, text, prompt must hold a text; it has file_name, words"),
+        ("t.csv", "file_name,words\na.mp4,A\n", "line 2: exactly one of caption, text, prompt must hold a text; it has file_name,"),
         ("t.csv", "file_name,video,text\na.mp4,b.mp4,A\n", "line 2: exactly one of video_path, file_name, video must hold"),
         ("t.csv", 'file_name,text\n"a.mp4,A\n', "can't be read as csv"),
         ("t.csv", "file_name,text\n", "names no clip; write a row for each"),
