@@ -77,7 +77,7 @@ def test_the_table_counts_every_clip():
     assert "kept 5 of 13; 16 frames a second" in text
     assert re.search(r"^ +7  no caption: d0.mp4, d1.mp4, d2.mp4, and 4 more$", text, re.M)
     assert re.search(r"^ +1  can't be read: e.mp4 \(why\)$", text, re.M)
-    assert "2 captions are longer than 512 tokens and cut there" in text
+    assert "captions longer than 512 tokens, cut there: 2" in text
     assert "compiles programs" not in text
     assert "compiles programs" in table([*placed, place(rules, 20)], [], rules, texts_cut=0, text_len=512)
 
