@@ -67,7 +67,7 @@ ROOMS = {
         f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
         "fps_jax.evaluation",
         f"{ARRAYS} optax",
-        inside="fps_jax PIL array_record av grain orbax safetensors tensorboardX tomli_w tqdm wandb",
+        inside="fps_jax PIL array_record av orbax safetensors tensorboardX tomli_w tqdm wandb",
     ),
     "fps_train.commands": Room(
         LEAVES,

@@ -222,10 +222,10 @@ def _prompts(manifest: Manifest, largest: str, latents: Store, text: Store, what
     ]
     found = []
     for prompt, text_key, clip, size in chosen:
-        given = contents.task != "t2v" and clip is not None
-        if text_key not in text or (given and clip not in latents):
+        given = clip if contents.task != "t2v" else None
+        if text_key not in text or (given is not None and given not in latents):
             raise ValueError(f"{what} lack what validation prompt {prompt!r} needs; run fps-precompute again")
-        tensors = _with_mask(latents.read(clip)[0], contents.task) if given else {}
+        tensors = {} if given is None else _with_mask(latents.read(given)[0], contents.task)
         states = _padded(text.read(text_key)[0]["text"], contents.text_len)
         shape = _latent_shape(size, contents)
         found.append(ValidationPrompt(prompt, states, shape, tensors.get("condition"), tensors.get("image")))
@@ -292,8 +292,8 @@ class Batches:
                 raise ValueError(
                     f"validation_samples={validation_samples} leaves no sample of bucket {bucket.name} to train on; use fewer"
                 )
-        self._positions = [self._shuffled(b, len(samples)) for b, samples in enumerate(self._training)]
         self._round = functools.lru_cache(maxsize=2)(self._make_round)
+        self._epoch = functools.lru_cache(maxsize=2 * len(self._training))(self._make_epoch)
 
     @property
     def num_samples(self) -> int:
@@ -309,7 +309,7 @@ class Batches:
         bucket, rank = self._bucket_and_rank(i)
         rows = self.batch_size // self.hosts
         places = range(self.host * rows, (self.host + 1) * rows)
-        samples = [self._training[bucket][self._positions[bucket][rank * self.batch_size + r]] for r in places]
+        samples = [self._sample(bucket, rank * self.batch_size + r) for r in places]
         numbers = [i * self.batch_size + r for r in places]
         return self._batch(samples, numbers, [self._drops(n) for n in numbers])
 
@@ -363,6 +363,15 @@ class Batches:
     def _drops(self, n: int) -> bool:
         return _draw(self.seed, _DROPOUT, n, count=1)[0] < self.text_dropout * 2**64
 
+    def _sample(self, bucket: int, position: int) -> Sample:
+        """A bucket's samples without end, each epoch in an order of its own."""
+        epoch, place = divmod(position, len(self._training[bucket]))
+        return self._training[bucket][self._epoch(bucket, epoch)[place]]
+
+    def _make_epoch(self, bucket: int, epoch: int) -> np.ndarray:
+        # Not grain's shuffle, which needs no memory: below a thousand samples it walks a cycle of 2**16 for each, 8 ms
+        return np.argsort(_draw(self.seed, _SHUFFLE, bucket, epoch, count=len(self._training[bucket])), kind="stable")
+
     def _bucket_and_rank(self, i: int) -> tuple[int, int]:
         """Microbatch i's bucket, and how many of that bucket came before it."""
         if i < 0:
@@ -382,14 +391,6 @@ class Batches:
         for bucket, count in enumerate(counts):
             ranks[order == bucket] = np.arange(count)
         return order, ranks
-
-    def _shuffled(self, bucket: int, num_samples: int) -> Any:
-        """Random access to an endless sequence of a bucket's samples, each epoch in an order of its own."""
-        import grain
-
-        # grain takes seed + epoch for each epoch: from neighbouring seeds two runs would have the same orders one epoch apart
-        seed = int(_draw(self.seed, _SHUFFLE, bucket, count=1)[0] >> np.uint64(32))
-        return grain.MapDataset.range(num_samples).shuffle(seed=seed).repeat()
 
 
 def _draw(*what: int, count: int) -> np.ndarray:

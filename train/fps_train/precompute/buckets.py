@@ -134,7 +134,7 @@ def table(placed: Sequence[Placed], dropped: Sequence[Dropped], rule: Rule, *, t
         )
     lines.append(f"kept {len(placed)} of {len(placed) + len(dropped)}; {rule.fps} frames a second")
     if texts_cut:
-        lines.append(f"{texts_cut} captions are longer than {text_len} tokens and cut there")
+        lines.append(f"captions longer than {text_len} tokens, cut there: {texts_cut}")
     if dropped:
         lines += ["dropped:", *_reasons(dropped)]
     if len(by_size) > _MANY and not rule.exact:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from fps_jax.checkpoints.open import open_model
@@ -111,7 +112,7 @@ def contact_sheet(folder: pathlib.Path, model: str, path: pathlib.Path) -> None:
     ) as (sheet, axes):
         for row, sample in enumerate(chosen):
             latents = data.read(sample)[0]["latents"].astype(np.float32)
-            decoded = decode(opened.config.vae, params, latents[None])[0] / 2 + 0.5
+            decoded = decode(opened.config.vae, params, jnp.asarray(latents)[None])[0] / 2 + 0.5
             frames, note = _source(sample, roots, data.fps)
             places = np.unique(np.linspace(0, len(decoded) - 1, _FRAMES).round().astype(int))
             for axis in axes[2 * row : 2 * row + 2].flat:
