@@ -10,6 +10,7 @@ import tyro
 
 from fps_convert.formats.readers import Dtype
 from fps_convert.layouts import LayoutName
+from fps_jax.choices import file_and_scale
 from fps_jax.errors import parse, run_cli
 
 
@@ -25,6 +26,12 @@ class ToFlax:
 
     dtype: Dtype | None = None
     """Cast the DiT, the text encoder and the image tower. Left out: each tensor keeps its dtype. The VAE always does."""
+
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE] ...")] = ()
+    """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
+
+    lora_partial: bool = False
+    """Leave out what of a LoRA this model has no place for, in place of an error."""
 
     overwrite: bool = False
     """Replace DST if it exists and is not empty."""
@@ -61,6 +68,7 @@ def _run(argv: list[str]) -> None:
         prog="fps-convert",
         description="Wan2.1 checkpoints from PyTorch and back. --debug shows tracebacks.",
     )
+    loras = [file_and_scale(text) for text in command.lora] if isinstance(command, ToFlax) else []
     # Late: until here, JAX isn't imported, and a wrong argument is told at once. The accelerator has no part in this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from fps_convert.flax_to_torch import to_torch
@@ -68,7 +76,9 @@ def _run(argv: list[str]) -> None:
     from fps_convert.torch_to_flax import to_flax
 
     if isinstance(command, ToFlax):
-        report = to_flax(command.src, command.dst, command.dtype, command.overwrite)
+        report = to_flax(
+            command.src, command.dst, command.dtype, command.overwrite, loras=loras, lora_partial=command.lora_partial
+        )
         print(summary(report, f"report: {os.path.join(command.dst, 'audit.json')}"))
     else:
         report = to_torch(command.src, command.dst, command.layout, command.overwrite)

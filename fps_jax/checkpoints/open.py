@@ -1,6 +1,6 @@
 """The door to checkpoints: ours, one in a torch layout, or a Hugging Face repository. Behind it, nobody asks which it was.
 
-The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours.
+The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours, or a LoRA file.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fps_jax.checkpoints.format import abstract_component, is_checkpoint, read_config
+from fps_jax.checkpoints.lora import LoRA
 from fps_jax.checkpoints.placement import builds, place, restore
 from fps_jax.checkpoints.runs import SCHEDULE, Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
@@ -114,6 +115,18 @@ def _theirs(directory: pathlib.Path) -> Model:
         stored_dtypes=lambda: {name: source.stored_dtypes(name) for name in source.components},
         load=lambda name, dtype: place(name, source.load(name), dtype),
     )
+
+
+def open_lora(path: str | os.PathLike, config: WanConfig, *, partial: bool = False) -> LoRA:
+    """Opens a LoRA file in any spelling of its keys, checked against a model of this config.
+
+    Args:
+      partial: leave out what this model has no place for, in place of an error.
+    Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, a pickle, or for another model.
+    """
+    from fps_convert.lora.read import open_lora as read
+
+    return read(path, config, partial=partial)
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fps_jax.commands.options import VideoOptions, read_request, run_record
+from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 from fps_jax.progress import progress_bar
@@ -105,10 +105,9 @@ def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: 
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.tuning import calibration
 
-    pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
+    pipe = load_pipeline(options)
     pipe.show_progress = True
     errors = []
     for number, prompt in enumerate(prompts, 1):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import save_checkpoint
-from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
+from fps_jax.checkpoints.open import open_lora, open_model
 from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
-from fps_jax.models.params import Params
+from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
@@ -52,6 +54,7 @@ class WanPipeline:
         visit the device for the time of a call, so the DiT has it to itself.
       dtype: compute dtype of the DiT and the text encoder.
       show_progress: a progress bar on stderr; None shows one where stderr is a terminal.
+      loras: those that are merged into the DiT's weights, by `load_lora`.
     """
 
     config: WanConfig
@@ -59,6 +62,9 @@ class WanPipeline:
     tokenizer: Tokenizer
     dtype: Any
     show_progress: bool | None = None
+    loras: list[Scaled] = dataclasses.field(default_factory=list)
+    # What LoRAs changed, as it was before, in host memory: sums start from it, so that nothing is rounded twice.
+    _before_loras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: str = "bfloat16") -> "WanPipeline":
@@ -78,9 +84,62 @@ class WanPipeline:
         return cls(config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
+        """Write the checkpoint in our format, in the dtypes that it was loaded with, LoRAs merged where there are any.
+
+        Raises FileExistsError if path isn't empty.
+        """
         tokenizer = self.tokenizer.source.parent
         save_checkpoint(path, self.config, self.params, tokenizer, overwrite=overwrite)
+
+    def load_lora(self, lora: str | os.PathLike | LoRA, scale: float = 1.0, *, partial: bool = False) -> LoRA:
+        """Merge a LoRA into the DiT's weights, on top of those that are merged already.
+
+        The sum is made in float32 from the weights as they were loaded, and rounded once. Those that change are kept in host memory
+        (at most as many bytes as the DiT has) until `unload_lora`. Compiled programs stay.
+
+        Args:
+          lora: a .safetensors file in any spelling of its keys (docs/checkpoints.md), or one that `open_lora` opened.
+          scale: how much of it; 1 is what it was trained as.
+          partial: leave out tensors that this model has no place for, in place of an error.
+        Returns: the record, whose `report` and `summary` say what was used.
+        Raises: FileNotFoundError, ValueError or NotImplementedError in one line; the weights are then as they were.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+            raise ValueError(f"scale={scale!r} of a LoRA is not a finite number; 1 is what it was trained as")
+        record = lora if isinstance(lora, LoRA) else open_lora(lora, self.config, partial=partial)
+        self._merge_loras([*self.loras, Scaled(record, float(scale))])
+        log.info("%s at scale %g", record.summary, scale)
+        return record
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again: the weights are bit for bit those that were loaded."""
+        self._merge_loras([])
+        self._before_loras.clear()
+
+    def _merge_loras(self, loras: list[Scaled]) -> None:
+        """The weights of exactly these LoRAs in place of what is merged now; as it was, if one of them can't be merged."""
+        leaves = dict(flatten(self.params["dit"]))
+        self.params["dit"] = {}  # so that each leaf is freed when its successor stands
+        layers = changed([*self.loras, *loras])
+        try:
+            self._put_merged(leaves, layers, loras)
+        except BaseException:  # also an interrupted merge is none
+            self._put_merged(leaves, layers, self.loras)
+            raise
+        finally:
+            self.params["dit"] = unflatten(leaves)
+        self.loras = loras
+
+    def _put_merged(self, leaves: dict[str, Any], layers: dict[str, list[int | None]], loras: list[Scaled]) -> None:
+        for path, numbers in layers.items():
+            if path not in self._before_loras:
+                self._before_loras[path] = np.asarray(leaves[path])
+            before = self._before_loras[path]
+            merged = np.array(before)
+            for layer in numbers:
+                at = ... if layer is None else layer
+                merged[at] = merge(before[at], (path, layer), loras)
+            leaves[path] = jax.device_put(merged, leaves[path].sharding)
 
     def __call__(
         self,

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fps_convert.lora.read import open_lora
-from fps_convert.lora.record import Scaled, merge
 from fps_convert.lora.write import write_lora
+from fps_jax.checkpoints.lora import Scaled, merge
 from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WanConfig
 from fps_jax.models.lora import LoRAConfig
 from tests.checkpoints import TINY

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 from fps_convert import mapping
 from fps_convert.lora.keys import Spellings
 from fps_convert.lora.read import open_lora
-from fps_convert.lora.record import Scaled, merge
 from fps_convert.lora.write import write_lora
+from fps_jax.checkpoints.lora import Scaled, merge
 from fps_jax.config import WAN_FLF2V_14B, WanConfig
 from fps_jax.models.dit import dit
 from fps_jax.models.lora import LoRAConfig, merge_lora, with_lora

@@ -1,7 +1,10 @@
-"""A LoRA as it is merged: changes of parameters, each a low-rank pair or a difference, in our names and shapes."""
+"""LoRAs as they are merged into weights: changes of parameters, low-rank pairs or differences, in our names and shapes.
+
+Nothing of files is here: `open.open_lora` reads one. A trainer's own adapters are `fps_jax.models.lora`'s.
+"""
 
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy as np
 Place = tuple[str, int | None]  # a parameter's path, and its layer where it is stacked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """scale x (A B): `a` `[in, r]`, `b` `[r, out]` in their file's dtype, views of the mapped file."""
 
@@ -21,7 +24,7 @@ class LowRank:
         return np.float32(self.scale) * (self.a.astype(np.float32) @ self.b.astype(np.float32))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Difference:
     """scale x `values`, in the parameter's shape."""
 
@@ -32,7 +35,7 @@ class Difference:
         return np.float32(self.scale) * self.values.astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoRA:
     """A LoRA file that was opened and checked against a model.
 
@@ -43,7 +46,7 @@ class LoRA:
     """
 
     path: pathlib.Path
-    changes: dict[Place, list[LowRank | Difference]]
+    changes: dict[Place, list[LowRank | Difference]] = field(repr=False)
     report: dict[str, Any]
 
     @property
@@ -59,7 +62,7 @@ class LoRA:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scaled:
     """A LoRA and how much of it: 1 is what it was trained as."""
 
@@ -84,10 +87,10 @@ def merge(values: np.ndarray, place: Place, loras: list[Scaled], dtype: Any = No
     changes = [(scaled, change) for scaled in loras for change in scaled.lora.changes.get(place, ())]
     if not changes:
         return values.astype(dtype, copy=False)
-    total = values.astype(np.float32)
-    for scaled, change in changes:
-        total += np.float32(scaled.scale) * change.dense()
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        total = values.astype(np.float32)
+        for scaled, change in changes:
+            total += np.float32(scaled.scale) * change.dense()
         merged = total.astype(dtype)
     if not np.isfinite(merged.astype(np.float32)).all():
         names = ", ".join(dict.fromkeys(str(scaled.lora.path) for scaled, _ in changes))
