@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fps_jax.checkpoints.format import abstract_component, is_checkpoint, read_config
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.format import SCHEDULE, abstract_component, is_checkpoint, read_config
 from fps_jax.checkpoints.lora import LoRA
 from fps_jax.checkpoints.placement import builds, place, restore
-from fps_jax.checkpoints.runs import SCHEDULE, Which, is_run, read_run
+from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
 
@@ -33,7 +34,7 @@ class Model:
       stored_dtypes: stored_dtypes() is the dtype of every parameter, by component and path, as the files hold it.
       load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
         is that of the DiT and the text encoder.
-      schedule: the file of the schedule that it was trained with; None where there is none.
+      schedule: that it was trained with; None for dense.
     """
 
     directory: pathlib.Path
@@ -43,7 +44,7 @@ class Model:
     tokenizer_dir: pathlib.Path
     stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
     load: Callable[[Component, Any], Params]
-    schedule: pathlib.Path | None = None
+    schedule: FPSSchedule | None = None
 
 
 def open_model(path: str | os.PathLike) -> Model:
@@ -57,8 +58,7 @@ def open_model(path: str | os.PathLike) -> Model:
     if is_run(directory):
         return open_run(directory)
     model = _ours(directory) if _is_ours(directory) else _theirs(directory)
-    file = directory / SCHEDULE
-    return dataclasses.replace(model, schedule=file) if file.is_file() else model
+    return dataclasses.replace(model, schedule=_schedule(directory))
 
 
 def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
@@ -71,10 +71,12 @@ def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
         params = base.load(name, dtype)
         return run.apply(params, run.trained(which)) if name == "dit" else params
 
+    return dataclasses.replace(base, directory=directory, layout="run", load=load, schedule=_schedule(directory))
+
+
+def _schedule(directory: pathlib.Path) -> FPSSchedule | None:
     file = directory / SCHEDULE
-    return dataclasses.replace(
-        base, directory=directory, layout="run", load=load, schedule=file if file.is_file() else None
-    )
+    return FPSSchedule.load(file) if file.is_file() else None
 
 
 def _is_ours(directory: pathlib.Path) -> bool:

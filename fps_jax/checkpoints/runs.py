@@ -19,7 +19,6 @@ from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_train"
 VERSION = 1
-SCHEDULE = "fps_schedule.json"  # beside a checkpoint of any layout: the schedule that it was trained with
 
 Which = Literal["ema", "raw"]
 

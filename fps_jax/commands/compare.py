@@ -46,7 +46,7 @@ def _compare(options: Compare) -> None:
     sources = tuple(path for path in read if path is not None)
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
         model = open_model(options.model)
-        resolved: Any = request.resolve(model.config)
+        resolved: Any = request.resolve(model.config, model.schedule)
         request.frames(
             model.config
         )  # read for each video again: one that is no image is told before the weights are read

@@ -61,10 +61,11 @@ class VideoOptions:
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
     """Evaluate prompt and negative prompt as one batch of two."""
-    attention: Setting = "dense"
-    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
+    attention: Setting | None = None
+    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it. Left out: fps with a
+    schedule, given here or the checkpoint's own, and else dense."""
     schedule: pathlib.Path | None = None
-    """Schedule as JSON, from fps-calibrate; the default one if left out."""
+    """Schedule as JSON, from fps-calibrate; if left out the checkpoint's own, or the default one."""
     lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE] ...")] = ()
     """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
     lora_partial: bool = False
@@ -139,9 +140,9 @@ def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str
 
     import fps_jax
 
-    resolved = request.resolve(pipe.config)
+    resolved = request.resolve(pipe.config, pipe.schedule)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
-    settings["flow_shift"] = resolved.flow_shift
+    settings["flow_shift"], settings["attention"] = resolved.flow_shift, resolved.attention
     if settings["negative_prompt"] is None:
         settings["negative_prompt"] = resolved.negatives[0]
     device = jax.local_devices()[0]

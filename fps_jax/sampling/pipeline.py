@@ -54,6 +54,7 @@ class WanPipeline:
         visit the device for the time of a call, so the DiT has it to itself.
       dtype: compute dtype of the DiT and the text encoder.
       show_progress: a progress bar on stderr; None shows one where stderr is a terminal.
+      schedule: what the checkpoint was trained with, and is sampled with unless a call says otherwise; None for dense.
       loras: those that are merged into the DiT's weights, by `load_lora`.
     """
 
@@ -62,6 +63,7 @@ class WanPipeline:
     tokenizer: Tokenizer
     dtype: Any
     show_progress: bool | None = None
+    schedule: FPSSchedule | None = None
     loras: list[Scaled] = dataclasses.field(default_factory=list)
     # What LoRAs changed, as it was before, in host memory: sums start from it, so that nothing is rounded twice.
     _before_loras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
@@ -81,15 +83,17 @@ class WanPipeline:
         model = open_model(path)
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
-        return cls(config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
+        return cls(
+            config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype], schedule=model.schedule
+        )
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write the checkpoint in our format, in the dtypes that it was loaded with, LoRAs merged where there are any.
+        """Write the checkpoint in our format, in the dtypes that it was loaded with, LoRAs merged, and its schedule.
 
         Raises FileExistsError if path isn't empty.
         """
         tokenizer = self.tokenizer.source.parent
-        save_checkpoint(path, self.config, self.params, tokenizer, overwrite=overwrite)
+        save_checkpoint(path, self.config, self.params, tokenizer, self.schedule, overwrite=overwrite)
 
     def load_lora(self, lora: str | os.PathLike | LoRA, scale: float = 1.0, *, partial: bool = False) -> LoRA:
         """Merge a LoRA into the DiT's weights, on top of those that are merged already.
@@ -162,7 +166,7 @@ class WanPipeline:
         callback: Progress | None = None,
         vae_tiling: bool = False,
         batch_guidance: bool = False,
-        attention: Setting = "dense",
+        attention: Setting | None = None,
         schedule: FPSSchedule | str | os.PathLike | None = None,
     ) -> Any:
         """Sample one video per prompt.
@@ -186,8 +190,9 @@ class WanPipeline:
           vae_tiling: decode and encode in overlapping spatial tiles. Also used, and logged, when the frame wouldn't fit.
           batch_guidance: evaluate prompt and negative prompt as one batch of two.
           attention: self-attention of the DiT: 'dense'; 'fps', FP8 and sparse as the schedule says; 'fp8', the schedule with
-            whole-grid windows; 'sparse', the schedule without quantization.
-          schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
+            whole-grid windows; 'sparse', the schedule without quantization. None is 'fps' where there is a schedule, given here or
+            the checkpoint's own, and else 'dense'.
+          schedule: an FPSSchedule or its JSON file; None for the checkpoint's own, or the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
         request = Request(
@@ -250,7 +255,7 @@ class WanPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
-        resolved = request.resolve(self.config)
+        resolved = request.resolve(self.config, self.schedule)
         noise = request.noise(resolved.latent_shape)
         frames = request.frames(self.config)
         embeds = request.image_embeds

@@ -7,9 +7,7 @@ import dataclasses
 import pathlib
 import tomllib
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
-
-import tyro
+from typing import Any, Literal, get_args
 
 from fps_jax.choices import Dtype, Setting, check_choice
 from fps_jax.files import write_bytes
@@ -166,7 +164,7 @@ class CheckpointOptions:
 class TrainConfig:
     """Fine-tune a Wan2.1 DiT with the attention that it will be sampled with."""
 
-    model: Annotated[str, tyro.conf.Positional] = ""
+    model: str = ""
     """A converted checkpoint, an official or diffusers directory, a Hugging Face repo id, or another run."""
     data: str = ""
     """What fps-precompute wrote."""
@@ -307,8 +305,6 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """A TOML value as the field's type has it. Literals are checked by the dataclasses themselves."""
     if isinstance(kind, str):  # pragma: no cover
         raise TypeError(f"{name}: annotations of options are not strings")
-    if getattr(kind, "__metadata__", None):
-        kind = kind.__origin__
     allowed = get_args(kind) or (kind,)
     if kind == tuple[str, ...]:
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):

@@ -8,8 +8,9 @@ import pathlib
 from typing import Any
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.format import SCHEDULE
 from fps_jax.checkpoints.open import Model
-from fps_jax.checkpoints.runs import FORMAT, SCHEDULE, VERSION, is_run
+from fps_jax.checkpoints.runs import FORMAT, VERSION, is_run
 from fps_jax.files import write_json
 from fps_train.config import TrainConfig
 from fps_train.state import Parts

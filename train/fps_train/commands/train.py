@@ -4,6 +4,9 @@ import dataclasses
 import signal
 import sys
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from fps_jax.errors import parse, run_cli
 from fps_train.config import PRESETS, TrainConfig
@@ -16,6 +19,8 @@ class Train(TrainConfig):
     --preset NAME or --config RUN.toml give other defaults to all options; what stands beside them on the command line wins.
     """
 
+    model: Annotated[str, tyro.conf.Positional] = ""
+    """A converted checkpoint, an official or diffusers directory, a Hugging Face repo id, or another run."""
     resume: bool = False
     """Continue the run in --output from its newest checkpoint. Everything that makes its numbers has to be as it was."""
     init_from: str | None = None
