@@ -55,9 +55,7 @@ def image_tokens(
     return jnp.concatenate([jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in tokens], axis=1)
 
 
-def condition_video(
-    frames: Sequence[Float[np.ndarray, "_ H W 3"]], num_frames: int
-) -> Float[np.ndarray, "B F H W 3"]:
+def condition_video(frames: Sequence[Float[np.ndarray, "_ H W 3"]], num_frames: int) -> Float[np.ndarray, "B F H W 3"]:
     """The video whose latents are the condition: the given frames in their places, the others grey. In [-1, 1].
 
     frames: float32 in [0, 1], first (and last).
