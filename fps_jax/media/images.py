@@ -97,7 +97,7 @@ def cover_box(
 def _cover(image: Float[np.ndarray, "H W 3"], height: int, width: int) -> Float[np.ndarray, "h w 3"]:
     from PIL import Image
 
-    box = cover_box(*image.shape[:2], height, width)
+    box = cover_box(image.shape[0], image.shape[1], height, width)
     channels = [
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS, box=box))
         for channel in np.ascontiguousarray(image.transpose(2, 0, 1))

@@ -198,6 +198,12 @@ def test_prompts_of_image_models_bring_their_images(i2v, clips, tmp_path, capsys
     assert re.search(message, err)
 
 
+def test_image_models_need_something_to_predict(i2v, clips, tmp_path, capsys):
+    code, _, err = run(capsys, i2v, "--videos", clips, "--output", tmp_path / "data", "--min-frames", "1")
+    assert code == 2
+    assert "min_frames=1 leaves i2v nothing to predict after the given frames; use 5 or more" in err
+
+
 def test_a_model_without_an_image_tower_cannot_make_image_data(tmp_path, clips, capsys):
     config = tiny_config("i2v", image_encoder=None)
     write_checkpoint(tmp_path / "model", config, layout="diffusers", tokenizer_dir=T2V / "tokenizer")

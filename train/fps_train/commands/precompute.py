@@ -96,6 +96,7 @@ def _precompute(options: Precompute) -> None:
     for name, least, most in (("fps", 1, 240), ("min_frames", 1, 100_000), ("shard_mib", 1, 100_000)):
         if not least <= getattr(options, name) <= most:
             raise ValueError(f"{name}={getattr(options, name)} is not in {least} to {most}")
+    from fps_jax.sampling.pipeline import enable_compilation_cache
     from fps_jax.sampling.request import check_frame
     from fps_train.precompute.buckets import Size
     from fps_train.precompute.run import Recipe, precompute
@@ -105,6 +106,7 @@ def _precompute(options: Precompute) -> None:
     else:
         check_frame(options.height, options.width, options.num_frames)
         sizes = (Size(options.height, options.width, options.num_frames),)
+    enable_compilation_cache()
     precompute(
         Recipe(
             model=options.model,
@@ -146,8 +148,10 @@ def _check(options: Precompute) -> None:
             raise FileNotFoundError(
                 f"contact_sheet: folder {str(options.contact_sheet.absolute().parent)!r} doesn't exist"
             )
+    from fps_jax.sampling.pipeline import enable_compilation_cache
     from fps_train.precompute.check import check, contact_sheet
 
+    enable_compilation_cache()
     print(check(options.check))
     if options.contact_sheet is not None and options.model is not None:
         contact_sheet(options.check, options.model, options.contact_sheet)

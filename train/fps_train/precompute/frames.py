@@ -1,6 +1,7 @@
 """Clips decoded: which frame is on screen at each instant of the new rate, turned upright, covering the wanted size.
 
-What counts is what the decoder gives: a container's number of frames, duration and average rate are never asked.
+What counts is what the decoder gives: a container's number of frames and duration are never asked, and its rate only for raw
+streams without timestamps.
 """
 
 import contextlib

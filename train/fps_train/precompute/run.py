@@ -89,6 +89,10 @@ def precompute(recipe: Recipe, tell: Callable[[str], None] = print) -> None:
         raise ValueError(
             f"checkpoint {recipe.model!r} has no image tower, and {task} data hold its tokens; use one that has it"
         )
+    if task != "t2v" and recipe.min_frames < 5:
+        raise ValueError(
+            f"min_frames={recipe.min_frames} leaves {task} nothing to predict after the given frames; use 5 or more"
+        )
     wanted = read_prompts(recipe.validation_prompts, task)
     rule = Rule(recipe.sizes, recipe.exact, recipe.min_frames, recipe.fps, task)
     tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
