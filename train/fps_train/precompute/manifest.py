@@ -143,8 +143,13 @@ def _part(contents: Contents, worker: tuple[int, int]) -> str:
     return f"{contents.hash}-{worker[0]:05d}-of-{worker[1]:05d}.jsonl"
 
 
+def _once(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    return tuple({(s.clip, s.text): s for s in sorted(samples, reverse=True)}.values())[::-1]
+
+
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """Read manifest and samples, samples in an order of their own: that of their keys, whoever wrote them.
+    """Read manifest and samples, samples in an order of their own: that of their keys, whoever wrote them. One whose clip and text
+    two workers met, each in a file of its own, is there once.
 
     Raises: FileNotFoundError where there are no data, or a run that made them isn't finished; ValueError for damaged ones.
     """
@@ -176,7 +181,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
             prompts=tuple(Prompt(**prompt) for prompt in record["prompts"]),
             root=record["root"],
             made=record["made"],
-            samples=tuple(sorted(samples)),
+            samples=_once(samples),
             dropped=tuple(dropped),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fps_jax.checkpoints.open import Model, open_model
+from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import Dtype
 from fps_jax.files import check_space
 from fps_jax.models.tokenizer import Tokenizer, clean
@@ -273,14 +274,15 @@ def _encode_clips(recipe: Recipe, encoders: Encoders, work: Sequence[_Work]) -> 
     amounts = {one.key: int(np.prod(latent_grid(**one.size._asdict()))) for one in todo}
     latents = 1 if config.task == "t2v" else 2
     check_space(recipe.output, sum(2 * latents * config.vae.z_dim * n for n in amounts.values()))
-    tower = None if config.task == "t2v" else encoders.params("image_encoder")
-    maker = LatentsMaker(config=config, vae=encoders.params("vae"), tower=tower, tiling=recipe.vae_tiling)
     failed: dict[str, ClipError] = {}
     owner = f"{recipe.worker[0]}-of-{recipe.worker[1]}"
-    with (
-        ShardWriter(store.folder, shard_bytes=recipe.shard_bytes, owner=owner) as writer,
-        bar("encode clips", sum(amounts.values())) as advance,
-    ):
+    with contextlib.ExitStack() as stack:
+        tower = None
+        if config.task != "t2v":  # it lives in host memory; on the device for the whole phase, not anew for each clip
+            tower = stack.enter_context(visiting(encoders.params("image_encoder")))
+        maker = LatentsMaker(config=config, vae=encoders.params("vae"), tower=tower, tiling=recipe.vae_tiling)
+        writer = stack.enter_context(ShardWriter(store.folder, shard_bytes=recipe.shard_bytes, owner=owner))
+        advance = stack.enter_context(bar("encode clips", sum(amounts.values())))
         for done, (one, decoded) in enumerate(_decoded_ahead(todo), 1):
             try:
                 writer.add(one.key, one.encode(maker, decoded.result()), {"source": one.source, "size": one.size.name})
