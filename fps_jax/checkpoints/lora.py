@@ -7,6 +7,7 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 Place = tuple[str, int | None]  # a parameter's path, and its layer where it is stacked
@@ -20,8 +21,9 @@ class LowRank:
     b: np.ndarray
     scale: float
 
-    def dense(self) -> np.ndarray:
-        return np.float32(self.scale) * (self.a.astype(np.float32) @ self.b.astype(np.float32))
+    def dense(self, amount: float = 1.0) -> np.ndarray:
+        """`amount` times the change, float32."""
+        return (np.float32(amount * self.scale) * self.a.astype(np.float32)) @ self.b.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +33,9 @@ class Difference:
     values: np.ndarray
     scale: float = 1.0
 
-    def dense(self) -> np.ndarray:
-        return np.float32(self.scale) * self.values.astype(np.float32)
+    def dense(self, amount: float = 1.0) -> np.ndarray:
+        """`amount` times the change, float32."""
+        return np.float32(amount * self.scale) * self.values.astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +93,10 @@ def merge(values: np.ndarray, place: Place, loras: list[Scaled], dtype: Any = No
     with np.errstate(over="ignore", invalid="ignore"):  # told below
         total = values.astype(np.float32)
         for scaled, change in changes:
-            total += np.float32(scaled.scale) * change.dense()
+            total += change.dense(scaled.scale)
         merged = total.astype(dtype)
-    if not np.isfinite(merged.astype(np.float32)).all():
+    largest = max(total.max(), -total.min())  # NaN if one is; cheaper than a look at each
+    if not largest <= float(jnp.finfo(dtype).max):
         names = ", ".join(dict.fromkeys(str(scaled.lora.path) for scaled, _ in changes))
         where = place[0] if place[1] is None else f"{place[0]} of layer {place[1]}"
         raise ValueError(f"{where} has NaN or inf as {dtype} with {names} merged; use a smaller scale or another dtype")

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -140,9 +141,13 @@ class WanPipeline:
                 self._before_loras[path] = np.asarray(leaves[path])
             before = self._before_loras[path]
             merged = np.array(before)
-            for layer in numbers:
+
+            def put(layer: int | None, path=path, before=before, merged=merged) -> None:
                 at = ... if layer is None else layer
                 merged[at] = merge(before[at], (path, layer), loras)
+
+            with ThreadPoolExecutor(4) as threads:  # NumPy lets go of the interpreter's lock
+                list(threads.map(put, numbers))
             leaves[path] = jax.device_put(merged, leaves[path].sharding)
 
     def __call__(

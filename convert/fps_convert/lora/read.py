@@ -21,6 +21,7 @@ from fps_jax.config import DiTConfig, WanConfig
 
 OURS = {"made_by": "fps_jax"}  # in the metadata of files of ours, whose `rank` and `alpha` are to be believed
 _WIDTHS = {1536: "1.3B", 5120: "14B"}
+_SQUARE = re.compile(r"attn/\w+/kernel$")  # matrices from the model's width to the model's width
 _NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -139,25 +140,24 @@ def _check_shapes(
                     f"{file}: {key!r} is a low-rank matrix for {row.path}, which is none; the file is damaged"
                 )
             elif role == "a":
-                good, needs = len(shape) >= 2 and math.prod(shape[1:]) == row.shape[0], ["rank", *source[1:]]
+                fits = len(shape) >= 2 and shape[0] > 0 and math.prod(shape[1:]) == row.shape[0]
+                good, needs = fits, ["rank", *source[1:]]
             elif role == "b":
                 good = len(shape) >= 2 and shape[0] == source[0] and math.prod(shape[2:]) == 1
                 needs = [source[0], "rank"]
             else:
-                good, needs = (
-                    math.prod(shape) == math.prod(source) and _squeezed(shape) == _squeezed(source),
-                    list(source),
-                )
+                good, needs = _squeezed(shape) == _squeezed(source), list(source)
             if not good:
                 faults.append((row.path, key, shape, needs, role))
     if not faults:
         return
-    faults.sort(key=lambda fault: ("attn/q/kernel" not in fault[0], fault[1]))
+    faults.sort(key=lambda fault: (not _SQUARE.search(fault[0]), fault[1]))
     path, key, shape, needs, role = faults[0]
     hint = ""
-    if "attn/q/kernel" in path and role in ("a", "b") and len(shape) > 1:
+    if _SQUARE.search(path) and role in ("a", "b") and len(shape) > 1:
         theirs = shape[1] if role == "a" else shape[0]
-        hint = f": it's a LoRA for Wan {_size(theirs)}, this model is {_size(config.dim)}"
+        if theirs != config.dim:
+            hint = f": it's a LoRA for Wan {_size(theirs)}, this model is {_size(config.dim)}"
     elif path == "patch_embedding/kernel":
         hint = ": it's a LoRA for another task (T2V models read 16 channels, I2V and FLF2V models 36)"
     more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
@@ -284,7 +284,7 @@ def _pattern(patterns: dict[str, float], module: str, default: float | None) -> 
 def _stated(file: pathlib.Path, reader: SafetensorsFile) -> _Stated:
     """From the metadata (ours, diffusers'), or from peft's adapter_config.json beside the file."""
     metadata, beside = reader.metadata, file.parent / "adapter_config.json"
-    if OURS.items() <= metadata.items():
+    if all(metadata.get(name) == value for name, value in OURS.items()):
         where = f"{file}: its metadata"
         content = {"r": _number(metadata.get("rank")), "lora_alpha": _number(metadata.get("alpha"))}
         return dataclasses.replace(_checked(where, content), to_check=True)

@@ -42,7 +42,7 @@ WRONG = {
         "it's a LoRA for Wan 14B, this model is 1.3B",
     ),
     "a 1.3B LoRA on a 14B model": (
-        pair("lora_unet_blocks_3_cross_attn_q", 1536, 1536), None, WAN_I2V_14B, "it's a LoRA for Wan 1.3B, this model is 14B",
+        pair("lora_unet_blocks_3_cross_attn_o", 1536, 1536), None, WAN_I2V_14B, "it's a LoRA for Wan 1.3B, this model is 14B",
     ),
     "more layers than the model": (
         GOOD | pair("diffusion_model.blocks.7.self_attn.q", 64, 64), None, CONFIG,
@@ -63,6 +63,10 @@ WRONG = {
     "ranks of the halves": (
         GOOD | {f"{Q}.lora_B.weight": zeros(64, 3)}, None, CONFIG,
         "lora_A.weight' has rank 4 and .*lora_B.weight' has rank 3; they belong together",
+    ),
+    "no rank at all": (
+        GOOD | pair(Q, 64, 64, rank=0), None, CONFIG,
+        r"lora_A.weight' has shape \[0, 64\], this model needs \[rank, 64\]$",
     ),
     "the metadata's rank": (
         GOOD, OURS | {"rank": "8"}, CONFIG, "its metadata says rank 8, .*lora_A.weight' has rank 4; they must agree",
