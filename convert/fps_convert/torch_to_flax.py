@@ -1,6 +1,7 @@
 """A torch directory to our format."""
 
 import os
+import pathlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from fps_convert.lora.read import open_lora
 from fps_convert.open import open_checkpoint
 from fps_convert.report import dtype_changes, progress_bar
 from fps_convert.source import Source
-from fps_jax.checkpoints.format import write_config
+from fps_jax.checkpoints.format import SCHEDULE, write_config
 from fps_jax.checkpoints.lora import Scaled
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
@@ -59,6 +60,8 @@ def to_flax(
                 audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)
                 if kind is None or name == "vae":
                     mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
+        if (pathlib.Path(src) / SCHEDULE).is_file():
+            shutil.copyfile(pathlib.Path(src) / SCHEDULE, fresh / SCHEDULE)
         shutil.copytree(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
         audit["loras"] = [{**scaled.lora.report, "scale": scaled.scale} for scaled in source.loras]
         audit["notes"] += [f"{scaled.lora.summary} at scale {scaled.scale:g}, merged" for scaled in source.loras]
