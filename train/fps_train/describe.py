@@ -15,7 +15,7 @@ def describe(setup: Setup) -> str:
     seen = options.steps * options.batch_size * options.accumulate
     flow, shift = options.flow, setup.sampling_shift
     lines = [
-        f"model: {options.model}, {config.task}, {count / 1e6:,.1f} M parameters; {trained} will be trained in {options.dtype}",
+        f"model: {options.model}, {config.task}, {count:,} parameters; {trained} will be trained in {options.dtype}",
         f"data: {options.data}, {samples} samples, {options.validation.samples} of them held out",
         f"steps: {options.steps} of {options.accumulate} x {options.batch_size} samples: {seen} samples",
         f"noise levels: {flow.distribution}, training shift {flow.shift:g}, sampling shift {shift:g}",
