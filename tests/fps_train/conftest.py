@@ -8,20 +8,28 @@ import pytest
 
 from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.config import VAEConfig, WanConfig
+from fps_jax.models.params import abstract_params, flatten, unflatten
+from fps_jax.models.vae import build_vae
 from fps_train.config import CheckpointOptions, FlowOptions, OptimizerOptions, TrainConfig, ValidationOptions
 from tests.fps_train.models import CONFIG, LATENTS, params
 from tests.fps_train.sample_data import write_data
 
-WAN = WanConfig(
-    dit=CONFIG, vae=VAEConfig(base_dim=8, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
-)  # a VAE of the DiT's channels; no test but one of videos needs its weights
+WAN = WanConfig(dit=CONFIG, vae=VAEConfig(base_dim=4, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4))
+
+
+def vae_params():
+    rng = np.random.default_rng(0)
+    leaves = flatten(abstract_params(build_vae(WAN.vae)))
+    return unflatten(
+        {p: (rng.normal(size=a.shape) / max(np.prod(a.shape[:-1]), 1) ** 0.5).astype(np.float32) for p, a in leaves}
+    )
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> pathlib.Path:
-    """A checkpoint of ours, its DiT alone."""
+    """A checkpoint of ours: a DiT and a VAE."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    save_checkpoint(path, WAN, {"dit": jax.device_get(params())})
+    save_checkpoint(path, WAN, {"dit": jax.device_get(params()), "vae": vae_params()})
     return path
 
 
@@ -66,7 +74,3 @@ def write_schedule(folder: pathlib.Path) -> pathlib.Path:
         ),
     ).save(path)
     return path
-
-
-def leaves(tree) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]

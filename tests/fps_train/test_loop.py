@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +21,9 @@ from fps_train.config import LoraOptions, TrainConfig
 from fps_train.data import Batches
 from fps_train.loop import Stopped, train
 from fps_train.metrics import Metrics, read_metrics
+from tests.fps_train import sample_data
+from tests.fps_train.models import CONFIG
+from tests.fps_train.sample_data import write_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -196,22 +200,25 @@ def test_a_lora_run_leaves_the_base_alone_and_opens_merged(options, model):
 
 
 @pytest.mark.slow
-def test_one_clip_is_learned_by_heart(options, tmp_path):
-    """Given the clip, the noise in x_t is known: the loss can fall to nothing but what low noise levels leave."""
-    from tests.fps_train.models import CONFIG
-    from tests.fps_train.sample_data import write_data
+def test_one_clip_is_learned_by_heart(options, tmp_path, monkeypatch):
+    """A clip of one value a channel: with the clip known, x_t gives the noise away, and the loss can fall to nothing."""
 
+    def flat(key, *shape):
+        values = np.random.default_rng([*key.encode()]).standard_normal((shape[0],) + (1,) * (len(shape) - 1))
+        return np.broadcast_to(values, shape).astype(jnp.bfloat16)
+
+    monkeypatch.setattr(sample_data, "noise", flat)
     one = write_data(tmp_path / "one", {"64x64x5": 1}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim)
     own = dataclasses.replace(
         options, data=str(one), steps=300, batch_size=8, accumulate=1, attention="dense", schedule=None, from_scratch=True,
         text_dropout=0.0, flow=dataclasses.replace(options.flow, shift=5.0),
-        optimizer=dataclasses.replace(options.optimizer, learning_rate=5e-3, warmup=10, schedule="cosine", ema=0.0),
+        optimizer=dataclasses.replace(options.optimizer, learning_rate=5e-3, warmup=20, schedule="cosine", ema=0.0, b2=0.99),
         validation=dataclasses.replace(options.validation, every=0, samples=0),
         checkpoint=dataclasses.replace(options.checkpoint, every=300),
     )  # fmt: skip
     losses = [line["loss"] for line in lines(train(own))]
-    assert losses[0] > 1.5  # noise - x0 of unit normals: 2
-    assert np.mean(losses[-20:]) < 0.1
+    assert losses[0] > 1  # noise - x0: 1 from the noise alone
+    assert np.mean(losses[-20:]) < 0.05
 
 
 def test_a_folder_is_never_overwritten(uninterrupted, options, tmp_path):
@@ -233,9 +240,6 @@ def test_a_run_that_is_complete_says_so(uninterrupted, options, capsys):
 
 def test_another_method_or_data_is_no_resumption(uninterrupted, options, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "start", lambda *_: pytest.fail("weights were read before the check"))
-    from tests.fps_train.models import CONFIG
-    from tests.fps_train.sample_data import write_data
-
     other = write_data(tmp_path / "other", {"64x64x5": 5}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim)
     own = dataclasses.replace(options, output=str(uninterrupted))
     schedule = json.loads(pathlib.Path(str(options.schedule)).read_text())
