@@ -57,6 +57,12 @@ class FlowOptions:
             object.__setattr__(self, "shift", 2.0 if self.distribution == "wan" else 1.0)
         _positive("flow.shift", self.shift)
 
+    @property
+    def training_shift(self) -> float:
+        """`shift`, which is never None once the options are made."""
+        assert self.shift is not None
+        return self.shift
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:

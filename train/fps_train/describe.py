@@ -18,7 +18,7 @@ def describe(setup: Setup) -> str:
         f"model: {options.model}, {config.task}, {count:,} parameters; {trained} will be trained in {options.dtype}",
         f"data: {options.data}, {samples} samples, {options.validation.samples} of them held out",
         f"steps: {options.steps} of {options.accumulate} x {options.batch_size} samples: {seen} samples",
-        f"noise levels: {flow.distribution}, training shift {flow.shift:g}, sampling shift {shift:g}",
+        f"noise levels: {flow.distribution}, training shift {flow.training_shift:g}, sampling shift {shift:g}",
     ]
     programs = 1
     for bucket in setup.buckets:

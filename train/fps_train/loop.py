@@ -215,11 +215,12 @@ class _Loop:
         self._clock = time.monotonic()
 
     def _save(self, step: int) -> None:
-        current = self.validated is not None and self.validated[0] == step
+        at, loss = self.validated or (None, None)
+        loss = loss if at == step else None
         self.checkpoints.save(
             self.state,
             {"step": step, "microbatches": step * self.options.accumulate, "data": self.setup.data.fingerprint},
-            self.validated[1] if current else None,
+            loss,
         )
         self.saved = step
         self._clock = time.monotonic()

@@ -1,6 +1,7 @@
 """What a run will compile and do, known before its first step: programs, tokens, arithmetic."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -51,7 +52,7 @@ def sample_flops(config: DiTConfig, bucket: BucketPlan, attention: TokenAttentio
     return 3 * (2 * num_params * tokens + config.num_layers * (self_attention + cross))
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
+def peak_flops(device: Any = None) -> float | None:
     """The device's dense bf16 peak; None where we have no datasheet (a CPU)."""
     kind = (jax.local_devices()[0] if device is None else device).device_kind
     return next((peak for name, peak in _PEAK.items() if kind.startswith(name)), None)

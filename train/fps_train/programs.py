@@ -96,7 +96,7 @@ class Programs:
         rows, config = self._options.batch_size, self._setup.config
         sharding = NamedSharding(self._setup.mesh, PartitionSpec(BATCH))
 
-        def of(*shape, dtype: Any = jnp.bfloat16):
+        def of(*shape, dtype: Any = jnp.bfloat16) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
 
         dit, (z, *sizes) = config.dit, bucket.latent_shape

@@ -92,7 +92,7 @@ def training_regimes(
 
     def quantile(progress: float) -> float:
         sigma = shift_sigma(1 - progress, sampling_shift)
-        return _cdf(sigma / (flow.shift - (flow.shift - 1) * sigma), flow)
+        return _cdf(sigma / (flow.training_shift - (flow.training_shift - 1) * sigma), flow)
 
     regimes = [TrainingRegime(n, a, start, end, quantile(end), quantile(start)) for n, a, start, end in pieces]
     return tuple(regime for regime in regimes if regime.probability > 0)
@@ -117,7 +117,7 @@ def draw_sigma(
         low + uniform * (high - low), 1e-6, 1 - 1e-6
     )  # float32: beyond, the normal's ends are at infinity
     t = quantile if flow.distribution == "uniform" else jax.nn.sigmoid(flow.mean + flow.std * ndtri(quantile))
-    return shift_sigma(t, flow.shift)
+    return shift_sigma(t, flow.training_shift)
 
 
 def _cdf(t: Any, flow: FlowOptions) -> float:

@@ -95,7 +95,7 @@ def init_state(trained: Params, options: OptimizerOptions, num_steps: int) -> Tr
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state, or of its shapes: parameters, moments and average by the one table of parameter paths."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    whole: Any = NamedSharding(mesh, PartitionSpec())
     of_params = param_shardings(state.params, mesh)
     structure = jax.tree.structure(state.params)
 
