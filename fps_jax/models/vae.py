@@ -1,4 +1,4 @@
-"""The causal 3D VAE: video to latents and back, a chunk of frames at a time.
+"""The causal 3D VAE: video to latents and back, a chunk of frames at a time; and whole clips, for training.
 
 A chunk is one latent frame: one frame of video for the first, four for each later one. What the convolutions need of
 earlier frames is in a cache of constant size, so device memory doesn't grow with the length of a video.
@@ -17,7 +17,17 @@ from jaxtyping import Array, Float
 
 from fps_jax.config import VAEConfig
 from fps_jax.models.params import Build, Params, abstract_params, bind
-from fps_jax.models.vae_layers import AttentionBlock, Cache, Conv, Downsample, History, ResidualBlock, RMSNorm, Upsample
+from fps_jax.models.vae_layers import (
+    AttentionBlock,
+    Cache,
+    Conv,
+    Downsample,
+    History,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+    WholeClip,
+)
 from fps_jax.models.vae_tiling import Tiles, one_tile, plan_tiles
 from fps_jax.progress import Progress
 
@@ -131,11 +141,15 @@ def decode_chunk(
       cache: None for the first frame of a video, then what the call before returned.
     Returns: float32 in [-1, 1], 1 frame for the first latent frame and 4 for each later one; cache float32.
     """
+    history = History(cache)
+    return jnp.clip(_decoded(config, params, z, history), -1, 1), history.cache
+
+
+def _decoded(config: VAEConfig, params: Params, z: Float[Array, "B f h w Z"], history: History) -> Array:
     mean, inverse_std = _statistics(config)
-    model, history = bind(build_vae(config), _float32(params)), History(cache)
+    model = bind(build_vae(config), _float32(params))
     z = z.astype(jnp.float32) / inverse_std + mean
-    video = model.decoder(model.post_quant_conv.pointwise(z), history)
-    return jnp.clip(video, -1, 1), history.cache
+    return model.decoder(model.post_quant_conv.pointwise(z), history)
 
 
 def encode_chunk(
@@ -147,10 +161,73 @@ def encode_chunk(
       video: in [-1, 1]; the first frame of a video alone (cache=None), then 4 at a time.
     Returns: the distribution's mean, normalised, float32, channel-last; cache float32.
     """
+    history = History(cache)
+    return _moments(config, params, video, history)[0], history.cache
+
+
+def _moments(
+    config: VAEConfig, params: Params, video: Float[Array, "B F H W 3"], history: History
+) -> tuple[Float[Array, "B f h w Z"], Float[Array, "B f h w Z"]]:
+    """(mean, log variance) of normalised latents."""
     mean, inverse_std = _statistics(config)
-    model, history = bind(build_vae(config), _float32(params)), History(cache)
+    model = bind(build_vae(config), _float32(params))
     moments = model.quant_conv.pointwise(model.encoder(video.astype(jnp.float32), history))
-    return (moments[..., : config.z_dim] - mean) * inverse_std, history.cache
+    mu, log_variance = jnp.split(moments, 2, axis=-1)
+    return (mu - mean) * inverse_std, log_variance + np.log(np.square(inverse_std))
+
+
+def encode_moments(
+    config: VAEConfig, params: Params, video: Float[Array, "B F H W 3"]
+) -> tuple[Float[Array, "B Z f h w"], Float[Array, "B Z f h w"]]:
+    """Whole clips to the Gaussians of their latents: pure and differentiable, for training. `encode` does it in little memory.
+
+    Args:
+      video: in [-1, 1], F = 4 k + 1 frames, H and W multiples of 8. Memory grows with B and F.
+    Returns: (mean, log of the variance), float32, both of *normalised* latents, as latents are everywhere: a sample is
+      mean + exp(log_variance / 2) * noise. The mean is `encode`'s.
+    Raises: ValueError if a size of video breaks a rule.
+    """
+    check_video(config, video.shape)
+    mean, log_variance = _moments(config, params, video, WholeClip())
+    return jnp.moveaxis(mean, -1, 1), jnp.moveaxis(log_variance, -1, 1)
+
+
+def decode_video(
+    config: VAEConfig, params: Params, latents: Float[Array, "B Z f h w"], *, clip: bool = False
+) -> Float[Array, "B F H W 3"]:
+    """Whole latents to clips: pure and differentiable, for training. `decode` does it in little memory.
+
+    Args:
+      latents: normalised. Memory grows with B and f.
+      clip: to [-1, 1], as `decode` does. A clipped value has no gradient, so training doesn't.
+    Returns: float32, F = 4 (f - 1) + 1, H = 8 h, W = 8 w.
+    Raises: ValueError if the shape of latents isn't [B, Z, f, h, w].
+    """
+    check_latents(config, latents.shape)
+    video = _decoded(config, params, jnp.moveaxis(latents, 1, -1), WholeClip())
+    return jnp.clip(video, -1, 1) if clip else video
+
+
+def check_latents(config: VAEConfig, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if this isn't the shape of latents of this VAE."""
+    if len(shape) != 5 or shape[1] != config.z_dim or 0 in shape:
+        raise ValueError(f"latents has shape {tuple(shape)}; pass [batch, {config.z_dim}, frames, height, width]")
+
+
+def check_video(config: VAEConfig, shape: tuple[int, ...]) -> None:
+    """Raises ValueError if the VAE can't encode a video of this shape."""
+    space, time = space_factor(config), time_factor(config)
+    if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
+        raise ValueError(f"video has shape {tuple(shape)}; pass [batch, frames, height, width, 3]")
+    _, length, height, width, _ = shape
+    if length % time != 1:
+        raise ValueError(
+            f"video has num_frames={length}, not {time}k+1 (Wan's VAE groups frames by {time}); "
+            f"use {(length - 1) // time * time + 1}"
+        )
+    for name, size in (("height", height), ("width", width)):
+        if size % space:
+            raise ValueError(f"video has {name}={size}, not a multiple of {space}; use {max(size // space, 1) * space}")
 
 
 # Two programs each: without and with a cache. The cache is donated: at 720p two of them are 16 GB.
@@ -177,10 +254,7 @@ def decode(
     Returns: float32 in host memory, in [-1, 1], F = 4 (f - 1) + 1, H = 8 h, W = 8 w.
     Raises: ValueError if the shape of latents isn't [B, Z, f, h, w].
     """
-    if latents.ndim != 5 or latents.shape[1] != config.z_dim or 0 in latents.shape:
-        raise ValueError(
-            f"latents has shape {tuple(latents.shape)}; pass [batch, {config.z_dim}, frames, height, width]"
-        )
+    check_latents(config, latents.shape)
     z = np.moveaxis(np.asarray(latents, np.float32), 1, -1)
     space, time = space_factor(config), time_factor(config)
     batch, length, height, width, _ = z.shape
@@ -207,18 +281,9 @@ def encode(
     Returns: float32 in host memory, normalised, f = k + 1, h = H / 8, w = W / 8.
     Raises: ValueError if a size of video breaks a rule.
     """
+    check_video(config, video.shape)
     space, time = space_factor(config), time_factor(config)
-    if video.ndim != 5 or video.shape[-1] != 3 or 0 in video.shape:
-        raise ValueError(f"video has shape {tuple(video.shape)}; pass [batch, frames, height, width, 3]")
     batch, length, height, width, _ = video.shape
-    if length % time != 1:
-        raise ValueError(
-            f"video has num_frames={length}, not {time}k+1 (Wan's VAE groups frames by {time}); "
-            f"use {(length - 1) // time * time + 1}"
-        )
-    for name, size in (("height", height), ("width", width)):
-        if size % space:
-            raise ValueError(f"video has {name}={size}, not a multiple of {space}; use {max(size // space, 1) * space}")
     chunks = [1] + [time] * (length // time)
     height, width = height // space, width // space
     out = np.zeros((batch, len(chunks), height, width, config.z_dim), np.float32)

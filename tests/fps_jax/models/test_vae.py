@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from fps_jax.config import VAEConfig
 from fps_jax.models import vae, vae_layers, vae_tiling
-from fps_jax.models.params import abstract_params, flatten, init_params, unflatten
+from fps_jax.models.params import abstract_params, bind, flatten, init_params, unflatten
 from tests.reference import DATA, golden, rel_l2
 
 TINY = VAEConfig(base_dim=4)
@@ -156,6 +156,107 @@ def test_parameters_of_another_dtype_are_computed_in_float32(params):
     np.testing.assert_array_equal(vae.decode(TINY, half, z), vae.decode(TINY, rounded, z))
 
 
+encode_moments = jax.jit(vae.encode_moments, static_argnums=0)
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_a_whole_clip_gives_what_its_chunks_give(params, frames):
+    """The bar is the brief's 1e-6; 9 frames are a first chunk, the first with a cache, and one after it."""
+    video = np.tanh(random_latents(2, frames, 16, 16, 3))
+    mean, log_variance = encode_moments(TINY, params, video)
+    assert mean.shape == log_variance.shape == (2, 16, (frames + 3) // 4, 2, 2)
+    assert rel_l2(mean, vae.encode(TINY, params, video)) <= 1e-6
+    z = 3 * random_latents(2, 16, (frames + 3) // 4, 2, 2)
+    decode = jax.jit(vae.decode_video, static_argnums=0)
+    whole = np.asarray(decode(TINY, params, z))
+    assert rel_l2(np.clip(whole, -1, 1), vae.decode(TINY, params, z)) <= 1e-6
+
+
+def test_log_variance_is_that_of_normalised_latents(params):
+    video = np.tanh(random_latents(2, 1, 16, 16, 3))
+    mean, log_variance = encode_moments(TINY, params, video)
+    model = bind(vae.build_vae(TINY), params)
+    moments = jax.jit(lambda x: model.quant_conv.pointwise(model.encoder(x, vae_layers.History(None))))(video)
+    mu, raw = np.split(np.moveaxis(np.asarray(moments), -1, 1), 2, axis=1)  # upstream's order
+    shift, std = (np.array(a, np.float32).reshape(1, 16, 1, 1, 1) for a in (TINY.latents_mean, TINY.latents_std))
+    np.testing.assert_allclose(mean * std + shift, mu, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.exp(log_variance / 2) * std, np.exp(raw / 2), rtol=1e-5)
+
+
+# Both temporal stages at a fraction of the layers.
+SMALL = VAEConfig(
+    base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+    latents_mean=(0.1, 0.2, 0.3, 0.4), latents_std=(1.0, 2.0, 0.5, 1.5),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small():
+    rng, leaves = np.random.default_rng(0), {}
+    for path, spec in flatten(abstract_params(vae.build_vae(SMALL))):
+        values = rng.standard_normal(spec.shape, np.float32)
+        if path.endswith("kernel"):
+            leaves[path] = values / np.float32(np.prod(spec.shape[:-1]) ** 0.5)
+        else:
+            leaves[path] = np.float32(0.1) * values + np.float32(path.endswith("scale"))
+    return unflatten(leaves)
+
+
+def test_gradients_agree_with_finite_differences(small):
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(params, video):
+        mean, log_variance = vae.encode_moments(SMALL, params, video)
+        out = vae.decode_video(SMALL, params, mean + jnp.exp(0.5 * log_variance))
+        return jnp.square(out - 0.3).mean()
+
+    point = (small, np.tanh(random_latents(1, 9, 8, 8, 3)))
+    _, grads = loss(*point)
+    leaves, tree = jax.tree.flatten(point)
+    step = np.float32(1e-3)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        direction = [rng.standard_normal(a.shape, np.float32) * np.abs(a).mean() for a in leaves]
+        along = sum(float(np.vdot(g, d)) for g, d in zip(jax.tree.leaves(grads), direction, strict=True))
+        ends = []
+        for h in (step, -step):
+            there = tree.unflatten([a + h * d for a, d in zip(leaves, direction, strict=True)])
+            ends.append(float(loss(*there)[0]))
+        # A loss of 0.8 in float32 is rounded by up to 6e-8, which the step makes 6e-5; curvature is a tenth of a percent at it
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(along, rel=3e-3, abs=2e-4)
+
+
+def test_the_norm_of_zeros_has_a_finite_gradient():
+    """Zero latents and biases give zeros to every norm, and |x| has no derivative there."""
+    norm = vae_layers.RMSNorm(4)
+    x = jnp.zeros((1, 1, 1, 1, 4))
+    np.testing.assert_array_equal(norm(x), 0)
+    assert np.isfinite(jax.grad(lambda x: norm(x)[..., 0].sum())(x)).all()
+
+
+def test_a_clip_of_any_length_is_one_program_of_one_size():
+    def size(frames):
+        def loss(params, video):
+            return vae.decode_video(SMALL, params, vae.encode_moments(SMALL, params, video)[0]).sum()
+
+        specs = abstract_params(vae.build_vae(SMALL)), jax.ShapeDtypeStruct((1, frames, 8, 8, 3), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(*specs).as_text().count("stablehlo.convolution")
+
+    assert size(9) == size(17)
+
+
+def test_a_video_is_clipped_on_request_alone(small):
+    bright = unflatten({**dict(flatten(small)), "decoder/conv_out/bias": np.full(3, 9, np.float32)})
+
+    @jax.jit
+    def both(z):
+        return [vae.decode_video(SMALL, bright, z, clip=clip) for clip in (False, True)]
+
+    far, near = both(jnp.ones((1, 4, 1, 1, 1)))
+    assert (far > 1).all()
+    assert (near == 1).all()
+
+
 def test_progress_counts_chunks(params):
     seen = []
     vae.decode(TINY, params, random_latents(2, 16, 3, 2, 2), progress=lambda *step: seen.append(step))
@@ -246,11 +347,13 @@ def test_decode_bytes_grows_with_the_frame_and_fits_a_24_gb_gpu_at_720p():
     ],
 )
 def test_a_video_of_a_wrong_size_is_refused(params, shape, message):
-    with pytest.raises(ValueError, match=message):
-        vae.encode(TINY, params, np.zeros(shape, np.float32))
+    for call in (vae.encode, vae.encode_moments):
+        with pytest.raises(ValueError, match=message):
+            call(TINY, params, np.zeros(shape, np.float32))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 2, 2), (16, 1, 2, 2), (1, 16, 0, 2, 2)])
 def test_latents_of_a_wrong_shape_are_refused(params, shape):
-    with pytest.raises(ValueError, match=r"latents has shape .*; pass \[batch, 16, frames, height, width\]"):
-        vae.decode(TINY, params, np.zeros(shape, np.float32))
+    for call in (vae.decode, vae.decode_video):
+        with pytest.raises(ValueError, match=r"latents has shape .*; pass \[batch, 16, frames, height, width\]"):
+            call(TINY, params, np.zeros(shape, np.float32))
