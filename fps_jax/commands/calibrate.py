@@ -64,13 +64,12 @@ def _calibrate(options: Calibrate) -> None:
     _check_output(options.output)
     prompts = _read_prompts(options.prompts)
     request = read_request(dataclasses.replace(options, prompt=prompts[0]))
-    from fps_jax.attention.tiles import TileLayout, propose_tiles
+    from fps_jax.attention.plan import AttentionPlan
     from fps_jax.tuning import calibration
     from pallas_kernels.sm90 import tuned
 
     grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
-    layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
-    plans = calibration.candidates(layout, options.densities)
+    plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities)
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")

@@ -40,7 +40,7 @@ def candidates(layout: TileLayout, densities: Sequence[float] = DENSITIES) -> tu
         check_density(density)
     windows = dict.fromkeys([layout.tile_grid, *(propose_window(layout, d) for d in sorted(densities, reverse=True))])
     scales = [None, *dict.fromkeys(layout.granularities)]
-    return tuple(AttentionPlan.build(layout.grid, layout.tile, w, s) for w, s in itertools.product(windows, scales))
+    return tuple(AttentionPlan(layout, w, s) for w, s in itertools.product(windows, scales))
 
 
 @dataclass(frozen=True)
