@@ -105,6 +105,10 @@ class Request:
         self._check_images(config, len(prompts))
         return Resolved(prompts, negatives, shape, grid, shift, table, attention, schedule, segments)
 
+    def setting(self, trained: FPSSchedule | None) -> Setting:
+        """The attention that was asked for, or what a schedule means: the request's, or that of a model trained with one."""
+        return self.attention or ("dense" if trained is None and self.schedule is None else "fps")
+
     def noise(self, shape: tuple[int, ...]) -> Float[Array, "B 16 F H W"]:
         """The initial noise: the caller's, or a normal draw with one key per sample. shape: `Resolved.latent_shape`."""
         if self.latents is not None:
@@ -156,10 +160,10 @@ class Request:
 
     def _attention(self, trained: FPSSchedule | None, grid: Shape3) -> tuple[Setting, FPSSchedule | None]:
         """The attention setting and its schedule on a token grid, nothing left to propose; ('dense', None) without one."""
-        given: Any = trained if self.schedule is None else self.schedule
-        setting = self.attention or ("dense" if given is None else "fps")
+        setting = self.setting(trained)
         if setting == "dense":
             return setting, None
+        given: Any = trained if self.schedule is None else self.schedule
         if given is None:
             given = FPSSchedule.default(grid)
         return setting, given.setting(setting).resolve(grid)
