@@ -23,6 +23,8 @@ class TilePattern:
       tile_size: stored tokens of a tile, of queries as of keys.
       tokens_per_scale: stored tokens that share an FP8 scale of Q or K, a divisor of the tile (to the specification alone: of
         all tokens); None for no quantization.
+      center_k: K minus its mean over valid tokens is quantized: softmax doesn't see it, and what keys share costs no precision.
+        Without quantization it does nothing.
     """
 
     key_tiles: Int[Array, "*N Tq K"]
@@ -31,6 +33,7 @@ class TilePattern:
     k_valid: Bool[Array, "Sk"]
     tile_size: int = field(metadata={"static": True})
     tokens_per_scale: int | None = field(metadata={"static": True})
+    center_k: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def build(
@@ -41,6 +44,7 @@ class TilePattern:
         valid: Bool[Array, "Sk"] | Bool[np.ndarray, "Sk"],
         q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
         tokens_per_scale: int | None = None,
+        center_k: bool = False,
     ) -> "TilePattern":
         """A pattern, checked. What is NumPy is also checked for its values; inside jit only shapes can be.
 
@@ -62,6 +66,7 @@ class TilePattern:
             k_valid=jnp.asarray(valid),
             tile_size=tile_size,
             tokens_per_scale=tokens_per_scale,
+            center_k=center_k,
         )
 
     def check_operands(self, q: Any, k: Any) -> None:
@@ -77,6 +82,11 @@ class TilePattern:
             raise ValueError(
                 f"valid {valid} and q_valid {q_valid} must be one bool for each of {k.shape[1]} keys and {q.shape[1]} queries"
             )
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether the mean is taken off K: `center_k` where there is quantization."""
+        return self.center_k and self.tokens_per_scale is not None
 
     @property
     def num_key_tiles(self) -> int:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.padding import key_sources
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, nearest_fp8, quantize_channels, quantize_tokens, row_top
+from pallas_kernels.reference import FP8_MAX, centered_keys, nearest_fp8, quantize_channels, quantize_tokens, row_top
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
@@ -133,12 +133,15 @@ def backward(
     one_head = functools.partial(_backward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
     grads = _over_heads(one_head, (heads, codes, rows), table, 2 * chunk * tile_size**2)
 
-    def back(grad, like, ok):
+    def back(grad, like, ok, centered=False):
         grad = grad.reshape(like.shape[0], num_heads, like.shape[1], head_dim).transpose(0, 2, 1, 3)
-        return jnp.where(ok[None, :, None, None], grad, 0).astype(like.dtype)
+        grad = jnp.where(ok[None, :, None, None], grad, 0)
+        # Taking the mean off is its own transpose, so a gradient goes back through it as keys came.
+        return (centered_keys(grad, ok) if centered else grad).astype(like.dtype)
 
     dq, dk, dv = grads
-    return back(dq, q, pattern.q_valid), back(dk, k, pattern.k_valid), back(dv, v, pattern.k_valid)
+    dk = back(dk, k, pattern.k_valid, centered=pattern.centers_keys)
+    return back(dq, q, pattern.q_valid), dk, back(dv, v, pattern.k_valid)
 
 
 def _backward_head(
@@ -240,6 +243,8 @@ def _heads(q: Array, k: Array, v: Array, pattern: TilePattern) -> Head:
     q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
     source = key_sources(pattern)
     q_scale = k_scale = v_scale = None
+    if pattern.centers_keys:
+        k = centered_keys(k, k_valid)
     if tokens_per_scale is not None:
         q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
         k, k_scale = quantize_tokens(k, k_valid, tokens_per_scale)

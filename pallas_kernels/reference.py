@@ -98,6 +98,21 @@ def _magnitude(x: Array, valid: Array) -> Array:
     return jnp.where(valid[None, :, None, None], magnitude, 0)
 
 
+def key_mean(k: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B 1 N H"]:
+    """The mean of the valid keys by channel, float32: what `center_k` takes off every key before rounding."""
+    total = jnp.where(valid[None, :, None, None], k, 0).astype(jnp.float32).sum(1, keepdims=True)
+    return total / valid.sum().astype(jnp.float32)
+
+
+def centered_keys(k: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B S N H"]:
+    """K minus its mean over the valid keys, float32, 0 at padding.
+
+    Exact in attention: every score of a query moves alike, and with it the query's log-sum-exp, which is that of these keys
+    wherever one is returned or saved. Differentiable; the mean is part of the function.
+    """
+    return jnp.where(valid[None, :, None, None], k.astype(jnp.float32) - key_mean(k, valid), 0)
+
+
 def quantize_tokens(
     x: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S/tokens_per_scale N"]]:
@@ -183,7 +198,8 @@ def attention(
     With `pattern.tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - top)
     stored as e4m3 of 448 P, where top is the row's maximum rounded up (`row_top`). Row sums, and so the log-sum-exp, are those of
     the rounded P: numerator and denominator then round alike.
-    Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries.
+    Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries. With `pattern.center_k`, K is
+    `centered_keys` first, and the log-sum-exp that of these.
 
     Its derivative is the training rule, not that of the rounding: straight-through for Q, K and V, un-rounded P normalised by the
     log-sum-exp of the forward, and the returned output in delta = rowsum(dO * O). Written as a function whose derivative is
@@ -197,6 +213,8 @@ def attention(
         q32, k32, v32 = (
             jnp.where(ok, x, 0).astype(jnp.float32) for x, ok in ((q, q_valid4), (k, k_valid4), (v, k_valid4))
         )
+        if pattern.centers_keys:
+            k32 = centered_keys(k32, k_valid)
         if tokens_per_scale is not None:
             q32 = fake_quant(q32, tokens_per_scale=tokens_per_scale, valid=q_valid)
             k32 = fake_quant(k32, tokens_per_scale=tokens_per_scale, valid=k_valid)

@@ -28,11 +28,13 @@ class AttentionPlan:
       layout: the tile order.
       window: tiles along (F, Y, X) that a query tile attends, clipped to the tile grid; one for all heads, or one a head.
       scales_per_tile: FP8 scales of Q and K in a tile (granularity); None for no quantization.
+      center_k: K minus its mean over tokens is quantized; False without quantization.
     """
 
     layout: TileLayout
     window: Window
     scales_per_tile: int | None
+    center_k: bool = False
 
     @classmethod
     def build(
@@ -43,6 +45,7 @@ class AttentionPlan:
         scales_per_tile: int | None = 1,
         quantize: bool = True,
         alignment: int | None = None,
+        center_k: bool = False,
     ) -> "AttentionPlan":
         """A plan, checked.
 
@@ -54,6 +57,7 @@ class AttentionPlan:
           quantize: False for sparse attention without FP8.
           alignment: of the tiles' padding (`TileLayout`); None for what is fast on the device that programs are built for. It
             changes how tokens are stored, and no result but for the order of sums.
+          center_k: take the mean off K before it is rounded: exact in the softmax, and what keys have in common costs no precision.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
         """
         if not isinstance(quantize, bool | np.bool_):
@@ -62,7 +66,10 @@ class AttentionPlan:
         layout = TileLayout(grid, tile, tile_alignment() if alignment is None else alignment)
         if scales_per_tile is not None:
             layout.tokens_per_scale(scales_per_tile)
-        return cls(layout, _window(window, layout), int(scales_per_tile) if quantize and scales_per_tile else None)
+        if not isinstance(center_k, bool | np.bool_):
+            raise ValueError(f"center_k={center_k!r} is not True or False")
+        scales = int(scales_per_tile) if quantize and scales_per_tile else None
+        return cls(layout, _window(window, layout), scales, bool(center_k) and scales is not None)
 
     def dense(self) -> "AttentionPlan":
         """Whole-grid, unquantized attention in the same token order."""
@@ -132,6 +139,7 @@ class AttentionPlan:
             counts=self.counts,
             valid=self.layout.valid,
             tokens_per_scale=self.tokens_per_scale,
+            center_k=self.center_k,
         )
 
     def call_shape(self, *, head_dim: int, dtype: str) -> CallShape:
@@ -158,6 +166,7 @@ class AttentionPlan:
             return "dense"
         scales = self.scales_per_tile
         quantized = "not quantized" if scales is None else f"FP8 with {scales} scale{'s' * (scales > 1)} a tile"
+        quantized += ", centred K" if self.center_k else ""
         window = "the whole grid" if self.whole_grid else f"window {self.window}, density {self.density:.3f}"
         return f"{window}, {quantized}"
 

@@ -37,12 +37,14 @@ class Regime:
       scales_per_tile: FP8 scales of Q and K in a tile; None for no quantization.
       window: key tiles along (F, Y, X); None for the whole grid, or as `density` says.
       density: in place of a window: the share of token pairs to keep, from which a window is proposed for the grid.
+      center_k: take the mean off K before it is rounded; only with quantization. Absent from JSON where it is false.
     """
 
     until: float
     scales_per_tile: int | None = None
     window: Shape3 | None = None
     density: float | None = None
+    center_k: bool = False
 
     def __post_init__(self):
         if not _is_number(self.until) or not 0 < self.until <= 1:
@@ -58,6 +60,10 @@ class Regime:
         scales = self.scales_per_tile
         if scales is not None and (not isinstance(scales, int) or isinstance(scales, bool) or scales < 1):
             raise ValueError(f"scales_per_tile={scales!r} is not a whole number of 1 or more; null is no quantization")
+        if not isinstance(self.center_k, bool):
+            raise ValueError(f"center_k={self.center_k!r} is not true or false")
+        if self.center_k and scales is None:
+            raise ValueError("center_k=True without scales_per_tile: nothing is rounded; give scales, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,11 @@ class FPSSchedule:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads."""
-        return {"version": 1, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        record = {"version": 1, **json.loads(json.dumps(dataclasses.asdict(self)))}
+        for regime in record["regimes"]:
+            if not regime["center_k"]:
+                del regime["center_k"]  # so that releases that don't know it read the schedules that don't need it
+        return record
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FPSSchedule":
@@ -161,7 +171,11 @@ class FPSSchedule:
 
     def setting(self, name: Setting) -> "FPSSchedule":
         """'fps': itself. 'fp8': with whole-grid windows. 'sparse': without quantization."""
-        drop = {"fps": {}, "fp8": {"window": None, "density": None}, "sparse": {"scales_per_tile": None}}
+        drop = {
+            "fps": {},
+            "fp8": {"window": None, "density": None},
+            "sparse": {"scales_per_tile": None, "center_k": False},
+        }
         if name not in drop:
             raise ValueError(f"attention={name!r} is not one of {choices(Setting)}")
         return dataclasses.replace(
@@ -194,7 +208,9 @@ class FPSSchedule:
     def plans(self, grid: Shape3) -> tuple[AttentionPlan, ...]:
         """The plan of each regime on a grid. Raises as `resolve`."""
         own = self.resolve(grid)
-        return tuple(AttentionPlan.build(grid, own.tile, r.window, r.scales_per_tile) for r in own.regimes)
+        return tuple(
+            AttentionPlan.build(grid, own.tile, r.window, r.scales_per_tile, center_k=r.center_k) for r in own.regimes
+        )
 
     def regime_at(self, progress: Any) -> Any:
         """int32 index of the regime at a progress in [0, 1], a NumPy or jax array: the first whose `until` is beyond it."""

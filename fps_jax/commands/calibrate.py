@@ -39,6 +39,8 @@ class Calibrate(VideoOptions):
     """Largest number of regimes."""
     densities: tuple[float, ...] = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
     """Windows to try, by the share of token pairs that they keep."""
+    center_k: Literal["no", "yes", "both"] = "no"
+    """Whether to take the mean off K before it is rounded: exact in the softmax; both measures with and without."""
     tile: tuple[int, int, int] | None = None
     """Tokens of a tile along frames, rows and columns; the one proposed for the size if left out."""
     query_tiles: int = 32
@@ -69,7 +71,8 @@ def _calibrate(options: Calibrate) -> None:
     from pallas_kernels.sm90 import tuned
 
     grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
-    plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities)
+    centerings = {"no": (False,), "yes": (True,), "both": (False, True)}[options.center_k]
+    plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities, centerings)
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
@@ -134,6 +137,7 @@ def _describe(plan: Any, cost: float) -> dict[str, Any]:
         "window": plan.windows[0],
         "density": round(plan.density, 6),
         "scales_per_tile": plan.scales_per_tile,
+        "center_k": plan.center_k,
         "estimated_time_of_bf16_dense": round(float(cost), 6),
     }
 
@@ -147,14 +151,17 @@ def _read_errors(path: pathlib.Path, plans: Any) -> tuple[Any, dict[str, Any]]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         errors = np.array(record.pop("errors"), np.float64)
-        known = [(c["tile"], c["window"], c["scales_per_tile"]) for c in record.pop("candidates")]
+        known = [
+            (c["tile"], c["window"], c["scales_per_tile"], c.get("center_k", False)) for c in record.pop("candidates")
+        ]
     except FileNotFoundError:
         raise FileNotFoundError(f"reuse={str(path)!r} doesn't exist; name the .errors.json of an earlier run") from None
     except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
         raise ValueError(f"reuse={str(path)!r} is no .errors.json that fps-calibrate wrote") from None
-    if known != [(list(p.tile), list(p.windows[0]), p.scales_per_tile) for p in plans]:
+    if known != [(list(p.tile), list(p.windows[0]), p.scales_per_tile, p.center_k) for p in plans]:
         raise ValueError(
-            f"reuse={str(path)!r} measured other candidates; give the size, --tile and --densities of that run, or measure again"
+            f"reuse={str(path)!r} measured other candidates; give the size, --tile, --densities and --center-k of that run, or "
+            "measure again"
         )
     return errors, record
 

@@ -34,13 +34,21 @@ from pallas_kernels.pattern import TilePattern
 DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
 
 
-def candidates(layout: TileLayout, densities: Sequence[float] = DENSITIES) -> tuple[AttentionPlan, ...]:
-    """Plans to measure: windows proposed for the densities, each unquantized and at every granularity. Dense comes first."""
+def candidates(
+    layout: TileLayout, densities: Sequence[float] = DENSITIES, centerings: Sequence[bool] = (False,)
+) -> tuple[AttentionPlan, ...]:
+    """Plans to measure: windows proposed for the densities, each unquantized and at every granularity. Dense comes first.
+
+    centerings: values of `center_k` to try with every granularity.
+    """
     for density in densities:
         check_density(density)
     windows = dict.fromkeys([layout.tile_grid, *(propose_window(layout, d) for d in sorted(densities, reverse=True))])
-    scales = [None, *dict.fromkeys(layout.granularities)]
-    return tuple(AttentionPlan(layout, w, s) for w, s in itertools.product(windows, scales))
+    kinds = [(None, False), *itertools.product(dict.fromkeys(layout.granularities), dict.fromkeys(centerings))]
+    return tuple(
+        AttentionPlan(layout, window, scales, center_k)
+        for window, (scales, center_k) in itertools.product(windows, kinds)
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ def _of_rows(plan: AttentionPlan, rows: np.ndarray, q_valid: np.ndarray) -> Tile
         valid=plan.layout.valid,
         q_valid=q_valid,
         tokens_per_scale=plan.tokens_per_scale,
+        center_k=plan.center_k,
     )
 
 
@@ -249,7 +258,8 @@ def choose_schedule(
     def best(first: int, end: int) -> tuple[float, int]:
         """(cost, candidate) of one regime over these steps."""
         usable = np.flatnonzero(fits[first:end].all(0))
-        candidate = int(usable[np.argmin(costs[usable])])
+        cheapest = usable[costs[usable] <= costs[usable].min()]
+        candidate = int(cheapest[np.argmin(by_step[first:end, cheapest].max(0))])  # of equal cost, as with `center_k`
         return float(costs[candidate]) * (end - first), candidate
 
     # table[r][end]: cheapest way to cover the first `end` steps with r regimes, and where the last of them starts
@@ -275,7 +285,8 @@ def choose_schedule(
         plan = plans[candidate]
         window = None if plan.whole_grid else plan.windows[0]
         until = 1.0 if end == steps else round(end / steps, 6)
-        regimes.append(Regime(until=until, scales_per_tile=plan.scales_per_tile, window=window))
+        scales, center_k = plan.scales_per_tile, plan.center_k
+        regimes.append(Regime(until=until, scales_per_tile=scales, window=window, center_k=center_k))
     layout = plans[0].layout
     schedule = FPSSchedule(grid=layout.grid, tile=layout.tile, regimes=tuple(regimes))
     return Calibration(plans, errors, costs, chosen, schedule)

@@ -24,7 +24,9 @@ from pallas_kernels.reference import (
     FP8_MAX,
     QUOTIENT_STEP,
     SMALLEST_NORMAL,
+    centered_keys,
     channel_scales,
+    key_mean,
     quantize_channels,
     quantize_tokens,
 )
@@ -75,11 +77,12 @@ def quantize(
       fused: by the kernels below where they can (16-bit inputs, groups that fit shared memory), else by XLA.
     """
     tokens_per_scale = pattern.tokens_per_scale
-    if not fused or tokens_per_scale is None or not _fits(q, tokens_per_scale):
+    if not fused or tokens_per_scale is None or not _fits(q, tokens_per_scale, pattern.center_k):
         return by_xla(q, k, v, pattern)
+    mean = key_mean(k, pattern.k_valid)[:, 0] if pattern.center_k else None
     v_scale = channel_scales(v, pattern.k_valid).reshape(-1, v.shape[3])
     q8, q_scale = quantize_groups(q, pattern.q_valid, None, tokens_per_scale)
-    k8, k_scale = quantize_groups(k, pattern.k_valid, group_sources(pattern), tokens_per_scale)
+    k8, k_scale = quantize_groups(k, pattern.k_valid, group_sources(pattern), tokens_per_scale, mean)
     v8 = quantize_transposed(v, pattern.k_valid, v_scale)
     return _operands(q8, k8, v8, q_scale, k_scale, v_scale, pattern)
 
@@ -95,6 +98,7 @@ def by_xla(
     if tokens_per_scale is None:
         return unquantized(q, k, v, pattern)
     q8, q_scale = quantize_tokens(q, pattern.q_valid, tokens_per_scale)
+    k = centered_keys(k, pattern.k_valid) if pattern.center_k else k
     k8, k_scale = quantize_tokens(k, pattern.k_valid, tokens_per_scale)
     # Copied after rounding, and a group of padding takes the scale of its source: the copy's scores are then exactly the source's.
     source = key_sources(pattern)
@@ -135,12 +139,14 @@ def quantize_groups(
     valid: Bool[Array, "S"],
     copied: Int[Array, "S/group"] | None,
     tokens_per_scale: int,
+    mean: Float[Array, "B N H"] | None = None,
 ) -> tuple[Float[Array, "G S H"], Float[Array, "G S/group"]]:
     """(e4m3 values by head, float32 scales) of Q or K, in one pass over x. A thread block takes one group of one head.
 
     Args:
       x: bf16 or f16.
       copied: `group_sources`, the slot that padded slots repeat; None leaves them 0.
+      mean: float32, taken off every token in float32 before it is rounded; None for none.
     """
     batch, seq, heads, dim = x.shape
     groups, parts = seq // tokens_per_scale, tokens_per_scale // _ROWS
@@ -149,7 +155,8 @@ def quantize_groups(
     # A group of padding reads the group of the key that it becomes copies of, for its scale.
     read_from = jnp.where(copied < 0, own, copied // tokens_per_scale)
 
-    def body(x_ref, valid_ref, read_from_ref, copied_ref, out_ref, scale_ref, x_smem, out_smem, barrier):
+    def body(x_ref, valid_ref, read_from_ref, copied_ref, *refs):
+        *mean_refs, out_ref, scale_ref, x_smem, out_smem, barrier = refs
         group, head, entry = lax.axis_index("group"), lax.axis_index("head"), lax.axis_index("entry")
         out_head = entry * heads + head
         source, slot = read_from_ref[group] * tokens_per_scale, copied_ref[group]
@@ -163,13 +170,19 @@ def quantize_groups(
         def where(ones, x, other):
             return jnp.where(lax.broadcast_in_dim(ones > 0, x.shape, [0]), x, other)
 
+        def less_mean(x):
+            for mean_ref in mean_refs:
+                row = plgpu.load(mean_ref.at[out_head], layout=_QUADS.reduce(0), optimized=False)
+                x = x - (lax.broadcast_in_dim(row, x.shape, [1]) if x.ndim == 2 else row)
+            return x
+
         def load(part):
-            return plgpu.load(x_smem.at[part], layout=_QUADS, optimized=False).astype(f32)
+            return less_mean(plgpu.load(x_smem.at[part], layout=_QUADS, optimized=False).astype(f32))
 
         counted = [ones_from(source + part * _ROWS) for part in range(parts)]  # before the copies are waited for
         kept = [ones_from(group * tokens_per_scale + part * _ROWS) for part in range(parts)]
         key = x_ref.at[entry, jnp.maximum(slot, 0), head]
-        key = plgpu.load(key, layout=_QUADS.reduce(0), optimized=False).astype(f32)
+        key = less_mean(plgpu.load(key, layout=_QUADS.reduce(0), optimized=False).astype(f32))
         plgpu.barrier_wait(barrier)
         largest = plgpu.layout_cast(jnp.zeros((_ROWS, dim), f32), _QUADS)
         for part in range(parts):
@@ -205,7 +218,8 @@ def quantize_groups(
         grid=(batch, groups, heads),
         grid_names=("entry", "group", "head"),
     )
-    values, scales = kernel(x, valid.astype(f32), read_from, copied)
+    means = () if mean is None else (mean.reshape(batch * heads, dim),)
+    values, scales = kernel(x, valid.astype(f32), read_from, copied, *means)
     return values, scales
 
 
@@ -256,9 +270,12 @@ def _quotient(x: Array, reciprocal: Array) -> Array:
     return lax.round(quotient, lax.RoundingMethod.TO_NEAREST_EVEN) * QUOTIENT_STEP
 
 
-def _fits(x: Array, tokens_per_scale: int) -> bool:
-    """Whether a group fits a warpgroup's registers (252 of 255 at 512 x 128), and so shared memory."""
-    return x.dtype.itemsize == 2 and tokens_per_scale * x.shape[3] <= 512 * 128
+def _fits(x: Array, tokens_per_scale: int, center_k: bool) -> bool:
+    """Whether a group fits a warpgroup's registers (252 of 255 at 512 x 128), and so shared memory.
+
+    A mean to take off needs some more; half the group leaves room for it (not compiled for a GPU yet).
+    """
+    return x.dtype.itemsize == 2 and tokens_per_scale * x.shape[3] <= 512 * 128 // (2 if center_k else 1)
 
 
 def _operands(

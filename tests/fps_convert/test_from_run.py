@@ -50,9 +50,8 @@ def test_weights_and_schedule_come_out_as_they_were_trained(option, factor, tmp_
     run = write_run(tmp_path / "run", T2V, {"params": scaled(2), "ema": scaled(3)})
     assert convert("to-torch", run, tmp_path / "out", "--layout", "official", *option) == 0
     got, expected = dit_of(tmp_path / "out"), dict(flatten(scaled(factor)))
-    # In the model's own dtypes, bf16 for matrices: half a unit in the last place of 8 bits.
-    for path, value in expected.items():
-        np.testing.assert_allclose(got[path], value, rtol=2**-8, err_msg=path)
+    for path, value in expected.items():  # the model is float32, as what is trained
+        np.testing.assert_array_equal(got[path], value, err_msg=path)
     assert open_model(tmp_path / "out").schedule == SCHEDULE
     vae = [dict(flatten(open_model(p).load("vae", np.float32))) for p in (T2V, tmp_path / "out")]
     for path, value in vae[0].items():
@@ -69,7 +68,7 @@ def test_a_run_on_a_run_and_on_our_format(tmp_path):
     assert convert("to-torch", second, tmp_path / "out", "--layout", "diffusers") == 0
     got = dit_of(tmp_path / "out")
     for path, value in flatten(tiny_dit()):
-        np.testing.assert_allclose(got[path], value * (5 if "/mlp/" in path else 2), rtol=2**-7, err_msg=path)
+        np.testing.assert_array_equal(got[path], value * (5 if "/mlp/" in path else 2), err_msg=path)
     for path, value in dit_of(second).items():
         np.testing.assert_array_equal(got[path], value)
 
@@ -84,13 +83,15 @@ def test_a_lora_comes_out_merged_or_apart(tmp_path):
     assert convert("to-torch", run, tmp_path / "out", "--layout", "diffusers") == 0
     merged = dict(flatten(merge_lora(tiny_dit(), adapters, lora)))
     for path, value in dit_of(tmp_path / "out").items():
-        np.testing.assert_allclose(value, merged[path], rtol=2**-7, atol=1e-2, err_msg=path)
+        np.testing.assert_allclose(
+            value, merged[path], rtol=1e-6, atol=4e-6, err_msg=path
+        )  # float32 sums of values up to 16
     assert convert("to-torch", run, tmp_path / "apart", "--lora", "apart") == 0
     assert sorted(p.name for p in (tmp_path / "apart").iterdir()) == ["fps_schedule.json", "lora.safetensors"]
     assert convert("to-flax", T2V, tmp_path / "again", "--lora", tmp_path / "apart" / "lora.safetensors") == 0
     out = dit_of(tmp_path / "out")
     for path, value in dit_of(tmp_path / "again").items():
-        np.testing.assert_array_equal(value, out[path], err_msg=path)
+        np.testing.assert_allclose(value, out[path], rtol=1e-6, atol=4e-6, err_msg=path)
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,24 @@ def test_entries_that_have_a_default_may_be_left_out():
     )
 
 
+def test_center_k_is_in_the_file_where_it_is_true(tmp_path):
+    """Absent means false, so that a release that doesn't know it reads the schedules that don't need it."""
+    regimes = (Regime(until=0.5, scales_per_tile=1, center_k=True), Regime(until=1.0, scales_per_tile=2))
+    schedule = FPSSchedule(regimes=regimes)
+    written = schedule.to_dict()["regimes"]
+    assert written[0]["center_k"] is True
+    assert "center_k" not in written[1]
+    assert FPSSchedule.from_dict(schedule.to_dict()) == schedule
+    first, second = schedule.plans(GRID)
+    assert (first.center_k, second.center_k) == (True, False)
+    assert first.pattern.center_k
+    assert first != dataclasses.replace(first, center_k=False)
+    assert "FP8 with 1 scale a tile, centred K" in schedule.describe(GRID)
+    assert schedule.setting("fp8").plans(GRID)[0].center_k
+    assert not any(plan.center_k for plan in schedule.setting("sparse").plans(GRID))
+    assert not first.dense().center_k
+
+
 def test_resolving_fills_in_what_is_proposed_and_keeps_the_plans():
     resolved = DEFAULT.resolve(GRID)
     assert resolved.grid == GRID
@@ -161,6 +179,8 @@ WHOLE = Regime(until=1.0)
         (lambda: Regime(until=1.0, density=0.0), "density=0.0 is not a number in"),
         (lambda: Regime(until=1.0, density=0.2, window=(1, 1, 1)), "both given; give one"),
         (lambda: Regime(until=1.0, scales_per_tile=0), "scales_per_tile=0 is not a whole number"),
+        (lambda: Regime(until=1.0, scales_per_tile=1, center_k=1), "center_k=1 is not true or false"),
+        (lambda: Regime(until=1.0, center_k=True), "center_k=True without scales_per_tile"),
         (lambda: FPSSchedule(regimes=(WHOLE,), dense_steps=-1), "dense_steps=-1 is not a whole number"),
         (lambda: FPSSchedule(regimes=(WHOLE,), dense_layers=(0, -1)), r"dense_layers=\(0, -1\) is not a list of layers"),
         (lambda: FPSSchedule(regimes=(WHOLE,), grid=(5, 5, 5), tile=(6, 1, 1)), "larger than the grid .*good tiles"),

@@ -128,6 +128,21 @@ def test_candidates_hold_dense_first_and_every_granularity():
         calibration.candidates(layout, (2,))
 
 
+def test_centring_keys_is_a_choice_that_the_error_decides():
+    layout = TileLayout((21, 45, 80), (7, 9, 4))
+    plans = calibration.candidates(layout, (0.2,), (False, True))
+    centred = [i for i, plan in enumerate(plans) if plan.center_k]
+    assert len(plans) == len(set(plans)) == 2 * (1 + 2 * 3)
+    assert all(not plans[i - 1].center_k and plans[i - 1].pattern.tokens_per_scale for i in centred)
+    errors = np.full((4, 2, len(plans)), 0.15)
+    errors[:, :, centred] = 0.05
+    result = calibration.choose_schedule(plans, errors, error_budget=0.2)  # all fit, and centring is free
+    assert all(regime.center_k for regime in result.schedule.regimes)
+    errors[:, :, centred] = 0.18
+    result = calibration.choose_schedule(plans, errors, error_budget=0.2)
+    assert not any(regime.center_k for regime in result.schedule.regimes)
+
+
 @pytest.mark.parametrize(("budget", "regimes", "message"), [(0.0, 3, "error_budget=0.0"), (0.1, 0, "max_regimes=0")])
 def test_bad_choices_are_refused(budget, regimes, message):
     with pytest.raises(ValueError, match=message):

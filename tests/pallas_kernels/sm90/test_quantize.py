@@ -1,5 +1,6 @@
 """What the Hopper kernel reads: values and scales as the specification has them, laid out, padding made harmless."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -109,7 +110,9 @@ def test_without_quantization_values_stay_and_only_the_layout_changes():
     assert got.q.dtype == got.key_valid.dtype == jnp.bfloat16
 
 
-def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim: int, broken: bool = False):
+def fused_and_by_xla(
+    tile_size: int, tokens_per_scale: int, dtype: str, head_dim: int, center_k: bool = False, broken: bool = False
+):
     """Operands of both ways, as float32 NumPy; padding holds NaN. Runs in `interpreted.run`."""
     rng = np.random.default_rng(3)
     seq = 2 * tile_size
@@ -135,6 +138,7 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
         x[:, ~valid] = np.nan
     args = [jnp.asarray(x, dtype) for x in (q, k, v)]
     pattern = tiles_of(jnp.asarray(valid), tokens_per_scale, tile_size)
+    pattern = dataclasses.replace(pattern, center_k=center_k)
     with interpret():
         fused = [np.asarray(x, np.float32) for x in quantize_sm90.quantize(*args, pattern=pattern)]
     by_xla = jax.jit(quantize_sm90.by_xla)(*args, pattern)
@@ -143,24 +147,24 @@ def fused_and_by_xla(tile_size: int, tokens_per_scale: int, dtype: str, head_dim
 
 
 @pytest.mark.parametrize(
-    ("tile_size", "tokens_per_scale", "dtype", "head_dim"),
+    ("tile_size", "tokens_per_scale", "dtype", "head_dim", "center_k"),
     [
-        (256, 256, "bfloat16", 128),
-        (256, 128, "bfloat16", 64),
-        (256, 64, "bfloat16", 128),
-        (128, 128, "float16", 128),
-        (384, 192, "bfloat16", 128),
+        (256, 256, "bfloat16", 128, False),
+        (256, 128, "bfloat16", 64, True),
+        (256, 64, "bfloat16", 128, False),
+        (128, 128, "float16", 128, False),
+        (384, 192, "bfloat16", 128, False),
     ],
 )
-def test_the_fused_pass_gives_the_same_operands(tile_size, tokens_per_scale, dtype, head_dim):
-    fused, by_xla = interpreted.run(fused_and_by_xla, tile_size, tokens_per_scale, dtype, head_dim)
+def test_the_fused_pass_gives_the_same_operands(tile_size, tokens_per_scale, dtype, head_dim, center_k):
+    fused, by_xla = interpreted.run(fused_and_by_xla, tile_size, tokens_per_scale, dtype, head_dim, center_k)
     for name, got, want in zip(quantize_sm90.Operands._fields, fused, by_xla, strict=True):
         np.testing.assert_array_equal(got, want, err_msg=name)
         assert np.isfinite(want).all(), name
 
 
 def test_the_fused_pass_shows_what_is_not_finite():
-    fused, by_xla = interpreted.run(fused_and_by_xla, 128, 64, "bfloat16", 64, True)
+    fused, by_xla = interpreted.run(fused_and_by_xla, 128, 64, "bfloat16", 64, False, True)
     for name, got, want in zip(quantize_sm90.Operands._fields, fused, by_xla, strict=True):
         np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=name)
     for scales in fused[5:]:
@@ -168,10 +172,14 @@ def test_the_fused_pass_shows_what_is_not_finite():
         assert np.isfinite(scales).any()
 
 
-@pytest.mark.parametrize(("tokens_per_scale", "dtype"), [(64, jnp.bfloat16), (256, jnp.float16), (384, jnp.bfloat16)])
-def test_the_fused_pass_lowers_at_real_size(tokens_per_scale, dtype):
+@pytest.mark.parametrize(
+    ("tokens_per_scale", "dtype", "center_k"),
+    [(64, jnp.bfloat16, False), (256, jnp.float16, False), (384, jnp.bfloat16, False), (256, jnp.bfloat16, True)],
+)
+def test_the_fused_pass_lowers_at_real_size(tokens_per_scale, dtype, center_k):
     x = jax.ShapeDtypeStruct((1, 76800, 40, 128), dtype)
     pattern = tiles_of(jax.ShapeDtypeStruct((76800,), jnp.bool_), tokens_per_scale, max(256, tokens_per_scale))
+    pattern = dataclasses.replace(pattern, center_k=center_k)
     traced = jax.jit(quantize_sm90.quantize).trace(x, x, x, pattern)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.custom_call @mosaic_gpu") == 3
 
