@@ -13,7 +13,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
+from fps_jax.attention.attend import SAVED, DenseAttention, TokenAttention, dense_attention, keeps_attention
+from fps_jax.choices import check_choice
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
@@ -21,7 +22,9 @@ from fps_jax.models.rope import rope_table
 from fps_jax.models.taps import Taps, tap
 from fps_jax.sizes import token_grid
 
-Remat = Literal["none", "full", "dots"]
+# What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
+# then isn't run again; the matmuls with weights; nothing but its input.
+Remat = Literal["none", "attention", "dots", "full"]
 
 # Kept in float32 when the rest is bf16: what upstream computes outside autocast, and vectors too small to matter.
 _FLOAT32_PARAMS = re.compile(r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$")
@@ -177,7 +180,7 @@ class DiT(nnx.Module):
             params, index = inputs
             block_taps, own_taps = (None if wanted is None else {} for wanted in (taps, attention_taps))
             if token_mask is not None and isinstance(attention, DenseAttention):
-                attend = functools.partial(dense_attention, key_mask=token_mask)
+                attend = functools.partial(dense_attention, key_mask=token_mask, name=SAVED)
             else:
                 attend = functools.partial(attention, layer=index, taps=own_taps)
             x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
@@ -222,14 +225,18 @@ def _block(config: DiTConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
 def _rematerialised(layer, remat: Remat):
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy)
+    policies = {
+        "attention": keeps_attention,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    # Forward and backward are two loops: XLA can't merge what one computes with what the other does, and needs no barrier.
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
 def build_dit(config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Build:
     """The model as a `Build` for fps_jax.models.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
-    if remat not in ("none", "full", "dots"):
-        raise ValueError(f"remat={remat!r} is not one of 'none', 'full', 'dots'")
+    check_choice("remat", remat, Remat)
     return _build(config, jnp.dtype(dtype), remat)
 
 
