@@ -8,6 +8,9 @@ Solver = Literal["unipc", "dpm++", "euler"]
 SigmaGrid = Literal["wan", "diffusers"]
 OutputType = Literal["np", "latent", "pil"]
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
+# What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
+# then isn't run again; the matmuls with weights; nothing but its input.
+Remat = Literal["none", "attention", "dots", "full"]
 
 
 def choices(kind: Any) -> str:

@@ -5,7 +5,7 @@ Source: Wan-Video/Wan2.1 wan/modules/model.py (WanModel); numerics checked again
 
 import functools
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
+from fps_jax.attention.attend import SAVED, DenseAttention, TokenAttention, dense_attention, keeps_attention
+from fps_jax.choices import Remat, check_choice
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
 from fps_jax.models.linear import Linear
@@ -21,8 +22,6 @@ from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatt
 from fps_jax.models.rope import rope_table
 from fps_jax.models.taps import Taps, tap
 from fps_jax.sizes import token_grid
-
-Remat = Literal["none", "full", "dots"]
 
 # Kept in float32 when the rest is bf16: what upstream computes outside autocast, vectors too small to matter, adapters' masters.
 _FLOAT32_PARAMS = re.compile(
@@ -180,7 +179,7 @@ class DiT(nnx.Module):
             params, index = inputs
             block_taps, own_taps = (None if wanted is None else {} for wanted in (taps, attention_taps))
             if token_mask is not None and isinstance(attention, DenseAttention):
-                attend = functools.partial(dense_attention, key_mask=token_mask)
+                attend = functools.partial(dense_attention, key_mask=token_mask, name=SAVED)
             else:
                 attend = functools.partial(attention, layer=index, taps=own_taps)
             x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
@@ -225,14 +224,18 @@ def _block(config: DiTConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
 def _rematerialised(layer, remat: Remat):
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy)
+    policies = {
+        "attention": keeps_attention,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    # Forward and backward are two loops: XLA can't merge what one computes with what the other does, and needs no barrier.
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
 def build_dit(config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Build:
     """The model as a `Build` for fps_jax.models.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
-    if remat not in ("none", "full", "dots"):
-        raise ValueError(f"remat={remat!r} is not one of 'none', 'full', 'dots'")
+    check_choice("remat", remat, Remat)
     return _build(config, jnp.dtype(dtype), remat)
 
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fps_jax.attention.attend import TokenAttention
+from fps_jax.choices import Remat
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit import DENSE, DiTOutput, Remat, dit
+from fps_jax.models.dit import DENSE, DiTOutput, dit
 from fps_jax.models.params import Params
 from fps_jax.models.taps import Taps
 

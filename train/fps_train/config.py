@@ -9,13 +9,12 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from fps_jax.choices import Dtype, Setting, check_choice
+from fps_jax.choices import Dtype, Remat, Setting, check_choice
 from fps_jax.files import write_bytes
 
 TDistribution = Literal["wan", "uniform", "logit-normal"]
 Weighting = Literal["none", "cosmap"]
 LearningRate = Literal["constant", "cosine", "linear"]
-Remat = Literal["none", "attention", "dots", "full"]
 Preset = Literal["paper", "lora", "scratch"]
 
 
@@ -195,7 +194,8 @@ class TrainConfig:
     dtype: Dtype = "bfloat16"
     """Compute dtype. Masters, moments and the moving average are float32."""
     remat: Remat = "full"
-    """What the backward computes again: nothing, all but attention (attention), all but matmuls (dots), or all (full)."""
+    """What the backward computes again: nothing (none); all but matmuls with weights (dots); all but self-attention (attention), or
+    all (full). From most memory to least."""
     text_dropout: float = 0.1
     """Share of samples that see the empty prompt, for guidance."""
     train_only: tuple[str, ...] = ()

@@ -10,11 +10,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
+from fps_jax.choices import Remat
 from fps_jax.models.dit import DENSE
 from fps_jax.models.params import Params, flatten
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_train.batch import Batch
-from fps_train.config import FlowOptions, OptimizerOptions, Remat
+from fps_train.config import FlowOptions, OptimizerOptions
 from fps_train.loss import Loss, draw, flow_matching_loss
 from fps_train.optimizer import apply_gradient, ema_decay, learning_rate, move_average
 from fps_train.regimes import draw_sigma
