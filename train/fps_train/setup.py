@@ -146,7 +146,15 @@ def _schedule(options: TrainConfig, grids: list) -> FPSSchedule | None:
     if options.attention == "dense":
         return None
     one = grids[0] if len(set(grids)) == 1 else None
-    given = FPSSchedule.default(one) if options.schedule is None else FPSSchedule.load(options.schedule)
+    if options.schedule is not None:
+        given = FPSSchedule.load(options.schedule)
+    elif one is not None:
+        given = FPSSchedule.default(one)
+    else:  # one scale a tile is what every tile allows
+        given = FPSSchedule.default()
+        given = dataclasses.replace(
+            given, regimes=tuple(dataclasses.replace(r, scales_per_tile=1) for r in given.regimes)
+        )
     schedule = given.setting(options.attention)
     if one is not None:
         return schedule.resolve(one)
