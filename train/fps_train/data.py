@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -313,7 +313,7 @@ class Batches:
         numbers = [i * self.batch_size + r for r in places]
         return self._batch(samples, numbers, [self._drops(n) for n in numbers])
 
-    def iterate(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
+    def iterate(self, start: int = 0) -> Generator[tuple[int, Batch]]:
         """(i, microbatch i) from `start` on, without end. Read ahead in threads, which end with the iterator."""
         pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="fps_train_data")
         ahead: collections.deque[Future[Batch]] = collections.deque()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import pathlib
 import signal
 import sys
@@ -18,7 +19,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fps_jax.models.dit import stage_name
 from fps_jax.models.sharding import BATCH
-from fps_jax.progress import progress_bar
 from fps_jax.sampling.pipeline import enable_compilation_cache
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
@@ -26,8 +26,9 @@ from fps_train.config import TrainConfig
 from fps_train.metrics import Metrics
 from fps_train.programs import Programs
 from fps_train.regimes import TrainingRegime, regime_of
-from fps_train.run import check_resume, start_run
+from fps_train.run import check_new, check_resume, start_run
 from fps_train.setup import Setup, Start, prepare, start
+from fps_train.status import Status
 from fps_train.step import Micro, Seen
 from fps_train.validate import Videos, validation_loss
 
@@ -58,7 +59,7 @@ def train(
     Args:
       resume: continue the run in `options.output`.
       init_from: a checkpoint or another run to take the first weights from.
-      show: a progress bar and notes on stderr; None for only on a terminal.
+      show: False for silence; else a bar on stderr where that is a terminal, and lines where it isn't.
     Raises: ValueError, FileNotFoundError or FileExistsError before anything is written, for what can't be run; FloatingPointError
       for a NaN or inf, with nothing saved of it; OSError for a disk that is full; `Stopped` on SIGTERM or SIGINT.
     """
@@ -71,6 +72,8 @@ def train(
                 "init_from was given with resume, which continues the run's own weights; choose one of them"
             )
         check_resume(*record)
+    else:
+        check_new(setup.directory)  # before minutes of reading weights
     begun = start(setup, init_from)
     if not resume:
         start_run(*record)
@@ -85,8 +88,11 @@ def train(
                 f"{setup.directory} has all {options.steps} steps already; give more --steps to go on", file=sys.stderr
             )
             return setup.directory
-        with Metrics(setup.directory, first, dataclasses.asdict(options)) as metrics:
-            _Loop(setup, begun, first, checkpoints, metrics, show).run()
+        with (
+            Metrics(setup.directory, first, dataclasses.asdict(options)) as metrics,
+            Status(first, options.steps, show) as status,
+        ):
+            _Loop(setup, begun, first, checkpoints, metrics, status).run()
     return setup.directory
 
 
@@ -94,15 +100,15 @@ class _Loop:
     """One process's work on a run, from step `first` on."""
 
     def __init__(
-        self, setup: Setup, begun: Start, first: int, checkpoints: Checkpoints, metrics: Metrics, show: bool | None
+        self, setup: Setup, begun: Start, first: int, checkpoints: Checkpoints, metrics: Metrics, status: Status
     ):
         self.setup, self.options = setup, setup.options
         self.state, self.frozen, self.teacher = begun.state, begun.frozen, begun.teacher
-        self.first, self.checkpoints, self.metrics = first, checkpoints, metrics
-        self.show = sys.stderr.isatty() if show is None else show
+        self.first, self.checkpoints, self.metrics, self.status = first, checkpoints, metrics, status
         self.programs = Programs(setup, begun)
         self.validated: tuple[int, float] | None = None  # step and loss of the newest validation
         self.saved = first if first else None
+        self._dtype = jnp.dtype(setup.options.dtype)
         rows = NamedSharding(setup.mesh, PartitionSpec(BATCH))
         self._put = lambda batch: jax.device_put(batch, rows)
         by_shape = {bucket.latent_shape: bucket for bucket in setup.buckets}
@@ -113,15 +119,16 @@ class _Loop:
     def run(self) -> None:
         """All steps that are left."""
         options = self.options
-        self.programs.compile(self._say)
+        self.programs.compile(self.status.say)
+        if self.videos is not None and not self.videos.has_reference and not options.from_scratch:
+            dit = self._joined(self.state.params) if self.first == 0 else self.setup.model.load("dit", self._dtype)
+            self.status.say("sampling the dense model's validation videos, once")
+            self.videos.dense(dit)
         if self.first == 0:
-            if self.videos is not None:
-                with progress_bar("dense reference videos", self.show) as bar:
-                    self.videos.dense(self._joined(self.state.params), bar)
             self._validate(0)
-        microbatches = self.setup.batches.iterate(self.first * options.accumulate)
         waiting: _Pending | None = None
-        with _signals() as asked, progress_bar("train", self.show) as bar:
+        reading = self.setup.batches.iterate(self.first * options.accumulate)
+        with _signals() as asked, contextlib.closing(reading) as microbatches:
             self._clock = time.monotonic()
             for step in range(self.first + 1, options.steps + 1):
                 sent = self._step(step, microbatches)
@@ -138,7 +145,6 @@ class _Loop:
                     self._validate(step)
                 if save:
                     self._save(step)
-                bar(step, options.steps)
                 if stop:
                     self.checkpoints.wait()
                     raise Stopped(stop, step)
@@ -183,7 +189,7 @@ class _Loop:
         if peak is not None:
             values["mfu"] = round(flops / seconds / peak, 4)
         self.metrics.write(done.step, values)
-        self._last = values
+        self.status.step(done.step, values)
 
     def _not_finite(self, done: _Pending, micros: list[Micro]) -> str:
         kept = "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
@@ -208,10 +214,10 @@ class _Loop:
         every = self.options.validation.video_every or self.options.validation.every
         if self.videos is not None and step and (step % every == 0 or step == self.options.steps):
             weights = self.state.params if self.state.ema is None else self.state.ema
-            with progress_bar("validation videos", self.show) as bar:
-                values["videos"] = self.videos.sample(self._joined(weights), step, bar)
+            values["videos"] = self.videos.sample(self._joined(weights), step)
         if values:
             self.metrics.write(step, {"validation": values})
+            self.status.say(f"step {step}, validation: {json.dumps(values)}")
         self._clock = time.monotonic()
 
     def _save(self, step: int) -> None:
@@ -248,10 +254,6 @@ class _Loop:
 
     def _device_batch(self, batch: Batch) -> Batch:
         return self._put(batch._replace(sample=(np.asarray(batch.sample) % 2**32).astype(np.uint32)))
-
-    def _say(self, line: str) -> None:
-        if self.show:
-            print(line, file=sys.stderr, flush=True)
 
 
 class _Asked:

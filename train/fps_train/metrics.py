@@ -12,7 +12,7 @@ from fps_jax.files import write_bytes
 class Metrics:
     """Writes a line a step. Numbers that aren't finite are written as null.
 
-    Lines of steps after `start` are dropped first: a run that resumes does those steps again.
+    Lines of steps after `start` (all, if that is 0) are dropped first: a run that resumes does those steps again.
     """
 
     def __init__(self, directory: pathlib.Path, start: int, config: dict[str, Any]):
@@ -49,7 +49,7 @@ class Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
-                if json.loads(line)["step"] <= step:
+                if step and json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         write_bytes(self.path, "".join(kept).encode())
 

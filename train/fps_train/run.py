@@ -22,21 +22,23 @@ _FREE = {"model", "data", "output", "steps", "remat", "schedule", "validation", 
 def start_run(
     directory: pathlib.Path, options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
 ) -> None:
-    """Writes the folder of a new run. data: the fingerprint of its data.
+    """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`."""
+    check_new(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    options.save(directory / "config.toml")
+    if schedule is not None:
+        schedule.save(directory / SCHEDULE)
+    write_json(_record(options, model, parts, schedule, data), directory / "run.json")
 
-    Raises: FileExistsError where there is one already, or other files.
-    """
+
+def check_new(directory: pathlib.Path) -> None:
+    """Raises FileExistsError where there is a run already, or other files."""
     if is_run(directory):
         raise FileExistsError(
             f"output={str(directory)!r} holds a run; --resume continues it, another --output starts anew"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"output={str(directory)!r} exists and is not empty; give another --output")
-    directory.mkdir(parents=True, exist_ok=True)
-    options.save(directory / "config.toml")
-    if schedule is not None:
-        schedule.save(directory / SCHEDULE)
-    write_json(_record(options, model, parts, schedule, data), directory / "run.json")
 
 
 def check_resume(

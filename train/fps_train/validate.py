@@ -15,9 +15,9 @@ from fps_jax.config import WanConfig
 from fps_jax.evaluation.quality import psnr
 from fps_jax.files import write_bytes
 from fps_jax.media.video import contact_sheet, save_video
+from fps_jax.models.dit import cast_params
 from fps_jax.models.params import Params
 from fps_jax.models.vae import decode
-from fps_jax.progress import Progress
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
@@ -90,25 +90,29 @@ class Videos:
         self._dtype, self._fps = jnp.dtype(dtype), fps
         self._table = solver_table("unipc", "wan", options.steps, sampling_shift)
 
-    def dense(self, params: Params, progress: Progress) -> None:
-        """The reference: the dense model's videos, sampled once at the start of a run and kept. params: what `dit` takes."""
-        if not self._reference(0).exists():
-            for i, video in enumerate(self._sample(params, None, progress)):
-                self._write(self.directory / "dense", i, video)
+    @property
+    def has_reference(self) -> bool:
+        """Whether the dense model's videos are there, of every prompt."""
+        return all(self._reference(i).exists() for i in range(len(self.prompts)))
 
-    def sample(self, params: Params, step: int, progress: Progress) -> dict[str, float]:
-        """The videos of this step, written, and their PSNR in dB against the dense ones, mean over frames and prompts."""
+    def dense(self, params: Params) -> None:
+        """The reference: the dense model's videos, to be sampled once and kept. params: what `dit` takes."""
+        for i, video in enumerate(self._sample(params, None)):
+            self._write(self.directory / "dense", i, video)
+
+    def sample(self, params: Params, step: int) -> dict[str, float]:
+        """The videos of this step, written; mean PSNR in dB of frames and prompts against the dense ones, where there are any."""
         values = []
-        for i, video in enumerate(self._sample(params, self._schedule, progress)):
+        for i, video in enumerate(self._sample(params, self._schedule)):
             self._write(self.directory / f"step_{step:08d}", i, video)
-            reference = np.load(self._reference(i), allow_pickle=False)
-            values.append(float(np.mean(np.minimum(psnr(video, reference), 100.0))))  # 100 dB: equal
-        return {"psnr": float(np.mean(values))}
+            if self._reference(i).exists():
+                reference = np.load(self._reference(i), allow_pickle=False)
+                values.append(float(np.mean(np.minimum(psnr(video, reference), 100.0))))  # 100 dB: equal
+        return {"psnr": float(np.mean(values))} if values else {}
 
-    def _sample(
-        self, params: Params, schedule: FPSSchedule | None, progress: Progress
-    ) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
+    def _sample(self, params: Params, schedule: FPSSchedule | None) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
         vae, layers = self._vae(), self.config.dit.num_layers
+        params = cast_params(params, self._dtype)
         for i, prompt in enumerate(self.prompts):
             bucket = self._buckets.get(prompt.latent_shape, next(iter(self._buckets.values())))
             shape = (1, *bucket.latent_shape)
@@ -131,7 +135,6 @@ class Videos:
                 segments=segments,
             )
             video = decode(self.config.vae, vae, latents)[0]
-            progress(i + 1, len(self.prompts))
             yield np.rint(np.clip(video * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
     def _reference(self, i: int) -> pathlib.Path:

@@ -6,6 +6,7 @@ import sys
 import jax
 import pytest
 
+from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_train.commands import train as command
 from tests.fps_train.models import params
 from tests.fps_train.sample_data import write_data
@@ -86,6 +87,23 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(model, data, ca
     ):
         assert part in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_videos_of_several_sizes_share_one_schedule(model, tmp_path, capsys):
+    both = write_data(tmp_path / "both", {"64x64x5": 3, "32x64x9": 3}, text_len=5, text_dim=12)
+    call = (model, "--data", both, "--output", tmp_path / "run", "--validation.samples", 1, "--dry-run")
+    assert run(*call) == 0
+    said = capsys.readouterr().out
+    assert "tokens (2, 4, 4)" in said
+    assert "tokens (3, 2, 4)" in said
+    assert said.count("FP8 with 1 scale a tile") >= 4
+    schedule = tmp_path / "one.json"
+    FPSSchedule(grid=(2, 4, 4), regimes=(Regime(until=1.0, scales_per_tile=1),)).save(schedule)
+    assert run(*call, "--schedule", schedule) == 2
+    assert (
+        "the data has videos of 2 sizes; take grid and tile out of it (null), or train one size"
+        in capsys.readouterr().err
+    )
 
 
 def test_data_of_another_model_is_refused(model, data, tmp_path, capsys):
