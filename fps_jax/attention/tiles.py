@@ -269,18 +269,20 @@ def propose_tiles(grid: Shape3) -> list[TileProposal]:
 
     Tiles store 128, 256 or 384 tokens, whole blocks of the Hopper kernel; 64 only where that saves much padding. A grid of fewer
     than 2,048 tokens would be a handful of such tiles, and every window one of them: it is cut into at least 15, at least two
-    along each axis that has two tokens, of any size up to 128.
+    along each axis that has two tokens, of any size up to 128; larger ones come after all of those.
     """
     return list(_proposals(check_shape3("grid", grid, "tokens")))
 
 
 @functools.lru_cache(maxsize=256)
 def _proposals(grid: Shape3) -> tuple[TileProposal, ...]:
-    if math.prod(grid) < _SMALL_GRID:
-        small = [p for p in _candidates(grid, 128) if _has_windows(grid, p)]
-        return tuple(sorted(small, key=lambda p: (_small_cost(grid, p), p.tile)))
     found = [p for p in _candidates(grid, max(_COST_OF_SIZE)) if p.stored in _COST_OF_SIZE]
-    return tuple(sorted(found, key=lambda p: (_cost(grid, p), p.tile)))
+    found.sort(key=lambda p: (_cost(grid, p), p.tile))
+    if math.prod(grid) >= _SMALL_GRID:
+        return tuple(found)
+    small = [p for p in _candidates(grid, 128) if _has_windows(grid, p)]
+    small.sort(key=lambda p: (_small_cost(grid, p), p.tile))
+    return tuple(dict.fromkeys(small + found))
 
 
 def _candidates(grid: Shape3, most: int) -> Iterator[TileProposal]:

@@ -118,7 +118,7 @@ def test_the_schedule_is_one_program_with_the_sampler(pipe, monkeypatch):
     ("arguments", "message"),
     [
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
-        ({"schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
+        ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
         ({"attention": "fps", "schedule": 3}, "schedule=3 is not an FPSSchedule, the path of its JSON file or None"),
         (
             {"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(21, 30, 52))},
