@@ -45,7 +45,7 @@ class DiTConfig:
     mlp_dim: int
     num_heads: int
     num_layers: int
-    in_channels: int = 16  # 36 for i2v and flf2v: noise 16, mask 4, condition 16
+    in_channels: int = 16  # the VAE's z_dim; 36 for i2v and flf2v: noise 16, mask 4, condition 16
     out_channels: int = 16
     patch_size: tuple[int, int, int] = PATCH
     freq_dim: int = 256
@@ -78,6 +78,21 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: tuple[float, ...] = LATENTS_MEAN
     latents_std: tuple[float, ...] = LATENTS_STD
+
+    def __post_init__(self):
+        for name in ("latents_mean", "latents_std"):
+            if len(getattr(self, name)) != self.z_dim:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values for z_dim={self.z_dim}; give one a latent channel "
+                    "(the defaults are those of Wan's 16)"
+                )
+        if not all(std > 0 for std in self.latents_std):
+            raise ValueError(f"latents_std={self.latents_std} must be above 0: latents are divided by it")
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(
+                f"temporal_downsample has {len(self.temporal_downsample)} values for {len(self.dim_mult)} stages in dim_mult; "
+                "give one between each two stages"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +139,15 @@ class WanConfig:
     flow_shift: float = 5.0
     flow_shift_480p: float | None = None  # official I2V code: 3.0 up to 480 x 832 pixels, `flow_shift` above
 
+    def __post_init__(self):
+        z = self.vae.z_dim
+        channels = (z if self.task == "t2v" else 4 + 2 * z, z)  # noise, then mask and condition
+        if (self.dit.in_channels, self.dit.out_channels) != channels:
+            raise ValueError(
+                f"dit has in_channels={self.dit.in_channels} and out_channels={self.dit.out_channels}; a {self.task} model on "
+                f"a VAE of z_dim={z} has {channels[0]} and {channels[1]}"
+            )
+
     @property
     def task(self) -> Task:
         return self.dit.task
@@ -133,7 +157,7 @@ class WanConfig:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "WanConfig":
-        """Inverse of `to_dict`, after a trip through JSON. Raises TypeError on unknown or missing fields."""
+        """Inverse of `to_dict`, after a trip through JSON. TypeError on unknown or missing fields, ValueError on wrong ones."""
 
         def build(kind, fields):
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})

@@ -154,14 +154,19 @@ def open_checkpoint(path: str | os.PathLike) -> Source:
     flow_shift, flow_shift_480p = infer.flow_shift(
         layout, dit.task, read_json(scheduler) if layout.scheduler else {}, scheduler
     )
-    config = WanConfig(
-        dit=dit,
-        vae=infer.vae(layout, readers["vae"], jsons["vae"], where["vae"]),
-        text_encoder=infer.text_encoder(layout, readers["text_encoder"], jsons["text_encoder"], where["text_encoder"]),
-        image_encoder=image_encoder,
-        flow_shift=flow_shift,
-        flow_shift_480p=flow_shift_480p,
-    )
+    vae = infer.vae(layout, readers["vae"], jsons["vae"], where["vae"])
+    text_encoder = infer.text_encoder(layout, readers["text_encoder"], jsons["text_encoder"], where["text_encoder"])
+    try:
+        config = WanConfig(
+            dit=dit,
+            vae=vae,
+            text_encoder=text_encoder,
+            image_encoder=image_encoder,
+            flow_shift=flow_shift,
+            flow_shift_480p=flow_shift_480p,
+        )
+    except ValueError as error:  # a DiT and a VAE of two models
+        raise ValueError(f"{path}: {error}") from None
 
     # Every tensor against the config, and the components against each other.
     parts: dict[Component, Part] = {

@@ -1,4 +1,4 @@
-"""The start of training from scratch: the values that are claimed, and that nothing stays dead."""
+"""The start of training from scratch: the values that are claimed, that nothing stays dead, and images as video."""
 
 import functools
 
@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fps_jax.config import DiTConfig
+from fps_jax.config import DiTConfig, VAEConfig
+from fps_jax.models import vae
 from fps_jax.models.dit import build_dit, dit
-from fps_jax.models.init import init_dit_for_training
+from fps_jax.models.init import init_dit_for_training, init_vae_for_training
 from fps_jax.models.params import abstract_params, flatten
 
 KEY = jax.random.key(0)
@@ -83,3 +84,45 @@ def test_layers_and_parameters_differ_and_a_key_repeats():
     q, k = first["blocks/self_attn/q/kernel"], first["blocks/self_attn/k/kernel"]
     for a, b in ((q[0], q[1]), (q, k), (q, other["blocks/self_attn/q/kernel"])):
         assert np.linalg.norm(a - b) > np.linalg.norm(a)
+
+
+VAE = VAEConfig(
+    base_dim=4, z_dim=3, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True), latents_mean=(0.0,) * 3,
+    latents_std=(1.0,) * 3,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_image_vae_is_a_video_vae_that_codes_every_fourth_frame():
+    params = init_vae_for_training(VAE, KEY)
+    specs = dict(flatten(abstract_params(vae.build_vae(VAE))))
+    assert {p: (a.shape, a.dtype) for p, a in flatten(params)} == {p: (s.shape, s.dtype) for p, s in specs.items()}
+    video = jnp.tanh(jax.random.normal(KEY, (1, 9, 8, 8, 3)))
+    encode = jax.jit(lambda video: vae.encode_moments(VAE, params, video)[0])
+    decode = jax.jit(lambda latents: vae.decode_video(VAE, params, latents))
+    latents = encode(video)
+    images = encode(video[0, ::4, None])  # frames 0, 4 and 8, a clip each
+    np.testing.assert_allclose(latents[0], jnp.moveaxis(images[:, :, 0], 0, 1), rtol=1e-4, atol=1e-5)
+    frames = decode(latents)[0]
+    assert frames.std() > 0.01
+    held = decode(images)[np.array([0, 1, 1, 1, 1, 2, 2, 2, 2]), 0]
+    np.testing.assert_allclose(frames, held, rtol=1e-4, atol=1e-5)  # float32's rounding through some twenty layers
+
+
+@pytest.mark.slow
+def test_images_train_the_last_taps_alone():
+    params = init_vae_for_training(VAE, KEY)
+    image = jnp.tanh(jax.random.normal(KEY, (1, 1, 8, 8, 3)))
+
+    @jax.jit
+    @jax.grad
+    def grads(params):
+        mean, _ = vae.encode_moments(VAE, params, image)
+        return jnp.square(vae.decode_video(VAE, params, mean) - image).mean()
+
+    for path, grad in flatten(grads(params)):
+        if "/time_conv/" in path:
+            assert not grad.any(), path
+        elif grad.ndim == 5 and grad.shape[0] == 3:
+            assert grad[-1].any(), path
+            assert not grad[:-1].any(), path

@@ -202,6 +202,7 @@ def small():
     return unflatten(leaves)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences(small):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
