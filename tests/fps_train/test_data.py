@@ -217,22 +217,22 @@ def test_without_prompts_of_ones_own_captions_of_what_is_held_out_first_serve(da
     assert [p.latent_shape for p in data.validation_prompts] == [shapes[s.size] for s in want]
 
 
-def config(task="t2v", **changes) -> WanConfig:
-    image = (
-        {} if task == "t2v" else {"image_dim": 3, "in_channels": 12, "image_positions": 5 if task == "flf2v" else None}
-    )
+def config(task="t2v", z=Z, **changes) -> WanConfig:
+    image = {} if task == "t2v" else {"image_dim": 3, "image_positions": 5 if task == "flf2v" else None}
     dit = DiTConfig(
         task=task,
         dim=12,
         mlp_dim=8,
         num_heads=2,
         num_layers=1,
-        out_channels=Z,
+        in_channels=z if task == "t2v" else 4 + 2 * z,
+        out_channels=z,
         text_dim=TEXT_DIM,
         text_len=TEXT_LEN,
         **image,
     )
-    return WanConfig(dit=dataclasses.replace(dit, **changes), vae=VAEConfig(z_dim=Z))
+    vae = VAEConfig(z_dim=z, latents_mean=(0.0,) * z, latents_std=(1.0,) * z)
+    return WanConfig(dit=dataclasses.replace(dit, **changes), vae=vae)
 
 
 def test_a_model_that_the_data_are_not_for(tmp_path, data):
@@ -242,7 +242,7 @@ def test_a_model_that_the_data_are_not_for(tmp_path, data):
     for one, model, message in [
         (flf2v, config(), "are for flf2v, the model is t2v; run fps-precompute with this model"),
         (data, config("i2v"), "are for t2v, the model is i2v"),
-        (data, config(out_channels=16), "have latent channels 4, the model takes 16"),
+        (data, config(z=16), "have latent channels 4, the model takes 16"),
         (data, config(text_dim=4096), "have text states of width 8, the model takes 4096"),
         (data, config(text_len=512), "have text states of length 6, the model takes 512"),
         (flf2v, config("flf2v", image_dim=1280), "have image tokens of width 3, the model takes 1280"),
