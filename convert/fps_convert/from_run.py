@@ -6,12 +6,16 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import jax
+import numpy as np
+
 from fps_convert.lora.write import write_lora
 from fps_convert.torch_to_flax import to_flax
 from fps_jax.checkpoints.format import SCHEDULE, is_checkpoint, load_component, save_component
 from fps_jax.checkpoints.open import open_model, resolve_checkpoint
 from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.files import new_directory
+from fps_jax.models.params import flatten, unflatten
 
 
 @contextlib.contextmanager
@@ -46,6 +50,9 @@ def run_as_checkpoint(
             to_flax(base, whole)
             params = load_component(whole / "dit")
             (whole / "dit").rename(temporary / "dit_before")
+        if run.base != run.model:
+            base_dit = dict(flatten(jax.device_get(open_model(run.base).load("dit", np.float32))))
+            params = unflatten({path: base_dit[path].astype(leaf.dtype) for path, leaf in flatten(params)})
         save_component(whole / "dit", run.apply(params, trained))
         schedule = run.directory / SCHEDULE
         if schedule.is_file():

@@ -64,14 +64,14 @@ def open_model(path: str | os.PathLike) -> Model:
 def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
     """Opens a run of fps-train. which: 'ema' or 'raw' weights; None for the average where there is one. Raises as `open_model`."""
     run = read_run(directory)
-    base = open_model(run.model)
+    model = open_model(run.model)
+    base = model if run.base == run.model else open_model(run.base)
     run.trained_folder(which)  # that there is one is known now
 
     def load(name: Component, dtype: Any) -> Params:
-        params = base.load(name, dtype)
-        return run.apply(params, run.trained(which)) if name == "dit" else params
+        return run.apply(base.load(name, dtype), run.trained(which)) if name == "dit" else model.load(name, dtype)
 
-    return dataclasses.replace(base, directory=directory, layout="run", load=load, schedule=_schedule(directory))
+    return dataclasses.replace(model, directory=directory, layout="run", load=load, schedule=_schedule(directory))
 
 
 def _schedule(directory: pathlib.Path) -> FPSSchedule | None:

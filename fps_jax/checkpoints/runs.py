@@ -29,12 +29,14 @@ class Run:
 
     Attributes:
       directory: where it lies.
-      model: the checkpoint that it started from, a directory or a Hugging Face repository.
+      model: the checkpoint that it is of, a directory or a Hugging Face repository: VAE, encoders and DiT.
+      base: the checkpoint whose DiT the weights that aren't trained are of: the model, or what `--init-from` named.
       lora: of its adapters; None where it trains weights.
     """
 
     directory: pathlib.Path
     model: str
+    base: str
     lora: LoRAConfig | None
 
     def steps(self) -> list[int]:
@@ -82,7 +84,7 @@ class Run:
         for path, leaf in flatten(trained):
             if path not in leaves or leaves[path].shape != leaf.shape:
                 raise ValueError(
-                    f"{self.directory} trained {path!r} {list(leaf.shape)}, which {self.model} doesn't have"
+                    f"{self.directory} trained {path!r} {list(leaf.shape)}, which {self.base} doesn't have"
                 )
             like = leaves[path]
             own = np.asarray(leaf).astype(like.dtype)
@@ -109,6 +111,6 @@ def read_run(path: str | os.PathLike) -> Run:
         lora = None if content["lora"] is None else LoRAConfig(
             **{**content["lora"], "targets": tuple(content["lora"]["targets"])}
         )  # fmt: skip
-        return Run(directory=directory, model=str(content["model"]), lora=lora)
+        return Run(directory=directory, model=str(content["model"]), base=str(content["base"]), lora=lora)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{directory}/run.json is not what fps-train writes ({error}); start the run anew") from None

@@ -19,9 +19,10 @@ from tests.checkpoints import T2V, TINY, tiny_dit
 SCHEDULE = FPSSchedule(regimes=(Regime(until=1.0, scales_per_tile=1, density=0.5),))
 
 
-def write_run(folder: pathlib.Path, model, items, lora=None) -> pathlib.Path:
+def write_run(folder: pathlib.Path, model, items, lora=None, base=None) -> pathlib.Path:
     """What fps-train leaves: `items` are the newest checkpoint's components."""
-    record = {"format": "fps_train", "version": 1, "model": str(model), "lora": lora and dataclasses.asdict(lora)}
+    record = {"format": "fps_train", "version": 1, "model": str(model), "base": str(base or model)}
+    record["lora"] = lora and dataclasses.asdict(lora)
     step = folder / "checkpoints" / "5"
     step.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps(record))
@@ -73,6 +74,16 @@ def test_a_run_on_a_run_and_on_our_format(tmp_path):
         np.testing.assert_array_equal(got[path], value)
 
 
+def test_what_was_frozen_is_of_the_checkpoint_that_the_run_started_from(tmp_path):
+    other = write_run(tmp_path / "other", T2V, {"params": scaled(7)})
+    mlp = unflatten({path: leaf for path, leaf in flatten(scaled(5)) if "/mlp/" in path})
+    run = write_run(tmp_path / "run", T2V, {"params": mlp}, base=other)
+    assert convert("to-torch", run, tmp_path / "out", "--layout", "diffusers") == 0
+    for got in (dit_of(run), dit_of(tmp_path / "out")):
+        for path, value in flatten(tiny_dit()):
+            np.testing.assert_array_equal(got[path], value * (5 if "/mlp/" in path else 7), err_msg=path)
+
+
 def test_a_lora_comes_out_merged_or_apart(tmp_path):
     lora = LoRAConfig(rank=2, alpha=6.0, targets=("blocks/self_attn/[qk]",))
     rng = np.random.default_rng(0)
@@ -118,7 +129,7 @@ def test_what_a_run_doesn_t_have_is_said_in_one_line(options, message, tmp_path,
 def test_a_run_without_a_checkpoint_or_of_a_lost_model_is_told(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text(
-        json.dumps({"format": "fps_train", "version": 1, "model": "x", "lora": None})
+        json.dumps({"format": "fps_train", "version": 1, "model": "x", "base": "x", "lora": None})
     )
     assert convert("to-torch", tmp_path / "run", tmp_path / "out", "--layout", "official") == 2
     assert "has no checkpoint yet" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Runs: exact resumption, whatever stopped them; what they write; the guard against NaN."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -13,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.open import open_model, open_run
 from fps_jax.checkpoints.runs import read_run
-from fps_jax.models.params import flatten
+from fps_jax.models.dit import build_dit
+from fps_jax.models.params import flatten, init_params
 from fps_train import loop
 from fps_train.config import LoraOptions, TrainConfig
 from fps_train.data import Batches
 from fps_train.loop import Stopped, train
 from fps_train.metrics import Metrics, read_metrics
 from tests.fps_train import sample_data
+from tests.fps_train.conftest import WAN
 from tests.fps_train.models import CONFIG
 from tests.fps_train.sample_data import write_data
 
@@ -197,6 +201,42 @@ def test_a_lora_run_leaves_the_base_alone_and_opens_merged(options, model):
     np.testing.assert_allclose(dit[changed[0]] - base[changed[0]], product, atol=1e-6)
     with pytest.raises(ValueError, match="keeps no moving average"):
         open_run(run, "ema")
+
+
+def test_what_a_lora_froze_is_what_it_started_from_after_a_stop_too(uninterrupted, options):
+    """`--init-from` names weights that aren't the model's, and a run's folder has them in no checkpoint of its own."""
+    own = dataclasses.replace(
+        options, steps=2, accumulate=1, lora=LoraOptions(rank=2, targets=("self_attn/q",)), attention="dense", schedule=None,
+        optimizer=dataclasses.replace(options.optimizer, ema=0.0), validation=dataclasses.replace(options.validation, every=1),
+        checkpoint=dataclasses.replace(options.checkpoint, every=1),
+    )  # fmt: skip
+    whole = train(own, init_from=str(uninterrupted))
+    stopped = dataclasses.replace(own, output=f"{own.output}_stopped")
+    train(dataclasses.replace(stopped, steps=1), init_from=str(uninterrupted))
+    train(stopped, resume=True)
+    assert lines(stopped.output, since=-1) == lines(whole, since=-1)
+    started, got = (
+        dict(flatten(jax.device_get(open_model(r).load("dit", np.float32)))) for r in (uninterrupted, whole)
+    )
+    assert [path for path in got if (got[path] != started[path]).any()] == ["blocks/self_attn/q/kernel"]
+
+
+def test_a_model_that_reads_images_trains_on_what_its_data_hold(options, tmp_path):
+    config = dataclasses.replace(CONFIG, task="i2v", in_channels=12, image_dim=3)
+    params = jax.jit(functools.partial(init_params, build_dit(config)))(jax.random.key(0))
+    save_checkpoint(tmp_path / "i2v", dataclasses.replace(WAN, dit=config), {"dit": jax.device_get(params)})
+    data = write_data(tmp_path / "data", {"64x64x5": 4}, task="i2v", text_len=CONFIG.text_len, text_dim=CONFIG.text_dim)
+    own = dataclasses.replace(
+        options, model=str(tmp_path / "i2v"), data=str(data), steps=1, accumulate=1, attention="dense", schedule=None,
+        validation=dataclasses.replace(options.validation, every=1, samples=1),
+    )  # fmt: skip
+    before, after = (line["validation"] for line in lines(train(own), since=-1) if "validation" in line)
+    assert after["raw"]["mean"] != before["raw"]["mean"]
+    trained = dict(flatten(read_run(pathlib.Path(own.output)).trained("raw")))
+    moved = [path for path, value in flatten(jax.device_get(params)) if (value != trained[path]).any()]
+    assert {"image_embedding", "patch_embedding"} <= {path.split("/")[0] for path in moved}
+    with pytest.raises(ValueError, match="are for i2v, the model is t2v; run fps-precompute with this model"):
+        train(dataclasses.replace(own, model=options.model, output=f"{own.output}_t2v"))
 
 
 @pytest.mark.slow

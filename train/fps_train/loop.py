@@ -71,12 +71,12 @@ def train(
             raise ValueError(
                 "init_from was given with resume, which continues the run's own weights; choose one of them"
             )
-        check_resume(*record)
+        init_from = check_resume(*record)
     else:
         check_new(setup.directory)  # before minutes of reading weights
     begun = start(setup, init_from)
     if not resume:
-        start_run(*record)
+        start_run(*record, init_from)
     with Checkpoints(setup.directory / "checkpoints", options.checkpoint) as checkpoints:
         state, first = begun.state, 0
         if resume and checkpoints.latest is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import SCHEDULE
-from fps_jax.checkpoints.open import Model
+from fps_jax.checkpoints.open import Model, open_model
 from fps_jax.checkpoints.runs import FORMAT, VERSION, is_run
 from fps_jax.files import write_json
 from fps_train.config import TrainConfig
@@ -20,7 +20,13 @@ _FREE = {"model", "data", "output", "steps", "remat", "schedule", "validation", 
 
 
 def start_run(
-    directory: pathlib.Path, options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
+    directory: pathlib.Path,
+    options: TrainConfig,
+    model: Model,
+    parts: Parts,
+    schedule: FPSSchedule | None,
+    data: str,
+    init_from: str | None,
 ) -> None:
     """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`."""
     check_new(directory)
@@ -28,7 +34,9 @@ def start_run(
     options.save(directory / "config.toml")
     if schedule is not None:
         schedule.save(directory / SCHEDULE)
-    write_json(_record(options, model, parts, schedule, data), directory / "run.json")
+    # Where all weights are trained, none are anybody's base any more.
+    base = init_from if init_from is not None and parts.freezes else options.model
+    write_json(_record(options, model, parts, schedule, data, base), directory / "run.json")
 
 
 def check_new(directory: pathlib.Path) -> None:
@@ -43,17 +51,22 @@ def check_new(directory: pathlib.Path) -> None:
 
 def check_resume(
     directory: pathlib.Path, options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
-) -> None:
-    """Raises ValueError, naming the first difference, where a run was of another model, data, schedule or setting."""
+) -> str | None:
+    """The checkpoint that the run's frozen weights are of, where that isn't the model.
+
+    Raises: ValueError, naming the first difference, where a run was of another model, data, schedule or setting.
+    """
     if not is_run(directory):
         raise FileNotFoundError(f"output={str(directory)!r} holds no run to resume; leave --resume out to start one")
     before = json.loads((directory / "run.json").read_bytes())
     if before.get("version") != VERSION:
         raise ValueError(f"{directory} is a run of version {before.get('version')!r}, this release continues {VERSION}")
-    now = json.loads(json.dumps(_record(options, model, parts, schedule, data)))
+    base = before.get("base")
+    now = json.loads(json.dumps(_record(options, model, parts, schedule, data, base)))
     for name, what in (
         ("model_config", "was of another model"),
         ("model_files", "was of other weights"),
+        ("base_files", f"froze weights of {base!r} that were others"),
         ("data", "was of other data"),
         ("schedule", "had another schedule"),
         ("lora", "had other adapters"),
@@ -77,6 +90,7 @@ def check_resume(
             f"steps={options.steps}, but the run has {was.steps}, over which its learning rate falls "
             f"({was.optimizer.schedule}); resume it with that"
         )
+    return None if base == now["model"] else base
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
@@ -87,20 +101,28 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
 
 
 def _record(
-    options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
+    options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str, base: str
 ) -> dict[str, Any]:
-    given = pathlib.Path(options.model).expanduser()
+    name, base = _anywhere(options.model), _anywhere(base)
     lora = None if parts.lora is None else dataclasses.asdict(parts.lora)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": str(given.resolve()) if given.exists() else options.model,
+        "model": name,
         "model_config": model.config.to_dict(),
         "model_files": _files(model.directory),
+        "base": base,
+        "base_files": _files((model if base == name else open_model(base)).directory),
         "data": data,
         "schedule": None if schedule is None else schedule.to_dict(),
         "lora": lora,
     }
+
+
+def _anywhere(checkpoint: str) -> str:
+    """A local checkpoint's path from any folder; a repository's name as it is."""
+    path = pathlib.Path(checkpoint).expanduser()
+    return str(path.resolve()) if path.exists() else checkpoint
 
 
 def _files(directory: pathlib.Path) -> str:

@@ -1,6 +1,5 @@
 """What a run trains and what it keeps fixed, and where both lie."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Int
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import cast_params
 from fps_jax.models.lora import LoRAConfig, init_lora, with_lora
-from fps_jax.models.params import Params, flatten, unflatten
+from fps_jax.models.params import Params, flatten, matches, unflatten
 from fps_jax.models.sharding import param_shardings
 from fps_train.config import OptimizerOptions, TrainConfig
 from fps_train.optimizer import build_optimizer
@@ -42,7 +41,7 @@ class Parts:
       config: the architecture.
       dtype: compute dtype, in which frozen parameters are held too.
       lora: adapters are trained and the base is frozen; None for the weights themselves.
-      train_only: patterns of trained paths; () for all.
+      train_only: patterns of trained paths (`fps_jax.models.params.matches`); () for all.
     Raises: ValueError for a pattern that matches nothing.
     """
 
@@ -61,6 +60,11 @@ class Parts:
             lora = LoRAConfig(rank=options.lora.rank, alpha=options.lora.alpha, **targets)
         return cls(config, options.dtype, lora, options.train_only)
 
+    @property
+    def freezes(self) -> bool:
+        """Whether some of the base's weights stay as they are."""
+        return self.lora is not None or bool(self.train_only)
+
     def split(self, params: Params, key: Array) -> tuple[Params, Params]:
         """(trained in float32, frozen in the compute dtype) of a whole DiT's parameters; adapters start from `key`."""
         if self.lora is not None:
@@ -69,7 +73,7 @@ class Parts:
         for path, leaf in flatten(params):
             (trained if self._is_trained(path) else frozen)[path] = leaf
         for pattern in self.train_only:
-            if not any(re.search(pattern, path) for path in trained):
+            if not any(matches(path, pattern) for path in trained):
                 some = ", ".join(sorted(path for path, _ in flatten(params))[:4])
                 raise ValueError(f"train_only={pattern!r} matches no parameter; they are {some}, ...")
         as_float32 = unflatten({path: leaf.astype(jnp.float32) for path, leaf in trained.items()})
@@ -83,7 +87,7 @@ class Parts:
         return unflatten(leaves)
 
     def _is_trained(self, path: str) -> bool:
-        return not self.train_only or any(re.search(pattern, path) for pattern in self.train_only)
+        return not self.train_only or any(matches(path, pattern) for pattern in self.train_only)
 
 
 def init_state(trained: Params, options: OptimizerOptions, num_steps: int) -> TrainState:
