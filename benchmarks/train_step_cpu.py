@@ -163,6 +163,8 @@ def main() -> None:
     if options.side:
         serve(options.side)
         return
+    sys.path.insert(0, str(ROOT))
+    from benchmarks import record  # not in torch's process, and before minutes of work
 
     pythons = {"ours": sys.executable} | ({"torch": options.torch_python} if options.torch_python else {})
     processes = {
@@ -212,12 +214,10 @@ def main() -> None:
     code = "import importlib.metadata as m; print({p: m.version(p) for p in ('torch', 'diffusers')})"
     versions = subprocess.run([options.torch_python, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
 
-    from record import write
-
-    write(
+    record.write(
         "train_step_cpu",
         {
-            "claim": "loss and gradient of a small DiT on a CPU take no longer than in torch",
+            "what": "loss and gradient of a small DiT on a CPU, seconds, beside the same network in torch",
             "case": f"DiT {DIM}/{MLP}/{HEADS} heads, {LAYERS} layers, {TEXT[0]} text tokens, batch 1, {THREADS} threads",
             "torch_side": versions.stdout.strip(),
             "load_average": os.getloadavg(),

@@ -13,20 +13,8 @@ from typing import Any
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole. Raises OSError that names the file; what stood there before then still does."""
-    path = pathlib.Path(path)
-    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a full disk may only be noticed here
-        beside.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"can't write {str(path)!r}: {reason}; choose another path or make room") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    with new_file(path) as beside:
+        beside.write_bytes(content)
 
 
 def write_json(record: dict[str, Any], path: str | os.PathLike) -> None:

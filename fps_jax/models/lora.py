@@ -3,7 +3,6 @@
 Source: LoRA (arXiv 2106.09685); A's distribution is that of its code (microsoft/LoRA) and of peft, the paper's is normal.
 """
 
-import fnmatch
 import math
 import zlib
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import numpy as np
 
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import build_dit
-from fps_jax.models.params import Params, abstract_params, flatten, unflatten
+from fps_jax.models.params import Params, abstract_params, flatten, matches, unflatten
 
 DEFAULT_TARGETS = ("blocks/self_attn/[qkvo]", "blocks/cross_attn/[qkvo]", "blocks/mlp/*")
 
@@ -62,7 +61,7 @@ def target_layers(config: DiTConfig, lora: LoRAConfig) -> dict[str, tuple[int, .
     layers = linear_layers(config)
     chosen: set[str] = set()
     for pattern in lora.targets:
-        matched = {path for path in layers if any(fnmatch.fnmatchcase(path, p) for p in (pattern, f"*/{pattern}"))}
+        matched = {path for path in layers if matches(path, pattern)}
         if not matched:
             raise ValueError(f"LoRA target {pattern!r} matches no linear layer; there are {', '.join(sorted(layers))}")
         chosen |= matched

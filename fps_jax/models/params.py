@@ -5,6 +5,7 @@ A model file writes `nnx.Module` classes. Everything else sees `params`, a neste
 from `nnx.Rngs` to a module: `functools.partial(DiT, config)` with a frozen config.
 """
 
+import fnmatch
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -80,6 +81,11 @@ def flatten(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(params[key], path)
         else:
             yield path, params[key]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern (as of file names: * ? [abc]; * crosses '/') is of a whole path, or of its end behind a '/'."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{pattern}")
 
 
 def unflatten(leaves: dict[str, Any]) -> Params:

@@ -15,7 +15,6 @@ from fps_jax.files import write_bytes
 TDistribution = Literal["wan", "uniform", "logit-normal"]
 Weighting = Literal["none", "cosmap"]
 LearningRate = Literal["constant", "cosine", "linear"]
-Preset = Literal["paper", "lora", "scratch"]
 
 
 def _whole(name: str, value: Any, least: int) -> None:
@@ -112,7 +111,8 @@ class LoraOptions:
     alpha: float | None = None
     """The adapters' product is scaled by alpha / rank; the rank if left out."""
     targets: tuple[str, ...] = ()
-    """Patterns of the linear layers that get one; all of attention and MLP if left out."""
+    """Patterns (* ? [abc]) of the linear layers that get one, over a path or its end: 'self_attn/[qk]' say. All of attention and
+    MLP in the blocks if left out."""
 
     def __post_init__(self):
         _whole("lora.rank", self.rank, 0)
@@ -199,7 +199,7 @@ class TrainConfig:
     text_dropout: float = 0.1
     """Share of samples that see the empty prompt, for guidance."""
     train_only: tuple[str, ...] = ()
-    """Patterns of parameter paths that are trained, 'blocks/self_attn/' say; all others are frozen. All are if left out."""
+    """Patterns (* ? [abc]) of parameters that are trained, over a path or its end: 'self_attn/*' say. All are if left out."""
     teacher_weight: float = 0.0
     """Share of the loss that pulls towards the dense base model's velocity in place of the data's."""
     from_scratch: bool = False

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -32,10 +31,11 @@ class Programs:
         self._gradients: dict[tuple[BucketPlan, TokenAttention], Any] = {}
         self._update: Any = None
         self.peak_flops = peak_flops()
-        self._matrix_params = sum(
-            int(np.prod(leaf.shape))
-            for path, leaf in flatten(setup.parts.join(begun.state.params, begun.frozen))
-            if path.endswith("kernel")
+        joined = jax.eval_shape(setup.parts.join, self._state.params, begun.frozen)
+        self._matrix_params = sum(leaf.size for path, leaf in flatten(joined) if path.endswith("kernel"))
+        shapes, shardings = self._state.params, jax.tree.map(lambda a: a.sharding, self._state.params)
+        self._zeros = jax.jit(
+            lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), out_shardings=shardings
         )
 
     def compile(self, say: Callable[[str], None]) -> None:
@@ -82,15 +82,6 @@ class Programs:
         """Of one sample, forward and backward."""
         return sample_flops(self._setup.config.dit, bucket, regime.attention, self._matrix_params)
 
-    def _zeros(self) -> Params:
-        if not hasattr(self, "_make_zeros"):
-            shardings = jax.tree.map(lambda a: a.sharding, self._state.params)
-            shapes = self._state.params
-            self._make_zeros = jax.jit(
-                lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), out_shardings=shardings
-            )
-        return self._make_zeros()
-
     def _abstract_batch(self, bucket: BucketPlan) -> Batch:
         """Shapes of a bucket's batches, as `Batches` makes them."""
         rows, config = self._options.batch_size, self._setup.config
@@ -101,10 +92,8 @@ class Programs:
 
         dit, (z, *sizes) = config.dit, bucket.latent_shape
         batch = Batch(of(z, *sizes), of(dit.text_len, dit.text_dim), of(dtype=jnp.uint32))
-        if dit.image_dim is None:
-            return batch
-        tokens = dit.image_positions or 257
-        return batch._replace(condition=of(dit.in_channels - z, *sizes), image=of(tokens, dit.image_dim))
+        image = self._setup.data.contents.image_shape
+        return batch if image is None else batch._replace(condition=of(dit.in_channels - z, *sizes), image=of(*image))
 
 
 def _interval(regime: TrainingRegime) -> Interval:

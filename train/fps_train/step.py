@@ -63,18 +63,19 @@ class Seen(NamedTuple):
     not_finite: dict[str, Bool[Array, "*L"]]
 
 
-def batch_loss(
+def _batch_loss(
     params: Params,
     teacher: Params | None,
     batch: Batch,
     noise: Float[Array, "B Z F H W"],
-    sigma: Float[Array, "B"],
-    *,
+    uniform: Float[Array, "B"],
+    interval: Interval,
     options: StepOptions,
     attention: TokenAttention,
     remat: Remat,
 ) -> Loss:
-    """The loss of a batch at given noise and noise levels. params: what `dit` takes; teacher: the dense base's, or None."""
+    """The loss at the noise levels of `uniform` inside an interval. params, teacher: what `dit` takes, or no teacher."""
+    sigma = draw_sigma(uniform, interval.low, interval.high, options.flow)
     inputs = Inputs(noise, batch.text, None, batch.condition, batch.image)  # pyright: ignore[reportArgumentType]
     dtype = jnp.dtype(options.parts.dtype)
 
@@ -110,13 +111,11 @@ def gradient(
     seed: uint32, of noise and noise levels. The noise levels are drawn inside `interval`.
     """
 
+    uniform, noise = draw(seed, jnp.asarray(batch.sample), batch.latents.shape[1:])
+
     def loss_of(trained):
-        uniform, noise = draw(seed, jnp.asarray(batch.sample), batch.latents.shape[1:])
-        sigma = draw_sigma(uniform, interval.low, interval.high, options.flow)
         params = options.parts.join(trained, frozen)
-        loss = batch_loss(
-            params, teacher, batch, noise, sigma, options=options, attention=attention, remat=options.remat
-        )
+        loss = _batch_loss(params, teacher, batch, noise, uniform, interval, options, attention, options.remat)
         return loss.loss, Micro(loss.loss, loss.samples.mean(), loss.first_bad)
 
     grads, micro = jax.grad(loss_of, has_aux=True)(trained)
@@ -161,6 +160,5 @@ def evaluate(
 ) -> Float[Array, "B"]:
     """The unweighted loss of each sample at the noise levels of `uniform` inside `interval`, nothing trained."""
     _, noise = draw(seed, jnp.asarray(batch.sample), batch.latents.shape[1:])
-    sigma = draw_sigma(uniform, interval.low, interval.high, options.flow)
     params = options.parts.join(trained, frozen)
-    return batch_loss(params, None, batch, noise, sigma, options=options, attention=attention, remat="none").samples
+    return _batch_loss(params, None, batch, noise, uniform, interval, options, attention, "none").samples

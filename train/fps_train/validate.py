@@ -27,6 +27,8 @@ from fps_train.data import ValidationPrompt
 from fps_train.plan import BucketPlan
 from fps_train.step import Interval, StepOptions, evaluate
 
+_GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, however many there are
+
 
 def validation_loss(
     trained: Params,
@@ -37,12 +39,13 @@ def validation_loss(
 ) -> dict[str, float]:
     """Mean unweighted loss of held-out samples, for each regime and over t's distribution ('mean').
 
-    The noise levels of a regime are spread evenly over its quantiles, the noise is the sample's own: both the same at every call.
+    The noise levels of all samples are spread evenly over a regime's quantiles. A sample's level and noise are functions of its
+    number: the same at every call, and in batches of any size.
     """
     sums: dict[str, list[tuple[float, float]]] = {}
     for bucket, batch in batches:
         size = len(batch.sample)
-        uniform = (np.arange(size, dtype=np.float32) + 0.5) / size
+        uniform = (np.asarray(batch.sample, np.float64) + 0.5) * _GOLDEN % 1
         for regime in bucket.regimes:
             interval = Interval(jnp.float32(regime.low), jnp.float32(regime.high))
             losses = evaluate(
@@ -50,7 +53,7 @@ def validation_loss(
                 frozen,
                 batch,
                 jnp.uint32(0),
-                jnp.asarray(uniform),
+                jnp.asarray(uniform, jnp.float32),
                 interval,
                 options=options,
                 attention=regime.attention,
