@@ -70,7 +70,8 @@ class Facts:
 def is_held_out(colour: str, shape: str, motion: str) -> bool:
     """Whether training never sees this combination. Every value and every pair of values is seen in others.
 
-    A latin square: of each pair's combinations those whose third value has one residue of 5 are held out.
+    Like a latin square: of the combinations of two values, those are held out whose third has one residue of 5, so one or two of
+    all its values, never all.
     """
     i, j, k = (list(table).index(name) for table, name in ((COLOURS, colour), (SHAPES, shape), (MOTIONS, motion)))
     return (i + 2 * j + 3 * k) % 5 == 0
@@ -158,6 +159,8 @@ def write_clips(out: pathlib.Path, clips: int, seed: int, held_out: bool) -> Non
 
     if clips < 1 or seed < 0:
         raise ValueError(f"clips={clips} must be at least 1 and seed={seed} at least 0")
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"out={str(out)!r} is not empty; give another folder")
     with new_directory(out) as folder, (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file_name", "caption", "colour", "shape", "motion", "background"])

@@ -168,6 +168,13 @@ def test_wrong_numbers_are_refused_before_anything_is_written(tmp_path, clips, s
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="is not empty; give another folder"):
+        world.write_clips(tmp_path, 1, 0, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_shape_without_an_outline_is_refused(monkeypatch):
     monkeypatch.setitem(SHAPES, "ring", (1.0, 1.0, 1.0))
     with pytest.raises(NotImplementedError, match="shape='ring' has no outline here"):
