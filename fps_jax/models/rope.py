@@ -12,20 +12,26 @@ from jaxtyping import Array, Float
 THETA = 10000.0
 
 
-def _ladder(positions: np.ndarray, dim: int) -> np.ndarray:
-    return positions[:, None] * THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+def axis_frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Radians a token of each axis's pairs, frames first, float64; the axes' pairs follow each other in a head.
+
+    The head dim is cut into d - 4(d//6), 2(d//6) and 2(d//6) for the three axes.
+    """
+    sixth = head_dim // 6
+    f, y, x = (
+        THETA ** (-np.arange(0, dim, 2, dtype=np.float64) / dim) for dim in (head_dim - 4 * sixth, 2 * sixth, 2 * sixth)
+    )
+    return f, y, x
 
 
 @functools.lru_cache(maxsize=16)
 def rope_table(grid: tuple[int, int, int], head_dim: int) -> Float[np.ndarray, "2 S H/2"]:
     """Cosines and sines for the tokens of a grid (F, Y, X) in raster order, float32.
 
-    The head dim is cut into d - 4(d//6), 2(d//6) and 2(d//6) for the three axes. Angles are float64: in float32 the last
-    frames of a long video would be off by 1e-5 rad.
+    Angles are float64: in float32 the last frames of a long video would be off by 1e-5 rad.
     """
-    sixth = head_dim // 6
-    dims = (head_dim - 4 * sixth, 2 * sixth, 2 * sixth)
-    axes = [_ladder(np.arange(n, dtype=np.float64), dim) for n, dim in zip(grid, dims, strict=True)]
+    ladders = zip(grid, axis_frequencies(head_dim), strict=True)
+    axes = [np.arange(n, dtype=np.float64)[:, None] * frequencies for n, frequencies in ladders]
     shapes = [tuple(n if a == axis else 1 for a in range(3)) for axis, n in enumerate(grid)]
     angles = np.concatenate(
         [

@@ -12,6 +12,7 @@ from fps_jax.models import vae
 from fps_jax.models.dit import build_dit, dit
 from fps_jax.models.init import init_dit_for_training, init_vae_for_training
 from fps_jax.models.params import abstract_params, flatten
+from fps_jax.models.rope import apply_rope, rope_table
 
 KEY = jax.random.key(0)
 CONFIG = DiTConfig(
@@ -19,7 +20,7 @@ CONFIG = DiTConfig(
     out_channels=6, image_dim=48, image_positions=6,
 )  # fmt: skip
 PATHS = [path for path, _ in flatten(abstract_params(build_dit(CONFIG)))]
-initial = jax.jit(functools.partial(init_dit_for_training, CONFIG))
+initial = jax.jit(functools.partial(init_dit_for_training, CONFIG), static_argnames=("gate", "locality"))
 
 
 @jax.jit
@@ -55,7 +56,7 @@ def test_every_parameter_gets_a_gradient_when_it_is_said_to(gate):
 
 
 def test_values_are_those_of_the_docstring():
-    values = dict(flatten(initial(KEY)))
+    values = dict(flatten(initial(KEY, locality=0.0)))
     assert {p: a.shape for p, a in values.items()} == {
         p: s.shape for p, s in flatten(abstract_params(build_dit(CONFIG)))
     }
@@ -75,6 +76,30 @@ def test_values_are_those_of_the_docstring():
     assert (gates[:, [2, 5]] == 1).all()
     assert not gates[:, [0, 1, 3, 4]].any()
     assert not initial(KEY, gate=0.0)["blocks"]["modulation"].any()
+    local = dict(flatten(initial(KEY)))
+    own = {f"blocks/self_attn/{name}" for name in ("q/bias", "k/bias", "norm_q/scale", "norm_k/scale")}
+    assert {path for path, value in local.items() if (value != values[path]).any()} == own
+    assert (local["blocks/self_attn/norm_q/scale"] == 1.5).all()
+
+
+def test_heads_start_by_looking_at_a_neighbour_of_their_own():
+    """Of tokens that say nothing: q and k are biases, normed as the block does, turned by their places."""
+    config = DiTConfig(task="t2v", dim=320, mlp_dim=64, num_heads=5, num_layers=4, text_dim=8)
+    attention = init_dit_for_training(config, KEY)["blocks"]["self_attn"]
+    grid = (3, 5, 5)
+    rope, places, middle = rope_table(grid, 64), np.array(list(np.ndindex(grid))), np.array([1, 2, 2])
+    seen = []
+    for layer in range(4):
+        q, k = (
+            np.asarray(attention[name]["bias"][layer] / np.sqrt(np.mean(np.square(attention[name]["bias"][layer]))))
+            for name in ("q", "k")
+        )
+        q, k = (apply_rope(jnp.broadcast_to(a.reshape(5, 64), (1, len(places), 5, 64)), rope)[0] for a in (q, k))
+        scores = np.einsum("nh,jnh->nj", q[np.flatnonzero((places == middle).all(1))[0]], k)
+        seen += [tuple((places[row.argmax()] - middle).tolist()) for row in scores]
+    assert len(set(seen[:15])) == 15
+    assert seen[:7] == [(0, 0, 0), (1, 0, 0), (-1, 0, 0), (0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0)]
+    assert seen[15:] == seen[:5]
 
 
 def test_layers_and_parameters_differ_and_a_key_repeats():
