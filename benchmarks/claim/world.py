@@ -21,7 +21,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-FRAMES, SIZE, FPS = 17, 64, 16  # frames a clip, pixels a side, frames a second
+FRAMES, HEIGHT, WIDTH, FPS = 17, 48, 64, 16  # frames a clip, pixels, frames a second
 
 # 8-bit RGB. Colours lie at least 95 from each other, and 115 from each background, so that blur and noise leave them apart.
 COLOURS = {"red": (220, 30, 30), "green": (20, 170, 50), "blue": (40, 70, 235), "yellow": (250, 220, 40)}
@@ -31,26 +31,24 @@ BACKGROUNDS = {"black": (15, 15, 15), "white": (240, 240, 240), "gray": (128, 12
 SHAPES = {"circle": (1.0, 1.0, 1.0), "square": (0.9, 0.9, 0.9), "triangle": (1.2, 0.8 * 3**0.5, 0.4 * 3**0.5)}
 # The first wording of a motion is its name.
 MOTIONS = {
-    "stays still": ("stays still", "does not move", "rests in place", "remains where it is"),
-    "grows": ("grows", "gets bigger", "becomes larger", "swells"),
-    "moves left": ("moves left", "moves to the left", "slides to the left", "travels leftwards", "drifts left"),
-    "moves right": ("moves right", "moves to the right", "slides to the right", "travels rightwards", "drifts right"),
-    "moves up": ("moves up", "moves upwards", "rises to the top", "travels upwards", "drifts up"),
-    "moves down": ("moves down", "moves downwards", "sinks to the bottom", "travels downwards", "drifts down"),
+    "stays still": ("stays still", "does not move", "rests in place"),
+    "grows": ("grows", "gets bigger", "becomes larger"),
+    "moves left": ("moves left", "slides to the left", "travels leftwards"),
+    "moves right": ("moves right", "slides to the right", "travels rightwards"),
+    "moves up": ("moves up", "rises to the top", "travels upwards"),
+    "moves down": ("moves down", "sinks to the bottom", "travels downwards"),
 }
 SPELLINGS = {"gray": ("gray", "grey")}  # of the other values, those that have more than one
 # "a" before a vowel is written "an". The first is the shortest; a clip whose caption leaves the background out still has one.
 TEMPLATES = (
     "a {colour} {shape} {motion}",
     "a {colour} {shape} {motion} on a {background} background",
-    "on {background}, a {colour} {shape} {motion}",
     "on a {background} background, a {colour} {shape} {motion}",
     "the {shape} is {colour}; it {motion} in front of a {background} backdrop",
-    "there is a {colour} {shape} on {background}: it {motion}",
     "a {shape}, {colour} on {background}, {motion}",
 )
 
-RADIUS = (9.0, 11.0)  # pixels; size is no fact, so it varies little
+RADIUS = (7.5, 9.0)  # pixels; size is no fact, so it varies little
 GROWTH = (0.5, 1.2)  # of the radius, from the first frame to the last
 MARGIN = (1.0, 3.0)  # pixels between a path's ends and the edges: a path is nearly all the room there is
 # Share of the room, around its middle, for what doesn't move: a shape at an edge is one that is about to leave it.
@@ -84,15 +82,15 @@ def draw(rng: np.random.Generator, held_out: bool) -> Facts:
     return Facts(colour, shape, motion, _one_of(list(BACKGROUNDS), rng))
 
 
-def render(facts: Facts, rng: np.random.Generator) -> UInt8[np.ndarray, "F 64 64 3"]:
+def render(facts: Facts, rng: np.random.Generator) -> UInt8[np.ndarray, "F 48 64 3"]:
     """A clip of `FRAMES` frames, its size and place drawn from `rng`, and its background where the facts leave it out.
 
     Edges are anti-aliased: a pixel's share of the shape is 0.5 - its centre's signed distance, in [0, 1].
     """
     background = facts.background or _one_of(list(BACKGROUNDS), rng)
     cx, cy, radius = _path(facts, rng)
-    pixels = np.arange(SIZE, dtype=np.float32) + 0.5
-    x, y = pixels[None, None, :] - cx, pixels[None, :, None] - cy
+    columns, rows = (np.arange(size, dtype=np.float32) + 0.5 for size in (WIDTH, HEIGHT))
+    x, y = columns[None, None, :] - cx, rows[None, :, None] - cy
     inside = np.clip(0.5 - _signed_distance(facts.shape, x, y, radius), 0, 1)[..., None]
     over, under = (np.array(rgb, np.float32) for rgb in (COLOURS[facts.colour], BACKGROUNDS[background]))
     return np.rint(under + inside * (over - under)).astype(np.uint8)
@@ -141,7 +139,7 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({token for text in captions for token in tokenize(text)}))
 
 
-def make_clip(seed: int, index: int, held_out: bool) -> tuple[Facts, str, UInt8[np.ndarray, "F 64 64 3"]]:
+def make_clip(seed: int, index: int, held_out: bool) -> tuple[Facts, str, UInt8[np.ndarray, "F 48 64 3"]]:
     """(facts, caption, frames) of one clip: a function of its arguments alone, whatever clips were made before."""
     rng = np.random.default_rng([seed, index, int(held_out)])
     facts = draw(rng, held_out)
@@ -178,8 +176,8 @@ def _path(facts: Facts, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "
     radius = rng.uniform(*RADIUS) * grown
     side, above, below = (reach * radius.max() for reach in SHAPES[facts.shape])
     edges = rng.uniform(*MARGIN, size=4)
-    across = np.array([edges[0] + side, SIZE - edges[1] - side])  # the centroid's room
-    along = np.array([edges[2] + above, SIZE - edges[3] - below])
+    across = np.array([edges[0] + side, WIDTH - edges[1] - side])  # the centroid's room
+    along = np.array([edges[2] + above, HEIGHT - edges[3] - below])
     centre = np.array([across.mean(), along.mean()])
     room = np.array([np.ptp(across), np.ptp(along)])
     dx, dy = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}.get(
@@ -192,7 +190,7 @@ def _path(facts: Facts, rng: np.random.Generator) -> tuple[Float32[np.ndarray, "
     return tuple(row.astype(np.float32)[:, None, None] for row in (x, y, radius))
 
 
-def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> Float32[np.ndarray, "F 64 64"]:
+def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> Float32[np.ndarray, "F 48 64"]:
     """Pixels to the outline, negative inside; x and y from the centroid, y downwards."""
     side, _, below = (reach * radius for reach in SHAPES[shape])
     match shape:

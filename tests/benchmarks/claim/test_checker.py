@@ -24,11 +24,11 @@ def blurred(video, rng, sigma=1.0, levels=12.0):
     return np.clip(np.rint(soft + rng.normal(0, levels, video.shape)), 0, 255).astype(np.uint8)
 
 
-def drawn(path, kind="circle", radius=10, colour="red", background="gray"):
+def drawn(path, kind="circle", radius=8, colour="red", background="gray"):
     """Frames by PIL, which knows nothing of the world's drawing. path: (x, y) of each frame, or None for no object."""
     frames = []
     for place in path:
-        image = Image.new("RGB", (64, 64), BACKGROUNDS[background])
+        image = Image.new("RGB", (64, 48), BACKGROUNDS[background])
         if place is not None:
             (x, y), pen, rgb = place, ImageDraw.Draw(image), COLOURS[colour]
             box = (x - radius, y - radius, x + radius, y + radius)
@@ -55,7 +55,7 @@ def line(start, end):
     return [tuple(np.add(start, np.subtract(end, start) * i / 16)) for i in range(17)]
 
 
-STILL = line((32, 32), (32, 32))
+STILL = line((32, 24), (32, 24))
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +86,10 @@ def test_the_one_fact_that_is_wrong_is_named_and_no_other(fact, true_clips):
 @pytest.mark.parametrize(
     ("motion", "path"),
     [
-        ("moves left", line((50, 20), (14, 20))),
-        ("moves right", line((14, 40), (50, 40))),
-        ("moves up", line((40, 50), (40, 14))),
-        ("moves down", line((30, 14), (30, 50))),
+        ("moves left", line((50, 16), (14, 16))),
+        ("moves right", line((14, 32), (50, 32))),
+        ("moves up", line((40, 38), (40, 12))),
+        ("moves down", line((30, 10), (30, 36))),
         ("stays still", STILL),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_colour_between_two_is_none():
 def test_what_changes_on_the_way_is_none():
     red, blue = drawn(STILL), drawn(STILL, colour="blue")
     assert checker.read(np.concatenate([red[:9], blue[9:]])).colour is None
-    assert checker.read(np.concatenate([red[:9], drawn(STILL, "square", 8)[9:]])).shape is None
+    assert checker.read(np.concatenate([red[:9], drawn(STILL, "square", 6)[9:]])).shape is None
     assert checker.read(np.concatenate([red[:9], drawn(STILL, background="white")[9:]])).background is None
     halves = red.copy()
     halves[:, :, :32] = blue[:, :, :32]
@@ -129,10 +129,10 @@ def test_what_changes_on_the_way_is_none():
 @pytest.mark.parametrize(
     "path",
     [
-        line((32, 32), (42, 32)),  # too short
-        line((14, 14), (50, 50)),  # aslant
-        [(14, 32)] * 9 + [(50, 32)] * 8,  # a jump
-        line((14, 32), (50, 32))[::2] + line((50, 32), (14, 32))[::2][:8],  # there and back
+        line((32, 24), (42, 24)),  # too short
+        line((14, 12), (38, 36)),  # aslant
+        [(14, 24)] * 9 + [(50, 24)] * 8,  # a jump
+        line((14, 24), (50, 24))[::2] + line((50, 24), (14, 24))[::2][:8],  # there and back
     ],
 )
 def test_motions_of_no_name_are_none(path):
@@ -140,11 +140,11 @@ def test_motions_of_no_name_are_none(path):
 
 
 def test_sizes_that_shrink_pulse_or_grow_while_moving_are_no_motion():
-    by_size = np.stack([drawn([(32, 32)], radius=radius)[0] for radius in range(4, 21)])
+    by_size = np.stack([drawn([(32, 24)], radius=radius)[0] for radius in range(4, 21)])
     assert checker.read(by_size).motion == "grows"
     assert checker.read(by_size[::-1]).motion is None
     assert checker.read(np.concatenate([by_size[::2], by_size[::-2][:8]])).motion is None
-    moving = np.stack([drawn([(14 + 2 * i, 32)], radius=5 + i / 2)[0] for i in range(17)])
+    moving = np.stack([drawn([(14 + 2 * i, 24)], radius=5 + i / 2)[0] for i in range(17)])
     assert checker.read(moving).motion is None
 
 
@@ -156,7 +156,7 @@ def seen(request):
 
 def test_two_objects_are_not_one(seen):
     for colour in COLOURS:  # the second one of any colour, the faint ones included
-        first, second = drawn(line((12, 16), (12, 48))), drawn(line((48, 16), (48, 48)), radius=6, colour=colour)
+        first, second = drawn(line((12, 11), (12, 37))), drawn(line((48, 11), (48, 37)), radius=6, colour=colour)
         both = np.where(second != BACKGROUNDS["gray"], second, first)
         assert checker.read(seen(first)).one_object
         assert not checker.read(seen(both)).one_object
@@ -164,7 +164,7 @@ def test_two_objects_are_not_one(seen):
 
 def test_two_objects_in_a_single_frame_are_not_one(seen):
     video = drawn(STILL)
-    video[8] = np.where(drawn([(54, 54)], radius=5)[0] != BACKGROUNDS["gray"], COLOURS["red"], video[8])
+    video[8] = np.where(drawn([(54, 40)], radius=5)[0] != BACKGROUNDS["gray"], COLOURS["red"], video[8])
     assert not checker.read(seen(video)).one_object
 
 
@@ -183,7 +183,8 @@ def test_an_object_cut_into_two_halves_is_not_one(seen, axis):
     for background in BACKGROUNDS:
         video = drawn(STILL, "square", background=background)
         cut = [slice(None)] * 3
-        cut[axis] = slice(30, 34)
+        middle = (24, 32)[axis - 1]
+        cut[axis] = slice(middle - 2, middle + 2)
         video[tuple(cut)] = BACKGROUNDS[background]
         assert not checker.read(seen(video)).one_object
 
@@ -197,7 +198,7 @@ def test_stray_specks_are_no_objects():
 
 
 @pytest.mark.parametrize(
-    "video", [np.zeros((17, 64, 64, 3)), np.zeros((64, 64, 3), np.uint8), np.zeros((1, 64, 64, 3), np.uint8)]
+    "video", [np.zeros((17, 48, 64, 3)), np.zeros((48, 64, 3), np.uint8), np.zeros((1, 48, 64, 3), np.uint8)]
 )
 def test_other_arrays_are_refused(video):
     with pytest.raises(ValueError, match=r"must be uint8 \[F, H, W, 3\], F >= 2"):
