@@ -1,5 +1,6 @@
 """What a caller may choose by name. Command lines are parsed by these before jax is imported, so nothing is imported here."""
 
+import math
 from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
@@ -7,11 +8,30 @@ Solver = Literal["unipc", "dpm++", "euler"]
 SigmaGrid = Literal["wan", "diffusers"]
 OutputType = Literal["np", "latent", "pil"]
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
+# What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
+# then isn't run again; the matmuls with weights; nothing but its input.
+Remat = Literal["none", "attention", "dots", "full"]
 
 
 def choices(kind: Any) -> str:
     """The names of a Literal, for a message: "'a', 'b'"."""
     return ", ".join(map(repr, get_args(kind)))
+
+
+def file_and_scale(text: str) -> tuple[str, float]:
+    """'FILE:SCALE' or 'FILE', whose scale is 1. Raises ValueError for what isn't a finite number behind the last colon."""
+    file, colon, tail = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        scale = float(tail)
+    except ValueError:
+        scale = math.nan
+    if not file or not math.isfinite(scale):
+        raise ValueError(
+            f"lora={text!r} is not FILE or FILE:SCALE with a number as scale, such as style.safetensors:0.8"
+        )
+    return file, scale
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:

@@ -47,14 +47,18 @@ def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> 
     return 0
 
 
-def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = None) -> Any:
-    """`tyro.cli(kind, args=argv)`, with tyro's boxed report of wrong arguments folded into one ValueError."""
+def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = None, default: Any = None) -> Any:
+    """`tyro.cli(kind, args=argv)`, with tyro's boxed report of wrong arguments folded into one ValueError.
+
+    default: an instance of `kind`, whose values are those of options that aren't given.
+    """
     import tyro
 
     report = io.StringIO()
+    own: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(report):
-            return tyro.cli(kind, args=argv, prog=prog, description=description)
+            return tyro.cli(kind, args=argv, prog=prog, description=description, **own)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -13,12 +13,27 @@ from typing import Any
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole. Raises OSError that names the file; what stood there before then still does."""
+    with new_file(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_json(record: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a JSON file whole. Raises OSError as `write_bytes`, ValueError for NaN or inf."""
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A path to write a file at, which takes the name `path` when the block ends well and vanishes when it doesn't.
+
+    For what is too large to be handed to `write_bytes`. Raises OSError that names the file.
+    """
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
+        yield beside
+        with beside.open("rb") as file:
             os.fsync(file.fileno())  # a full disk may only be noticed here
         beside.replace(path)
     except OSError as error:
@@ -27,12 +42,6 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
-
-
-def write_json(record: dict[str, Any], path: str | os.PathLike) -> None:
-    """Write a JSON file whole. Raises OSError as `write_bytes`, ValueError for NaN or inf."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
 
 
 @contextlib.contextmanager

@@ -9,14 +9,19 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 from pallas_kernels.sm90.call_shape import CallShape
+from pallas_kernels.sm90.config import BLOCK_Q
 
 Implementation = Literal["auto", "reference", "portable", "sm90"]
+
+# What policies of `jax.checkpoint` know output and log-sum-exp as: with them kept, a gradient needs no second forward.
+SAVED = "attention"
 
 log = logging.getLogger("pallas_kernels")
 
@@ -71,6 +76,15 @@ def choose(implementation: str, call: CallShape) -> Literal["reference", "portab
     raise NotImplementedError(f"implementation='sm90': {reason}")
 
 
+def tile_alignment() -> int:
+    """What the slots of a part of a tile should be a multiple of, for 'auto' on the device that programs are built for.
+
+    64 on a GPU: rows of the Hopper kernel's matrix instruction. 8 elsewhere, where 'portable' runs and padding costs time: as many
+    float32 numbers as a CPU adds at once.
+    """
+    return BLOCK_Q if target_platform() == "gpu" else 8
+
+
 @functools.cache  # said once for each reason
 def _logged(name: Any, why: str) -> Any:
     log.info("block-sparse attention runs as %r: %s", name, why)
@@ -109,7 +123,7 @@ def _forward(implementation, q, k, v, pattern):
         from pallas_kernels.sm90 import forward as kernels
     else:
         kernels = portable
-    out, lse = kernels.forward(q, k, v, pattern)
+    out, lse = (checkpoint_name(x, SAVED) for x in kernels.forward(q, k, v, pattern))
     return out, (q, k, v, out, lse, pattern)
 
 

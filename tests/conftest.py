@@ -4,7 +4,8 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Most of the time of these tests is LLVM's, which takes a third of it for code that isn't optimized and is as right.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 # Never the user's cache: a stale entry there must not decide a test.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fps_jax_xla_"))
 os.environ.pop("FPS_TUNED_TABLE", None)  # nor a table of the user's

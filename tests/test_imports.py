@@ -33,7 +33,7 @@ class Room(NamedTuple):
 
 LEAVES = "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.processes fps_jax.progress fps_jax.sizes"
 ARRAYS = "jax jaxtyping numpy"
-# The one table. A room is a package, or a module at the top of fps_jax; a new one, file or folder, needs its line here.
+# The one table. A room is a package, or a module of one that others need alone; a new one needs its line here.
 ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
     "fps_jax.choices": Room(),
@@ -46,7 +46,9 @@ ROOMS = {
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
     "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
-    "fps_jax.checkpoints": Room(f"{LEAVES} fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"),
+    "fps_jax.checkpoints": Room(
+        f"{LEAVES} fps_jax.attention fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"
+    ),
     "fps_convert": Room(
         f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"
     ),
@@ -63,14 +65,15 @@ ROOMS = {
     ),
     # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
     "fps_jax": Room(inside="fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
+    "fps_train.config": Room(LEAVES, inside="tomli_w"),
     "fps_train": Room(
-        f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
-        "fps_jax.evaluation",
-        f"{ARRAYS} optax",
-        inside="PIL array_record av grain orbax tensorboardX tomli_w tqdm wandb",
+        f"{LEAVES} fps_train.config pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints "
+        "fps_jax.sampling fps_jax.evaluation",
+        f"{ARRAYS} optax scipy",
+        inside="fps_jax PIL array_record av orbax safetensors tensorboardX tomli_w tqdm wandb",
     ),
     "fps_train.commands": Room(
-        LEAVES,
+        f"{LEAVES} fps_train.config",
         "tyro",
         inside="fps_train fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
         "fps_jax.evaluation jax numpy",

@@ -55,7 +55,16 @@ def test_the_wheel_is_whole_and_a_convert_py_or_train_py_of_the_users_is_never_r
         (users / f"{name}.py").write_text(code)
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     commands = {entry.name: entry.value for entry in distribution.entry_points}
-    assert set(commands) == {"fps-sample", "fps-info", "fps-calibrate", "fps-compare", "fps-tune", "fps-convert"}
+    assert set(commands) == {
+        "fps-sample",
+        "fps-info",
+        "fps-calibrate",
+        "fps-compare",
+        "fps-tune",
+        "fps-convert",
+        "fps-precompute",
+        "fps-train",
+    }
     code = f"""
 import importlib, fps_convert, fps_jax, fps_train, pallas_kernels
 for package in (fps_convert, fps_jax, fps_train, pallas_kernels):

@@ -18,7 +18,7 @@ from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, lost_flow_shift, progress_bar
 from fps_convert.spelling import spelled
-from fps_jax.checkpoints.format import read_config, read_manifest
+from fps_jax.checkpoints.format import SCHEDULE, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import check_space, new_directory, write_json
 
@@ -31,7 +31,8 @@ def to_torch(
     Every tensor is bit-identical to what `to_flax` read at the same dtype. Parts that Wan never uses (CLIP's text tower) were
     left out on the way in and stay out.
 
-    Returns: a report, also written beside `dst` as `<dst>.audit.json`: `dst` holds that layout's files and no other.
+    Returns: a report, also written beside `dst` as `<dst>.audit.json`: `dst` holds that layout's files,
+      and `fps_schedule.json` where the checkpoint was trained with one.
     Raises: FileNotFoundError, ValueError or OSError in one line; `dst` is then as it was.
     """
     began = time.monotonic()
@@ -54,6 +55,8 @@ def to_torch(
                     root, fresh, name, config, wanted, manifest, progress, report["notes"]
                 )
         write_rest(fresh, config, wanted, tokenizer)
+        if (root / SCHEDULE).is_file():  # what the weights were trained with goes with them
+            shutil.copyfile(root / SCHEDULE, fresh / SCHEDULE)
         report["notes"] += lost_flow_shift(config, wanted)
     report |= {"written_bytes": sum(part["bytes"] for part in report["components"].values()), "destination": str(dst)}
     report["seconds"] = round(time.monotonic() - began, 3)

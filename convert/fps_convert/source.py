@@ -14,6 +14,7 @@ from fps_convert.formats.readers import FLOATS, Reader
 from fps_convert.layouts import LayoutName
 from fps_convert.mapping import Row, SourceTensor
 from fps_jax.checkpoints.format import empty_aligned
+from fps_jax.checkpoints.lora import Scaled, merge
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, unflatten
 
@@ -54,6 +55,7 @@ class Source:
       parts: its components; `components` are their names.
       tokenizer_dir: the directory that holds tokenizer.json or spiece.model.
       spelling: how this source spells what its layout spells in two ways, for the way back.
+      loras: merged into the DiT's weights as they are loaded or saved, in float32, before they are cast.
       audit: a report, JSON-ready: per component every source tensor with file, dtype, shape and parameter,
         and what was left out.
     """
@@ -65,6 +67,7 @@ class Source:
     tokenizer_dir: pathlib.Path
     spelling: dict[str, Any]
     audit: dict[str, Any]
+    loras: list[Scaled] = field(default_factory=list)
 
     @property
     def components(self) -> tuple[Component, ...]:
@@ -97,8 +100,22 @@ class Source:
         def place(row: Row, values: np.ndarray) -> None:
             copy(buffers[row.path] if row.layer is None else buffers[row.path][row.layer], values)
 
-        self.each(component, place, progress)
+        self.each(component, self._merging(component, place, dtypes), progress)
         return unflatten(buffers)
+
+    def _merging(
+        self, component: Component, take: Callable[[Row, np.ndarray], None], dtypes: dict[str, np.dtype]
+    ) -> Callable[[Row, np.ndarray], None]:
+        """`take` of values with the LoRAs in them."""
+        if component != "dit" or not self.loras:
+            return take
+        changed = {place for scaled in self.loras for place in scaled.lora.changes}
+
+        def merged(row: Row, values: np.ndarray) -> None:
+            place = (row.path, row.layer)
+            take(row, merge(values, place, self.loras, dtypes[row.path]) if place in changed else values)
+
+        return merged
 
     def each(self, component: Component, take: Callable[[Row, np.ndarray], None], progress: Progress | None) -> None:
         """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape."""
@@ -128,4 +145,4 @@ class Source:
             else:
                 files.write(row.path, row.layer, values[None])
 
-        self.each(component, write, progress)
+        self.each(component, self._merging(component, write, files.dtypes), progress)

@@ -1,24 +1,34 @@
 """A torch directory to our format."""
 
 import os
+import pathlib
 import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fps_convert import mapping
 from fps_convert.formats.readers import DTYPES
+from fps_convert.lora.read import open_lora
 from fps_convert.open import open_checkpoint
 from fps_convert.report import dtype_changes, progress_bar
 from fps_convert.source import Source
-from fps_jax.checkpoints.format import write_config
+from fps_jax.checkpoints.format import SCHEDULE, write_config
+from fps_jax.checkpoints.lora import Scaled
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
 
 
 def to_flax(
-    src: str | os.PathLike, dst: str | os.PathLike, dtype: str | None = None, overwrite: bool = False
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    *,
+    loras: Sequence[tuple[str | os.PathLike, float]] = (),
+    lora_partial: bool = False,
 ) -> dict[str, Any]:
     """Converts an official or diffusers Wan2.1 directory to this project's format.
 
@@ -28,6 +38,8 @@ def to_flax(
       dtype: 'bfloat16', 'float16' or 'float32' casts DiT, text encoder and image tower (round to nearest even), never the
         VAE; None keeps each tensor's own.
       overwrite: replace a non-empty `dst`.
+      loras: LoRA files with their scales, merged into the DiT in float32 before it's cast; see `fps_convert.lora.read.open_lora`.
+      lora_partial: leave out what of a LoRA this model has no place for, in place of an error.
     Returns: the audit, also written as `dst/audit.json`.
     """
     began = time.monotonic()
@@ -36,6 +48,8 @@ def to_flax(
     kind = None if dtype is None else np.dtype(dtype)
     with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
         source = open_checkpoint(src)
+        opened = [open_lora(file, source.config, partial=lora_partial) for file, _ in loras]
+        source.loras = [Scaled(lora, scale) for lora, (_, scale) in zip(opened, loras, strict=True)]
         nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}
         check_space(fresh.parent, sum(nbytes.values()))
         audit = source.audit
@@ -46,7 +60,11 @@ def to_flax(
                 audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)
                 if kind is None or name == "vae":
                     mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
+        if (pathlib.Path(src) / SCHEDULE).is_file():
+            shutil.copyfile(pathlib.Path(src) / SCHEDULE, fresh / SCHEDULE)
         shutil.copytree(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
+        audit["loras"] = [{**scaled.lora.report, "scale": scaled.scale} for scaled in source.loras]
+        audit["notes"] += [f"{scaled.lora.summary} at scale {scaled.scale:g}, merged" for scaled in source.loras]
         audit |= {"dtype": dtype, "destination": str(dst), "written_bytes": sum(nbytes.values())}
         audit["seconds"] = round(time.monotonic() - began, 3)
         write_config(
@@ -55,6 +73,7 @@ def to_flax(
             components=list(source.components),
             source_layout=source.layout,
             spelling=source.spelling,
+            loras=[{"file": str(scaled.lora.path), "scale": scaled.scale} for scaled in source.loras],
             mixed_dtypes={name: paths for name, paths in mixed.items() if paths},
         )
         write_json(audit, fresh / "audit.json")

@@ -3,19 +3,17 @@
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from fps_jax.attention.chunked import chunked_attention
 from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.tiles import TileLayout
-from pallas_kernels.block_sparse import block_sparse_attention, check_operands
+from pallas_kernels.block_sparse import SAVED, block_sparse_attention, check_operands
 from pallas_kernels.platform import target_platform
-
-# Scores held at a time off the GPU: memory stays linear in tokens, and more gains nothing (2 to 128 MB are alike on a CPU).
-_CHUNK_BYTES = 64 * 2**20
 
 Implementation = Literal["auto", "dense", "reference", "portable", "sm90"]
 
@@ -42,7 +40,7 @@ class DenseAttention:
     layout: TileLayout | None = None
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
-        return dense_attention(q, k, v)
+        return dense_attention(q, k, v, name=SAVED)
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _dense_in_tiles(q: Array, k: Array, v: Array, layout: TileLayout) -> Array:
     """Queries stay in tile order; keys and values lose their padding, which spares the fused kernel a mask."""
     valid = jnp.asarray(layout.valid)[None, :, None, None]
     # Padded queries are replaced before and after: whatever they hold reaches no output and no gradient.
-    out = dense_attention(jnp.where(valid, q, 0), layout.from_tiles(k), layout.from_tiles(v))
+    out = dense_attention(jnp.where(valid, q, 0), layout.from_tiles(k), layout.from_tiles(v), name=SAVED)
     return jnp.where(valid, out, 0)
 
 
@@ -128,40 +126,29 @@ def dense_attention(
     k: Float[Array, "B K N H"],
     v: Float[Array, "B K N H"],
     key_mask: Bool[Array, "B K"] | None = None,
+    *,
+    name: str | None = None,
 ) -> Float[Array, "B Q N H"]:
-    """Softmax attention over all keys, scale H**-0.5, softmax in float32, output in q's dtype.
+    """Softmax attention over all keys, scale H**-0.5, softmax in float32, output in q's dtype. Memory is linear in tokens.
 
-    cuDNN's fused kernel for 16-bit inputs on a GPU; elsewhere plain XLA over chunks of queries, so that memory stays linear
-    in tokens. `key_mask` (true: attend) hides padded keys.
+    cuDNN's fused kernel for 16-bit inputs on a GPU, elsewhere `chunked_attention`.
+
+    Args:
+      key_mask: true where a key is attended; hides padded keys.
+      name: of output and log-sum-exp to policies of `jax.checkpoint`; cuDNN's have none.
     """
     if target_platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         mask = None if key_mask is None else key_mask[:, None, None, :]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-    return _chunked(q, k, v, key_mask)
+    return chunked_attention(q, k, v, key_mask, name=name)
 
 
-def _chunked(q: Array, k: Array, v: Array, key_mask: Array | None) -> Array:
-    batch, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
-    chunk = max(64, _CHUNK_BYTES // (4 * keys * heads * batch))
-    k = k.transpose(0, 2, 3, 1)  # [B, N, H, K]: matmul-ready once, not once a chunk
-    v = v.transpose(0, 2, 1, 3)
-    bias = None if key_mask is None else jnp.where(key_mask, 0.0, -jnp.inf).astype(jnp.float32)[:, None, None, :]
+_keeps_named = jax.checkpoint_policies.save_only_these_names(SAVED)
 
-    @jax.checkpoint  # else the scores of all chunks are kept for the backward
-    def attend_chunk(block):  # [B, N, q, H]
-        scores = jnp.matmul(block, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        if bias is not None:
-            scores = scores + bias
-        scores = jnp.exp(scores - scores.max(-1, keepdims=True))
-        out = jnp.matmul(scores.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / scores.sum(-1, keepdims=True)).astype(q.dtype)
 
-    if queries <= chunk:
-        return attend_chunk(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
-    num_chunks = -(-queries // chunk)
-    chunk = -(-queries // num_chunks)
-    padded = jnp.pad(q, ((0, 0), (0, num_chunks * chunk - queries), (0, 0), (0, 0)))
-    blocks = padded.reshape(batch, num_chunks, chunk, heads, head_dim).transpose(1, 0, 3, 2, 4)
-    out = jax.lax.map(attend_chunk, blocks)  # [C, B, N, q, H]
-    return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, head_dim)[:, :queries]
+def keeps_attention(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+    """Policy of `jax.checkpoint`: keep output and log-sum-exp of self-attention, so that a gradient doesn't run it again.
+
+    cuDNN's have no name and are known by the operation that computes them, which is cross-attention's too.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper" or _keeps_named(primitive, *avals, **parameters)

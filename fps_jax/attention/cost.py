@@ -15,6 +15,7 @@ estimate of 1.0 ms of memory traffic beside 0.2 s of bf16 attention for 40 heads
 
 from fps_jax.attention.plan import AttentionPlan
 from pallas_kernels.sm90 import tuned
+from pallas_kernels.sm90.config import BLOCK_Q
 
 _HEAD_DIM = 128  # of every Wan model
 
@@ -24,6 +25,7 @@ def attention_cost(plan: AttentionPlan) -> float:
 
     Raises: as `tuned.read_tuned_table`, for a tuned table that can't be read.
     """
+    plan = plan.aligned(BLOCK_Q)  # as the kernel stores it, wherever this runs
     layout, counts = plan.layout, plan.counts
     if plan.whole_grid and not plan.quantize:
         return layout.num_stored / layout.num_tokens

@@ -1,5 +1,6 @@
 """What one attention call needs to know beside q, k and v: tile order, key tiles, granularity. Built once, outside jit."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from jaxtyping import Array, Int, Shaped
 from fps_jax.attention.tiles import TileLayout, propose_tiles
 from fps_jax.attention.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
 from fps_jax.sizes import Shape3
+from pallas_kernels.block_sparse import tile_alignment
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.sm90.call_shape import CallShape
 
@@ -42,6 +44,7 @@ class AttentionPlan:
         window: Shape3 | Sequence[Shape3] | None = None,
         scales_per_tile: int | None = 1,
         quantize: bool = True,
+        alignment: int | None = None,
         center_k: bool = False,
     ) -> "AttentionPlan":
         """A plan, checked.
@@ -50,14 +53,17 @@ class AttentionPlan:
           grid: tokens (F, Y, X): latent frames, and rows and columns of 16 x 16 pixels.
           tile: tokens of a tile; None for the proposed one.
           window: key tiles along each axis, clipped to the tile grid; one triple, or one a head; None for the whole grid.
-          scales_per_tile: 1 is the paper's coarse granularity; up to one for every 64 stored tokens.
+          scales_per_tile: 1 is the paper's coarse granularity; up to one for every 64 tokens, begun or whole.
           quantize: False for sparse attention without FP8.
+          alignment: of the tiles' padding (`TileLayout`); None for what is fast on the device that programs are built for. It
+            changes how tokens are stored, and no result but for the order of sums.
           center_k: take the mean off K before it is rounded: exact in the softmax, and what keys have in common costs no precision.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
         """
         if not isinstance(quantize, bool | np.bool_):
             raise ValueError(f"quantize={quantize!r} is not True or False")
-        layout = TileLayout(grid, propose_tiles(grid)[0].tile if tile is None else tile)
+        tile = propose_tiles(grid)[0].tile if tile is None else tile
+        layout = TileLayout(grid, tile, tile_alignment() if alignment is None else alignment)
         if scales_per_tile is not None:
             layout.tokens_per_scale(scales_per_tile)
         if not isinstance(center_k, bool | np.bool_):
@@ -68,6 +74,10 @@ class AttentionPlan:
     def dense(self) -> "AttentionPlan":
         """Whole-grid, unquantized attention in the same token order."""
         return AttentionPlan(self.layout, self.layout.tile_grid, None)
+
+    def aligned(self, alignment: int) -> "AttentionPlan":
+        """The same plan, its tiles padded to another alignment."""
+        return dataclasses.replace(self, layout=dataclasses.replace(self.layout, alignment=alignment))
 
     @property
     def grid(self) -> Shape3:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from fps_jax.sizes import Shape3
 
-GROUP = 64  # stored tokens in the smallest group that has a scale; rows of one Hopper matrix instruction
+GROUP = 64  # tokens at most of the smallest group that has a scale: rows of one Hopper matrix instruction
 _MAX_STORED = 2048  # a tile is a unit of on-chip work
 
 
@@ -37,23 +37,35 @@ class TileLayout:
     """A token grid cut into tiles: how tokens are ordered and padded.
 
     Tiles are numbered in raster order over (F, Y, X). The last tile of an axis may be short; every tile is stored with the same
-    number of slots, a multiple of 64. Where an axis of the tile (or two) can be cut into as many parts as there are groups of
-    64 slots, each group holds such a sub-tile, so that finer scales follow space; else a tile is filled in raster order.
+    number of slots. A tile has a part for each 64 tokens that it has or has begun. Where an axis of it (or two) can be cut into as
+    many, each part holds such a sub-tile, so that finer scales follow space, and is padded to a multiple of `alignment` slots; else
+    a tile is filled in raster order, 64 slots a part.
+
+    Which tokens are in a tile and in a part of it, and so which share a scale, is the same for every alignment: that only says how
+    many padded slots there are between them.
 
     Attributes:
       grid: tokens (F, Y, X).
       tile: tokens of a whole tile.
-    Raises: ValueError for a tile that doesn't fit, naming tiles that do.
+      alignment: slots, a divisor of 64. 64 is what the Hopper kernel takes; what is fast on a device: `tile_alignment`.
+    Raises: ValueError for a tile that doesn't fit, naming tiles that do, and for another alignment.
     """
 
     grid: Shape3
     tile: Shape3
+    alignment: int = GROUP
 
     def __post_init__(self):
         object.__setattr__(self, "grid", check_shape3("grid", self.grid, "tokens"))
         object.__setattr__(self, "tile", check_shape3("tile", self.tile, "tokens"))
+        whole = isinstance(self.alignment, int | np.integer) and not isinstance(self.alignment, bool)
+        if not whole or self.alignment < 1 or GROUP % self.alignment:
+            raise ValueError(
+                f"alignment={self.alignment!r} is not a divisor of {GROUP} slots; use 8, or 64 for the Hopper kernel"
+            )
+        object.__setattr__(self, "alignment", int(self.alignment))
         too_large = any(t > n for t, n in zip(self.tile, self.grid, strict=True))
-        if too_large or self.stored > _MAX_STORED:
+        if too_large or self.parts * GROUP > _MAX_STORED:  # whatever the alignment: a schedule is one on every device
             rule = "is larger than the grid" if too_large else f"stores more than {_MAX_STORED} tokens; too many for"
             good = ", ".join(str(p.tile) for p in propose_tiles(self.grid)[:3])
             raise ValueError(f"tile={self.tile} {rule} {self.grid}; good tiles for it: {good}")
@@ -73,9 +85,19 @@ class TileLayout:
         return math.prod(self.tile_grid)
 
     @property
+    def parts(self) -> int:
+        """Parts of a tile, the smallest groups that have a scale: one for each 64 tokens, begun or whole."""
+        return _parts(self.tile)
+
+    @property
+    def part_slots(self) -> int:
+        """Slots of one part."""
+        return _part_slots(self.tile, self.alignment)
+
+    @property
     def stored(self) -> int:
-        """Slots of one tile: its tokens rounded up to a multiple of 64."""
-        return -(-math.prod(self.tile) // GROUP) * GROUP
+        """Slots of one tile."""
+        return self.parts * self.part_slots
 
     @property
     def num_stored(self) -> int:
@@ -89,9 +111,8 @@ class TileLayout:
 
     @property
     def allowed_scales(self) -> tuple[int, ...]:
-        """Numbers of scales a tile that cut its slots into equal groups of a multiple of 64."""
-        groups = self.stored // GROUP
-        return tuple(n for n in range(1, groups + 1) if groups % n == 0)
+        """Numbers of scales a tile that share its parts out evenly."""
+        return tuple(n for n in range(1, self.parts + 1) if self.parts % n == 0)
 
     @property
     def granularities(self) -> tuple[int, int, int]:
@@ -105,19 +126,15 @@ class TileLayout:
         if not whole or scales_per_tile not in self.allowed_scales:
             allowed = ", ".join(map(str, self.allowed_scales))
             raise ValueError(
-                f"scales_per_tile={scales_per_tile!r} doesn't cut the {self.stored} stored tokens of tile {self.tile} into equal "
-                f"groups of a multiple of 64; allowed: {allowed}"
+                f"scales_per_tile={scales_per_tile!r} doesn't share out evenly the {self.parts} parts, one for each {GROUP} tokens "
+                f"begun, of tile {self.tile}; allowed: {allowed}"
             )
         return self.stored // int(scales_per_tile)
 
     @property
     def sub_tile(self) -> Shape3 | None:
-        """What a group of 64 slots holds of a whole tile; None where the tile is filled in raster order."""
-        cuts = _cuts(self.tile, self.stored // GROUP)
-        if cuts is None:
-            return None
-        f, y, x = (t // c for t, c in zip(self.tile, cuts, strict=True))
-        return f, y, x
+        """What a part holds of a whole tile; None where the tile is filled in raster order."""
+        return _sub_tile(self.tile)
 
     @functools.cached_property
     def slots(self) -> Int[np.ndarray, "S"]:
@@ -126,13 +143,13 @@ class TileLayout:
         size = np.array(self.tile)[:, None]
         tile_of, inside = place // size, place % size
         tile = np.ravel_multi_index(tuple(tile_of), self.tile_grid)
-        cuts, sub_tile = _cuts(self.tile, self.stored // GROUP), self.sub_tile
+        cuts, sub_tile = _cuts(self.tile, self.parts), self.sub_tile
         if cuts is None or sub_tile is None:
-            group, slots_of_bucket = np.zeros_like(tile), self.stored
+            part, slots_of_bucket = np.zeros_like(tile), self.stored
         else:
-            group = np.ravel_multi_index(tuple(inside // np.array(sub_tile)[:, None]), cuts)
-            slots_of_bucket = GROUP
-        bucket = np.asarray(tile * (self.stored // slots_of_bucket) + group)
+            part = np.ravel_multi_index(tuple(inside // np.array(sub_tile)[:, None]), cuts)
+            slots_of_bucket = self.part_slots
+        bucket = np.asarray(tile * (self.stored // slots_of_bucket) + part)
         order = np.argsort(bucket, kind="stable")  # tokens of a bucket stay in raster order
         first = np.searchsorted(bucket[order], bucket[order])  # where its bucket starts
         slots = np.empty(self.num_tokens, np.int32)
@@ -201,14 +218,32 @@ _to_tiles.defvjp(lambda layout, x: (_scatter(layout, x), None), lambda layout, _
 _from_tiles.defvjp(lambda layout, x: (_collect(layout, x), None), lambda layout, _, g: (_scatter(layout, g),))
 
 
+def _parts(tile: Shape3) -> int:
+    return -(-math.prod(tile) // GROUP)
+
+
+def _part_slots(tile: Shape3, alignment: int) -> int:
+    sub_tile = _sub_tile(tile)
+    # In raster order the first parts are full: with fewer slots another token would begin the next.
+    return GROUP if sub_tile is None else -(-math.prod(sub_tile) // alignment) * alignment
+
+
+def _sub_tile(tile: Shape3) -> Shape3 | None:
+    cuts = _cuts(tile, _parts(tile))
+    if cuts is None:
+        return None
+    f, y, x = (t // c for t, c in zip(tile, cuts, strict=True))
+    return f, y, x
+
+
 @functools.lru_cache(maxsize=256)
-def _cuts(tile: Shape3, groups: int) -> Shape3 | None:
-    """Parts along (F, Y, X), `groups` in all, that divide the tile: one axis where possible, the last first, else several."""
+def _cuts(tile: Shape3, parts: int) -> Shape3 | None:
+    """Parts along (F, Y, X), `parts` in all, that divide the tile: one axis where possible, the last first, else several."""
     options = [
-        (f, y, groups // (f * y))
-        for f in range(1, groups + 1)
-        for y in range(1, groups + 1)
-        if groups % (f * y) == 0 and all(t % c == 0 for t, c in zip(tile, (f, y, groups // (f * y)), strict=True))
+        (f, y, parts // (f * y))
+        for f in range(1, parts + 1)
+        for y in range(1, parts + 1)
+        if parts % (f * y) == 0 and all(t % c == 0 for t, c in zip(tile, (f, y, parts // (f * y)), strict=True))
     ]
     if not options:
         return None
@@ -218,7 +253,10 @@ def _cuts(tile: Shape3, groups: int) -> Shape3 | None:
 
 @dataclass(frozen=True)
 class TileProposal:
-    """A tile for a grid. `waste`: padded slots for each token; `tile_grid`: tiles along each axis, the steps of a window."""
+    """A tile for a grid. `waste`: padded slots for each token; `tile_grid`: tiles along each axis, the steps of a window.
+
+    `stored` and `waste` are as the Hopper kernel has them (alignment 64).
+    """
 
     tile: Shape3
     stored: int
@@ -227,24 +265,32 @@ class TileProposal:
 
 
 def propose_tiles(grid: Shape3) -> list[TileProposal]:
-    """Tiles for a grid, best first: little padding, windows of fine steps, sub-tiles for finer scales.
+    """Tiles for a grid, best first: little padding, windows of fine steps, sub-tiles for finer scales. The same on every device.
 
-    Tiles store 128, 256 or 384 tokens, whole blocks of the Hopper kernel; 64 only where that saves much padding.
+    Tiles store 128, 256 or 384 tokens, whole blocks of the Hopper kernel; 64 only where that saves much padding. A grid of fewer
+    than 2,048 tokens would be a handful of such tiles, and every window one of them: it is cut into at least 15, at least two
+    along each axis that has two tokens, of any size up to 128; larger ones come after all of those.
     """
     return list(_proposals(check_shape3("grid", grid, "tokens")))
 
 
 @functools.lru_cache(maxsize=256)
 def _proposals(grid: Shape3) -> tuple[TileProposal, ...]:
-    found = [p for p in _candidates(grid) if p.stored in _COST_OF_SIZE]
-    return tuple(sorted(found, key=lambda p: (_cost(grid, p), p.tile)))
+    found = [p for p in _candidates(grid, max(_COST_OF_SIZE)) if p.stored in _COST_OF_SIZE]
+    found.sort(key=lambda p: (_cost(grid, p), p.tile))
+    if math.prod(grid) >= _SMALL_GRID:
+        return tuple(found)
+    small = [p for p in _candidates(grid, 128) if _has_windows(grid, p)]
+    small.sort(key=lambda p: (_small_cost(grid, p), p.tile))
+    return tuple(dict.fromkeys(small + found))
 
 
-def _candidates(grid: Shape3) -> Iterator[TileProposal]:
-    for f in range(1, min(grid[0], 384) + 1):
-        for y in range(1, min(grid[1], 384 // f) + 1):
-            for x in range(1, min(grid[2], 384 // (f * y)) + 1):
-                stored = -(-f * y * x // GROUP) * GROUP
+def _candidates(grid: Shape3, most: int) -> Iterator[TileProposal]:
+    """Every tile of up to `most` tokens."""
+    for f in range(1, min(grid[0], most) + 1):
+        for y in range(1, min(grid[1], most // f) + 1):
+            for x in range(1, min(grid[2], most // (f * y)) + 1):
+                stored = _parts((f, y, x)) * GROUP
                 counts = (-(-grid[0] // f), -(-grid[1] // y), -(-grid[2] // x))
                 yield TileProposal((f, y, x), stored, counts, math.prod(counts) * stored / math.prod(grid) - 1)
 
@@ -259,11 +305,35 @@ _COST_OF_A_CLOSED_AXIS = 0.06  # fewer than three tiles along an axis: no window
 
 def _cost(grid: Shape3, p: TileProposal) -> float:
     padding = (1 + p.waste) ** 2 - 1  # padded queries times padded keys
+    return round(
+        padding + _COST_OF_SIZE[p.stored] + _cost_of_shape(grid, p), 9
+    )  # ties are ties, in whatever order it is summed
+
+
+def _cost_of_shape(grid: Shape3, p: TileProposal) -> float:
     closed = sum(count < 3 <= length for count, length in zip(p.tile_grid, grid, strict=True))
     return (
-        padding
-        + _COST_OF_SIZE[p.stored]
-        + _COST_OF_RASTER_ORDER * (_cuts(p.tile, p.stored // GROUP) is None)
+        _COST_OF_RASTER_ORDER * (_sub_tile(p.tile) is None)
         + _COST_OF_ELONGATION * math.log2(max(p.tile) / min(p.tile))
         + _COST_OF_A_CLOSED_AXIS * closed
     )
+
+
+# A grid of fewer tokens is a toy's or a test's, most often on a CPU: large tiles gain nothing there.
+_SMALL_GRID = 2048
+_FEWEST_TILES = 15  # of 12, the default schedule's early and late window would both be two
+_GOOD_TILES = 24  # a window of two tiles along each axis is a third of the grid
+_COST_OF_OTHER_TILES = 0.2  # for each halving or doubling of that: coarser windows, or smaller matmuls
+
+
+def _has_windows(grid: Shape3, p: TileProposal) -> bool:
+    """Whether there are tiles to choose from, in all and along each axis, as far as there are tokens."""
+    along = all(count >= min(2, length) for count, length in zip(p.tile_grid, grid, strict=True))
+    return along and math.prod(p.tile_grid) >= min(_FEWEST_TILES, math.prod(grid))
+
+
+def _small_cost(grid: Shape3, p: TileProposal) -> float:
+    tiles = math.prod(p.tile_grid)
+    stored = tiles * _parts(p.tile) * _part_slots(p.tile, 8)
+    padding = (stored / math.prod(grid)) ** 2 - 1
+    return round(padding + _COST_OF_OTHER_TILES * abs(math.log2(tiles / _GOOD_TILES)) + _cost_of_shape(grid, p), 9)

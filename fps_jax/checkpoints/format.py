@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.config import COMPONENTS, WanConfig
 from fps_jax.files import new_directory
 from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
 VERSION = 1
+SCHEDULE = "fps_schedule.json"  # beside a checkpoint of any layout: the schedule that it was trained with
 _IN_FLIGHT_GB = 1  # orbax's default, 96 GB, would let a read double the component in memory
 
 
@@ -208,10 +210,14 @@ def save_checkpoint(
     config: WanConfig,
     components: dict[str, Params],
     tokenizer_dir: str | os.PathLike | None = None,
+    schedule: FPSSchedule | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes a whole checkpoint from parameters in memory. Errors as `new_directory` and `save_component`."""
+    """Writes a whole checkpoint from parameters in memory. Errors as `new_directory` and `save_component`.
+
+    schedule: that it was trained with, kept beside it.
+    """
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ValueError(f"components={sorted(components)}: {min(unknown)!r} is none of {', '.join(COMPONENTS)}")
@@ -220,4 +226,6 @@ def save_checkpoint(
             save_component(fresh / name, params)
         if tokenizer_dir is not None:
             shutil.copytree(tokenizer_dir, fresh / "tokenizer")
+        if schedule is not None:
+            schedule.save(fresh / SCHEDULE)
         write_config(fresh, config, components=list(components))

@@ -1,8 +1,9 @@
 """The door to checkpoints: ours, one in a torch layout, or a Hugging Face repository. Behind it, nobody asks which it was.
 
-The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours.
+The only module of fps_jax that imports the converter, and only for a checkpoint that isn't ours, or a LoRA file.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from fps_jax.checkpoints.format import abstract_component, is_checkpoint, read_config
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.format import SCHEDULE, abstract_component, is_checkpoint, read_config
+from fps_jax.checkpoints.lora import LoRA
 from fps_jax.checkpoints.placement import builds, place, restore
+from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
 
@@ -23,13 +27,14 @@ class Model:
 
     Attributes:
       directory: where it lies.
-      layout: 'ours', or the torch layout's name.
+      layout: 'ours', 'run' for a run of fps-train, or the torch layout's name.
       config: the architecture.
       components: those that it has.
       tokenizer_dir: the folder that holds tokenizer.json or spiece.model.
       stored_dtypes: stored_dtypes() is the dtype of every parameter, by component and path, as the files hold it.
       load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
         is that of the DiT and the text encoder.
+      schedule: that it was trained with; None for dense.
     """
 
     directory: pathlib.Path
@@ -39,15 +44,39 @@ class Model:
     tokenizer_dir: pathlib.Path
     stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
     load: Callable[[Component, Any], Params]
+    schedule: FPSSchedule | None = None
 
 
 def open_model(path: str | os.PathLike) -> Model:
     """Opens a directory, or 'owner/name' of a Hugging Face repository, which is downloaded into Hugging Face's own cache.
 
+    A run of fps-train is the model that it started from with the weights of its newest checkpoint: their moving average, where it
+    keeps one.
     Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
     """
     directory = resolve_checkpoint(path)
-    return _ours(directory) if _is_ours(directory) else _theirs(directory)
+    if is_run(directory):
+        return open_run(directory)
+    model = _ours(directory) if _is_ours(directory) else _theirs(directory)
+    return dataclasses.replace(model, schedule=_schedule(directory))
+
+
+def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
+    """Opens a run of fps-train. which: 'ema' or 'raw' weights; None for the average where there is one. Raises as `open_model`."""
+    run = read_run(directory)
+    model = open_model(run.model)
+    base = model if run.base == run.model else open_model(run.base)
+    run.trained_folder(which)  # that there is one is known now
+
+    def load(name: Component, dtype: Any) -> Params:
+        return run.apply(base.load(name, dtype), run.trained(which)) if name == "dit" else model.load(name, dtype)
+
+    return dataclasses.replace(model, directory=directory, layout="run", load=load, schedule=_schedule(directory))
+
+
+def _schedule(directory: pathlib.Path) -> FPSSchedule | None:
+    file = directory / SCHEDULE
+    return FPSSchedule.load(file) if file.is_file() else None
 
 
 def _is_ours(directory: pathlib.Path) -> bool:
@@ -88,6 +117,18 @@ def _theirs(directory: pathlib.Path) -> Model:
         stored_dtypes=lambda: {name: source.stored_dtypes(name) for name in source.components},
         load=lambda name, dtype: place(name, source.load(name), dtype),
     )
+
+
+def open_lora(path: str | os.PathLike, config: WanConfig, *, partial: bool = False) -> LoRA:
+    """Opens a LoRA file in any spelling of its keys, checked against a model of this config.
+
+    Args:
+      partial: leave out what this model has no place for, in place of an error.
+    Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, a pickle, or for another model.
+    """
+    from fps_convert.lora.read import open_lora as read
+
+    return read(path, config, partial=partial)
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fps_jax.commands.options import VideoOptions, read_request, run_record
+from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 from fps_jax.progress import progress_bar
@@ -66,14 +66,13 @@ def _calibrate(options: Calibrate) -> None:
     _check_output(options.output)
     prompts = _read_prompts(options.prompts)
     request = read_request(dataclasses.replace(options, prompt=prompts[0]))
-    from fps_jax.attention.tiles import TileLayout, propose_tiles
+    from fps_jax.attention.plan import AttentionPlan
     from fps_jax.tuning import calibration
     from pallas_kernels.sm90 import tuned
 
     grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
-    layout = TileLayout(grid, propose_tiles(grid)[0].tile if options.tile is None else options.tile)
     centerings = {"no": (False,), "yes": (True,), "both": (False, True)}[options.center_k]
-    plans = calibration.candidates(layout, options.densities, centerings)
+    plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities, centerings)
     calibration.check_choice(options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
@@ -108,10 +107,9 @@ def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: 
     """Errors `[n, L, C]`, mean over prompts, and the record of the run."""
     import numpy as np
 
-    from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.tuning import calibration
 
-    pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
+    pipe = load_pipeline(options)
     pipe.show_progress = True
     errors = []
     for number, prompt in enumerate(prompts, 1):

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fps_jax.commands.options import FILES, VideoOptions, read_request, run_record
+from fps_jax.commands.options import FILES, VideoOptions, load_pipeline, lora_files, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, write_json
 
@@ -39,21 +39,21 @@ def main(argv: list[str] | None = None) -> None:
 def _compare(options: Compare) -> None:
     request = read_request(options)
     from fps_jax.checkpoints.open import open_model
-    from fps_jax.sampling.pipeline import WanPipeline
 
     _check_output(options)
-    read = (options.model, options.schedule, *(getattr(options, name) for name in FILES))
+    loras = (file for file, _ in lora_files(options))
+    read = (options.model, options.schedule, *(getattr(options, name) for name in FILES), *loras)
     sources = tuple(path for path in read if path is not None)
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
         model = open_model(options.model)
-        resolved: Any = request.resolve(model.config)
+        resolved: Any = request.resolve(model.config, model.schedule)
         request.frames(
             model.config
         )  # read for each video again: one that is no image is told before the weights are read
         _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 
-        pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
+        pipe = load_pipeline(options)
         pipe.show_progress = True
         comparison = compare(pipe, request, tell=_tell)
         write(comparison, folder, fps=options.fps, subtitle=_subtitle(options))

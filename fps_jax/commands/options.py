@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver
+from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver, file_and_scale
 
 if TYPE_CHECKING:
+    from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.sampling.request import Request
 
 FILES = ("image", "last_image", "image_embeds", "latents")
@@ -60,10 +61,15 @@ class VideoOptions:
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
     """Evaluate prompt and negative prompt as one batch of two."""
-    attention: Setting = "dense"
-    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it."""
+    attention: Setting | None = None
+    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it. Left out: fps with a
+    schedule, given here or the checkpoint's own, and else dense."""
     schedule: pathlib.Path | None = None
-    """Schedule as JSON, from fps-calibrate; the default one if left out."""
+    """Schedule as JSON, from fps-calibrate; if left out the checkpoint's own, or the default one."""
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE] ...")] = ()
+    """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
+    lora_partial: bool = False
+    """Leave out what of a LoRA this model has no place for, in place of an error."""
 
 
 def read_request(options: VideoOptions) -> "Request":
@@ -71,6 +77,7 @@ def read_request(options: VideoOptions) -> "Request":
 
     Raises: OSError or ValueError for a file that can't be read; as `Request`; ValueError for a frame rate that no player has.
     """
+    lora_files(options)
     arrays = {name: _array(options, name) for name in FILES}
     from fps_jax.sampling.request import Request
 
@@ -79,6 +86,30 @@ def read_request(options: VideoOptions) -> "Request":
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
     return request
+
+
+def lora_files(options: VideoOptions) -> list[tuple[pathlib.Path, float]]:
+    """The LoRA files with their scales. Raises ValueError or FileNotFoundError for one that is none."""
+    files = [(pathlib.Path(file), scale) for file, scale in map(file_and_scale, options.lora)]
+    for file, _ in files:
+        if not file.exists():
+            raise FileNotFoundError(f"lora={str(file)!r} doesn't exist; give a .safetensors file")
+    return files
+
+
+def load_pipeline(options: VideoOptions) -> "WanPipeline":
+    """The checkpoint with the LoRAs merged; these are checked in full before its weights are read, which can take minutes."""
+    from fps_jax.checkpoints.open import open_lora, open_model
+    from fps_jax.sampling.pipeline import WanPipeline
+
+    model = open_model(options.model)
+    opened = [
+        (open_lora(file, model.config, partial=options.lora_partial), scale) for file, scale in lora_files(options)
+    ]
+    pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
+    for lora, scale in opened:
+        print(f"{pipe.load_lora(lora, scale).summary} at scale {scale:g}", file=sys.stderr)
+    return pipe
 
 
 def _array(options: VideoOptions, name: str) -> Any:
@@ -109,9 +140,9 @@ def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str
 
     import fps_jax
 
-    resolved = request.resolve(pipe.config)
+    resolved = request.resolve(pipe.config, pipe.schedule)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
-    settings["flow_shift"] = resolved.flow_shift
+    settings["flow_shift"], settings["attention"] = resolved.flow_shift, resolved.attention
     if settings["negative_prompt"] is None:
         settings["negative_prompt"] = resolved.negatives[0]
     device = jax.local_devices()[0]

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from fps_jax.commands.options import VideoOptions, read_request, run_record
+from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_bytes, write_json
 
@@ -31,10 +31,8 @@ def main(argv: list[str] | None = None) -> None:
 def _sample(options: Sample) -> None:
     _check_output(options)
     request = read_request(options)
-    from fps_jax.sampling.pipeline import WanPipeline
-
     start = time.time()
-    pipe = WanPipeline.from_pretrained(options.model, dtype=options.dtype)
+    pipe = load_pipeline(options)
     pipe.show_progress = True
     result = pipe.sample(request)
     if options.output_type == "latent":

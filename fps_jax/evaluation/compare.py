@@ -103,11 +103,12 @@ def compare(pipe: WanPipeline, request: Request, *, tell: Callable[[str], Any] =
     request = dataclasses.replace(request, vae_tiling=tiling, output_type="latent")
     tell("1 of 2: dense attention")
     dense = _sample(pipe, dataclasses.replace(request, attention="dense", schedule=None))
-    tell(f"2 of 2: {request.attention}")
+    attention = request.setting(pipe.schedule)
+    tell(f"2 of 2: {attention}")
     other = _sample(pipe, request)
     tell("PSNR and SSIM")
     return Comparison(
-        attention=request.attention,
+        attention=attention,
         dense=dense,
         other=other,
         psnr=psnr(other.video, dense.video),

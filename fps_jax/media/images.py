@@ -76,14 +76,28 @@ def _from_array(x: Any, name: str) -> np.ndarray:
     return image if image.ndim == 4 else image[None]
 
 
+def cover_box(
+    height: int, width: int, to_height: int, to_width: int, *, pixel_aspect: float = 1.0
+) -> tuple[float, float, float, float]:
+    """The part of a picture that is left when it covers another size and is cropped around its centre.
+
+    Args:
+      height, width: pixels of the picture.
+      to_height, to_width: pixels of the size that it has to cover.
+      pixel_aspect: how wide a pixel of the picture is on the screen, in its heights.
+    Returns: left, top, right, bottom in pixels of the picture: fractional, so that it is resampled in one go, nothing rounded.
+    """
+    scale = max(to_height / height, to_width / (width * pixel_aspect))
+    crop_h, crop_w = to_height / scale, to_width / scale / pixel_aspect
+    top, left = (height - crop_h) / 2, (width - crop_w) / 2
+    # rounding must not push the box out of the image
+    return max(left, 0), max(top, 0), min(left + crop_w, width), min(top + crop_h, height)
+
+
 def _cover(image: Float[np.ndarray, "H W 3"], height: int, width: int) -> Float[np.ndarray, "h w 3"]:
     from PIL import Image
 
-    scale = max(height / image.shape[0], width / image.shape[1])
-    crop_h, crop_w = height / scale, width / scale  # of the source, fractional: resampled in one go, nothing rounded
-    top, left = (image.shape[0] - crop_h) / 2, (image.shape[1] - crop_w) / 2
-    # rounding must not push the box out of the image
-    box = (max(left, 0), max(top, 0), min(left + crop_w, image.shape[1]), min(top + crop_h, image.shape[0]))
+    box = cover_box(image.shape[0], image.shape[1], height, width)
     channels = [
         np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS, box=box))
         for channel in np.ascontiguousarray(image.transpose(2, 0, 1))

@@ -5,7 +5,7 @@ Source: Wan-Video/Wan2.1 wan/modules/model.py (WanModel); numerics checked again
 
 import functools
 import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +13,20 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from fps_jax.attention.attend import DenseAttention, TokenAttention, dense_attention
+from fps_jax.attention.attend import SAVED, DenseAttention, TokenAttention, dense_attention, keeps_attention
+from fps_jax.choices import Remat, check_choice
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
+from fps_jax.models.linear import Linear
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
 from fps_jax.models.taps import Taps, tap
 from fps_jax.sizes import token_grid
 
-Remat = Literal["none", "full", "dots"]
-
-# Kept in float32 when the rest is bf16: what upstream computes outside autocast, and vectors too small to matter.
-_FLOAT32_PARAMS = re.compile(r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$")
+# Kept in float32 when the rest is bf16: what upstream computes outside autocast, vectors too small to matter, adapters' masters.
+_FLOAT32_PARAMS = re.compile(
+    r"^(time_embedding|time_projection|head)/|modulation$|norm[^/]*/(scale|bias)$|positions$|lora_[ab]$"
+)
 
 
 DENSE = DenseAttention()
@@ -64,10 +66,10 @@ class DiT(nnx.Module):
         d = config.dim
         patch_dim = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         gelu = functools.partial(jax.nn.gelu, approximate=True)
-        self.patch_embedding = nnx.Linear(config.in_channels * patch_dim, d, dtype=dtype, rngs=rngs)
+        self.patch_embedding = Linear(config.in_channels * patch_dim, d, dtype=dtype, rngs=rngs)
         self.text_embedding = MLP(config.text_dim, d, d, gelu, dtype=dtype, rngs=rngs)
         self.time_embedding = MLP(config.freq_dim, d, d, jax.nn.silu, dtype=jnp.float32, rngs=rngs)
-        self.time_projection = nnx.Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
+        self.time_projection = Linear(d, 6 * d, dtype=jnp.float32, rngs=rngs)
         if config.image_dim is not None:
             self.image_embedding = ImageEmbedding(config, dtype=dtype, rngs=rngs)
         self.blocks = stacked(functools.partial(_block, config, dtype), config.num_layers, rngs)
@@ -177,7 +179,7 @@ class DiT(nnx.Module):
             params, index = inputs
             block_taps, own_taps = (None if wanted is None else {} for wanted in (taps, attention_taps))
             if token_mask is not None and isinstance(attention, DenseAttention):
-                attend = functools.partial(dense_attention, key_mask=token_mask)
+                attend = functools.partial(dense_attention, key_mask=token_mask, name=SAVED)
             else:
                 attend = functools.partial(attention, layer=index, taps=own_taps)
             x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
@@ -207,7 +209,7 @@ class Head(nnx.Module):
     def __init__(self, config: DiTConfig, patch_dim: int, *, rngs: nnx.Rngs):
         d = config.dim
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, d)) / d**0.5)
-        self.proj = nnx.Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
+        self.proj = Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
         self.eps = config.eps
 
     def __call__(self, x: Float[Array, "B S D"], time: Float[Array, "B D"]) -> Float[Array, "B S Q"]:
@@ -222,14 +224,18 @@ def _block(config: DiTConfig, dtype: Any, rngs: nnx.Rngs) -> Block:
 def _rematerialised(layer, remat: Remat):
     if remat == "none":
         return layer
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-    return jax.checkpoint(layer, policy=policy)
+    policies = {
+        "attention": keeps_attention,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    # Forward and backward are two loops: XLA can't merge what one computes with what the other does, and needs no barrier.
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
 
 
 def build_dit(config: DiTConfig, *, dtype: Any = jnp.float32, remat: Remat = "none") -> Build:
     """The model as a `Build` for fps_jax.models.params: `bind(build_dit(config), params)(latents, t, text_states)`."""
-    if remat not in ("none", "full", "dots"):
-        raise ValueError(f"remat={remat!r} is not one of 'none', 'full', 'dots'")
+    check_choice("remat", remat, Remat)
     return _build(config, jnp.dtype(dtype), remat)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import DiTConfig
+from fps_jax.models.linear import Linear
 from fps_jax.models.rope import apply_rope
 from fps_jax.models.taps import Taps, tap
 
@@ -63,8 +64,8 @@ class MLP(nnx.Module):
     """Linear, activation, linear."""
 
     def __init__(self, d_in: int, d_mid: int, d_out: int, activation, *, dtype: Any, rngs: nnx.Rngs):
-        self.up = nnx.Linear(d_in, d_mid, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(d_mid, d_out, dtype=dtype, rngs=rngs)
+        self.up = Linear(d_in, d_mid, dtype=dtype, rngs=rngs)
+        self.down = Linear(d_mid, d_out, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:
@@ -76,7 +77,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
         d = config.dim
-        self.q, self.k, self.v, self.o = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
@@ -96,10 +97,10 @@ class CrossAttention(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
         d = config.dim
-        self.q, self.k, self.v, self.o = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
         if config.image_dim is not None:
-            self.k_img, self.v_img = (nnx.Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(2))
+            self.k_img, self.v_img = (Linear(d, d, dtype=dtype, rngs=rngs) for _ in range(2))
             self.norm_k_img = RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
@@ -157,8 +158,8 @@ class ImageEmbedding(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype: Any, rngs: nnx.Rngs):
         d = config.image_dim or 0
         self.norm_in = nnx.LayerNorm(d, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
-        self.up = nnx.Linear(d, d, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(d, config.dim, dtype=dtype, rngs=rngs)
+        self.up = Linear(d, d, dtype=dtype, rngs=rngs)
+        self.down = Linear(d, config.dim, dtype=dtype, rngs=rngs)
         self.norm_out = nnx.LayerNorm(config.dim, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.with_positions = config.image_positions is not None
         if config.image_positions is not None:

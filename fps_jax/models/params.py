@@ -5,20 +5,37 @@ A model file writes `nnx.Module` classes. Everything else sees `params`, a neste
 from `nnx.Rngs` to a module: `functools.partial(DiT, config)` with a frozen config.
 """
 
+import fnmatch
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 Params = dict[str, Any]  # nested; leaves are arrays (jax, NumPy or ShapeDtypeStruct)
 Build = Callable[[nnx.Rngs], nnx.Module]
+_ADAPTERS = ("/lora_a", "/lora_b")
 
 
 @functools.cache
-def _split(build: Build) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param)
+def _split(build: Build, adapters: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """The structure of a model and its abstract parameters; `adapters`: paths of those that no module is built with."""
+
+    def build_all() -> nnx.Module:
+        module = build(nnx.Rngs(0))
+        for path in adapters:
+            *parents, name = path.split("/")
+            owner = functools.reduce(lambda node, parent: getattr(node, parent, None), parents, module)
+            if not hasattr(type(owner), name):  # stock layers would take the attribute, and not use it
+                raise ValueError(
+                    f"there is an adapter at {path!r}, where this model has no linear layer that takes one"
+                )
+            setattr(owner, name, nnx.Param(jnp.zeros(())))  # a place: `bind` replaces it
+        return module
+
+    return nnx.split(nnx.eval_shape(build_all), nnx.Param)
 
 
 def abstract_params(build: Build) -> Params:
@@ -32,8 +49,12 @@ def init_params(build: Build, key: jax.Array) -> Params:
 
 
 def bind(build: Build, params: Params) -> Any:
-    """The module with these parameters in place."""
-    graphdef, abstract = _split(build)
+    """The module with these parameters in place, adapters (`lora_a`, `lora_b` beside a kernel) among them.
+
+    Raises: ValueError for an adapter where the model has no place for one.
+    """
+    adapters = tuple(path for path, _ in flatten(params) if path.endswith(_ADAPTERS))
+    graphdef, abstract = _split(build, adapters)
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)
@@ -60,6 +81,11 @@ def flatten(params: Params, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(params[key], path)
         else:
             yield path, params[key]
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern (as of file names: * ? [abc]; * crosses '/') is of a whole path, or of its end behind a '/'."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{pattern}")
 
 
 def unflatten(leaves: dict[str, Any]) -> Params:

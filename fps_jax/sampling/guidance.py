@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fps_jax.attention.attend import TokenAttention
+from fps_jax.choices import Remat
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import DENSE, DiTOutput, dit
 from fps_jax.models.params import Params
@@ -42,6 +43,7 @@ def guided_velocity(
     batch_guidance: bool = False,
     attention_taps: Taps | None = None,
     dtype: Any = jnp.float32,
+    remat: Remat = "none",
 ) -> DiTOutput:
     """v_negative + guidance_scale (v_text - v_negative) at x; where `inputs.negative` is None, v_text.
 
@@ -50,7 +52,7 @@ def guided_velocity(
       t: timesteps in [0, 1000], one for all samples or one each.
       batch_guidance: evaluate both prompts as one batch of two instead of two passes (more memory, fewer launches).
       attention_taps: a dict that is filled with what `attention` records in the pass with the prompt (in the one pass of both).
-      dtype: compute dtype of the DiT.
+      dtype, remat: as for `dit`.
     Returns: float32 velocity, and the first stage with a NaN or inf of the pass with the prompt or, where that has none, the other.
     Source: classifier-free guidance (arXiv 2207.12598), as in Wan-Video/Wan2.1 wan/text2video.py.
     """
@@ -58,7 +60,9 @@ def guided_velocity(
     def model(x, t, text, condition, image, taps=None):
         if condition is not None:
             x = jnp.concatenate([x, condition], axis=1)
-        return dit(config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype)
+        return dit(
+            config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype, remat=remat
+        )
 
     def twice(a):
         return None if a is None else jnp.concatenate([a, a])

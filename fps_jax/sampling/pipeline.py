@@ -2,9 +2,11 @@
 
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +16,17 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import save_checkpoint
-from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
+from fps_jax.checkpoints.open import open_lora, open_model
 from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
-from fps_jax.media.images import clip_pixels
-from fps_jax.models.image_encoder import encode_image
-from fps_jax.models.params import Params
-from fps_jax.models.text_encoder import encode_text
+from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling.denoise import Segments, denoise
+from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.solvers import SolverTable
@@ -54,6 +55,8 @@ class WanPipeline:
         visit the device for the time of a call, so the DiT has it to itself.
       dtype: compute dtype of the DiT and the text encoder.
       show_progress: a progress bar on stderr; None shows one where stderr is a terminal.
+      schedule: what the checkpoint was trained with, and is sampled with unless a call says otherwise; None for dense.
+      loras: those that are merged into the DiT's weights, by `load_lora`.
     """
 
     config: WanConfig
@@ -61,6 +64,10 @@ class WanPipeline:
     tokenizer: Tokenizer
     dtype: Any
     show_progress: bool | None = None
+    schedule: FPSSchedule | None = None
+    loras: list[Scaled] = dataclasses.field(default_factory=list)
+    # What LoRAs changed, as it was before, in host memory: sums start from it, so that nothing is rounded twice.
+    _before_loras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: str = "bfloat16") -> "WanPipeline":
@@ -77,12 +84,71 @@ class WanPipeline:
         model = open_model(path)
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
-        return cls(config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype])
+        return cls(
+            config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype], schedule=model.schedule
+        )
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        """Write the checkpoint in our format, in the dtypes that it was loaded with. Raises FileExistsError if path isn't empty."""
+        """Write the checkpoint in our format, in the dtypes that it was loaded with, LoRAs merged, and its schedule.
+
+        Raises FileExistsError if path isn't empty.
+        """
         tokenizer = self.tokenizer.source.parent
-        save_checkpoint(path, self.config, self.params, tokenizer, overwrite=overwrite)
+        save_checkpoint(path, self.config, self.params, tokenizer, self.schedule, overwrite=overwrite)
+
+    def load_lora(self, lora: str | os.PathLike | LoRA, scale: float = 1.0, *, partial: bool = False) -> LoRA:
+        """Merge a LoRA into the DiT's weights, on top of those that are merged already.
+
+        The sum is made in float32 from the weights as they were loaded, and rounded once. Those that change are kept in host memory
+        (at most as many bytes as the DiT has) until `unload_lora`. Compiled programs stay.
+
+        Args:
+          lora: a .safetensors file in any spelling of its keys (docs/checkpoints.md), or one that `open_lora` opened.
+          scale: how much of it; 1 is what it was trained as.
+          partial: leave out tensors that this model has no place for, in place of an error.
+        Returns: the record, whose `report` and `summary` say what was used.
+        Raises: FileNotFoundError, ValueError or NotImplementedError in one line; the weights are then as they were.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+            raise ValueError(f"scale={scale!r} of a LoRA is not a finite number; 1 is what it was trained as")
+        record = lora if isinstance(lora, LoRA) else open_lora(lora, self.config, partial=partial)
+        self._merge_loras([*self.loras, Scaled(record, float(scale))])
+        log.info("%s at scale %g", record.summary, scale)
+        return record
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs out again: the weights are bit for bit those that were loaded."""
+        self._merge_loras([])
+        self._before_loras.clear()
+
+    def _merge_loras(self, loras: list[Scaled]) -> None:
+        """The weights of exactly these LoRAs in place of what is merged now; as it was, if one of them can't be merged."""
+        leaves = dict(flatten(self.params["dit"]))
+        self.params["dit"] = {}  # so that each leaf is freed when its successor stands
+        layers = changed([*self.loras, *loras])
+        try:
+            self._put_merged(leaves, layers, loras)
+        except BaseException:  # also an interrupted merge is none
+            self._put_merged(leaves, layers, self.loras)
+            raise
+        finally:
+            self.params["dit"] = unflatten(leaves)
+        self.loras = loras
+
+    def _put_merged(self, leaves: dict[str, Any], layers: dict[str, list[int | None]], loras: list[Scaled]) -> None:
+        for path, numbers in layers.items():
+            if path not in self._before_loras:
+                self._before_loras[path] = np.asarray(leaves[path])
+            before = self._before_loras[path]
+            merged = np.array(before)
+
+            def put(layer: int | None, path=path, before=before, merged=merged) -> None:
+                at = ... if layer is None else layer
+                merged[at] = merge(before[at], (path, layer), loras)
+
+            with ThreadPoolExecutor(4) as threads:  # NumPy lets go of the interpreter's lock
+                list(threads.map(put, numbers))
+            leaves[path] = jax.device_put(merged, leaves[path].sharding)
 
     def __call__(
         self,
@@ -105,7 +171,7 @@ class WanPipeline:
         callback: Progress | None = None,
         vae_tiling: bool = False,
         batch_guidance: bool = False,
-        attention: Setting = "dense",
+        attention: Setting | None = None,
         schedule: FPSSchedule | str | os.PathLike | None = None,
     ) -> Any:
         """Sample one video per prompt.
@@ -129,8 +195,9 @@ class WanPipeline:
           vae_tiling: decode and encode in overlapping spatial tiles. Also used, and logged, when the frame wouldn't fit.
           batch_guidance: evaluate prompt and negative prompt as one batch of two.
           attention: self-attention of the DiT: 'dense'; 'fps', FP8 and sparse as the schedule says; 'fp8', the schedule with
-            whole-grid windows; 'sparse', the schedule without quantization.
-          schedule: an FPSSchedule or its JSON file; None for the default one (`FPSSchedule.default`).
+            whole-grid windows; 'sparse', the schedule without quantization. None is 'fps' where there is a schedule, given here or
+            the checkpoint's own, and else 'dense'.
+          schedule: an FPSSchedule or its JSON file; None for the checkpoint's own, or the default one (`FPSSchedule.default`).
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
         request = Request(
@@ -193,7 +260,7 @@ class WanPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
-        resolved = request.resolve(self.config)
+        resolved = request.resolve(self.config, self.schedule)
         noise = request.noise(resolved.latent_shape)
         frames = request.frames(self.config)
         embeds = request.image_embeds
@@ -218,37 +285,22 @@ class WanPipeline:
         distinct = list(dict.fromkeys(prompts))
         ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
         with visiting(self.params["text_encoder"]) as params:
-            states = encode_text(self.config.text_encoder, params, ids, mask, dtype=self.dtype)
-            states = jnp.where(jnp.asarray(mask, bool)[..., None], states, 0)
+            states = text_states(self.config, params, ids, mask, dtype=self.dtype)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
 
     def _encode_images(self, frames: list[np.ndarray], batch: int) -> Float[Array, "B I E"]:
         """Image-tower tokens of the first (and last) frames, one after the other."""
-        assert self.config.image_encoder is not None
         with visiting(self.params["image_encoder"]) as params:
-            size = self.config.image_encoder.image_size
-            tokens = [
-                encode_image(self.config.image_encoder, params, jnp.asarray(clip_pixels(f, size))) for f in frames
-            ]
-            joined = jnp.concatenate([jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in tokens], axis=1)
-            return joined.block_until_ready()
+            return image_tokens(self.config, params, frames, batch).block_until_ready()
 
     def _condition(self, frames: list[np.ndarray], shape: tuple[int, ...], tiling: bool) -> Float[Array, "B 20 F H W"]:
         """Mask (1 where a frame is given) and latents of the video [first, grey, ..., grey(, last)]."""
-        batch, _, latent_frames, h, w = shape
-        num_frames = 4 * (latent_frames - 1) + 1
-        rows = max(f.shape[0] for f in frames)
-        video = np.zeros((rows, num_frames, 8 * h, 8 * w, 3), np.float32)
-        mask = np.zeros((rows, 4, latent_frames, h, w), np.float32)
-        video[:, 0] = 2 * frames[0] - 1
-        mask[:, :, 0] = 1  # the first latent frame holds one video frame, counted four times
-        if len(frames) == 2:
-            video[:, -1] = 2 * frames[1] - 1
-            mask[:, 3, -1] = 1
+        video = condition_video(frames, 4 * (shape[2] - 1) + 1)
         with progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
-        condition = np.concatenate([mask, np.asarray(latents)], axis=1)
-        return jnp.broadcast_to(jnp.asarray(condition), (batch, *condition.shape[1:]))
+        mask = condition_mask(len(frames), shape[2:])
+        condition = np.concatenate([np.broadcast_to(mask, (len(latents), *mask.shape)), latents], axis=1)
+        return jnp.broadcast_to(jnp.asarray(condition), (shape[0], *condition.shape[1:]))
 
     def needs_tiling(self, height: int, width: int) -> bool:
         """Whether frames of this size have to be decoded in spatial tiles to fit the device. Says so in the log."""

@@ -29,6 +29,7 @@ class Resolved(NamedTuple):
       grid: tokens (F, Y, X).
       flow_shift: the request's, or the checkpoint's own.
       table: the solver's coefficients.
+      attention: the request's, or what the model was trained with.
       schedule: with tile and windows filled in; None for dense.
       segments: the self-attention of consecutive steps by that schedule; None for dense.
     """
@@ -39,6 +40,7 @@ class Resolved(NamedTuple):
     grid: Shape3
     flow_shift: float
     table: SolverTable
+    attention: Setting
     schedule: FPSSchedule | None
     segments: Segments | None
 
@@ -68,7 +70,7 @@ class Request:
     output_type: OutputType = "np"
     vae_tiling: bool = False
     batch_guidance: bool = False
-    attention: Setting = "dense"
+    attention: Setting | None = None
     schedule: FPSSchedule | str | os.PathLike | None = None
 
     def __post_init__(self):
@@ -82,12 +84,12 @@ class Request:
         shift = 5.0 if self.flow_shift is None else self.flow_shift
         sigma_grid(self.solver, self.sigma_grid, self.num_inference_steps, shift)
         object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
-        self._schedule_on(token_grid(latent_grid(self.height, self.width, self.num_frames)))
+        self._attention(None, token_grid(latent_grid(self.height, self.width, self.num_frames)))
         if self.latents is None:
             self._seeds()
 
-    def resolve(self, config: WanConfig) -> Resolved:
-        """The request on a model of this config. Raises ValueError for what this model can't do."""
+    def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
+        """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
         prompts, negatives = self._texts(NEGATIVE_PROMPTS[config.task])
         shape = latent_shape(len(prompts), self.height, self.width, self.num_frames, config)
         grid = token_grid(shape[2:], config.dit.patch_size)
@@ -95,12 +97,17 @@ class Request:
         if shift is None:
             shift = default_flow_shift(config, self.height, self.width)
         table = solver_table(self.solver, self.sigma_grid, self.num_inference_steps, shift)
-        schedule, segments = self._schedule_on(grid), None
+        attention, schedule = self._attention(trained, grid)
+        segments = None
         if schedule is not None:
             segments = schedule.segments(table.sigma, shift, grid, config.dit.num_layers)
         self._check_latents(shape)
         self._check_images(config, len(prompts))
-        return Resolved(prompts, negatives, shape, grid, shift, table, schedule, segments)
+        return Resolved(prompts, negatives, shape, grid, shift, table, attention, schedule, segments)
+
+    def setting(self, trained: FPSSchedule | None) -> Setting:
+        """The attention that was asked for, or what a schedule means: the request's, or that of a model trained with one."""
+        return self.attention or ("dense" if trained is None and self.schedule is None else "fps")
 
     def noise(self, shape: tuple[int, ...]) -> Float[Array, "B 16 F H W"]:
         """The initial noise: the caller's, or a normal draw with one key per sample. shape: `Resolved.latent_shape`."""
@@ -151,12 +158,15 @@ class Request:
                 raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
         return [int(value) for value in seeds]
 
-    def _schedule_on(self, grid: Shape3) -> FPSSchedule | None:
-        """The schedule of the attention setting on a token grid, nothing left to propose; None for 'dense'."""
-        if self.attention == "dense":
-            return None
-        given: Any = FPSSchedule.default(grid) if self.schedule is None else self.schedule
-        return given.setting(self.attention).resolve(grid)
+    def _attention(self, trained: FPSSchedule | None, grid: Shape3) -> tuple[Setting, FPSSchedule | None]:
+        """The attention setting and its schedule on a token grid, nothing left to propose; ('dense', None) without one."""
+        setting = self.setting(trained)
+        if setting == "dense":
+            return setting, None
+        given: Any = trained if self.schedule is None else self.schedule
+        if given is None:
+            given = FPSSchedule.default(grid)
+        return setting, given.setting(setting).resolve(grid)
 
     def _check_latents(self, shape: tuple[int, ...]) -> None:
         if self.latents is None:
@@ -194,9 +204,10 @@ class Request:
 _IMAGES: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
 
 
-def _read_schedule(attention: Setting, given: Any) -> FPSSchedule | None:
+def _read_schedule(attention: Setting | None, given: Any) -> FPSSchedule | None:
     """The schedule of a request, its file read. Raises ValueError for one that is none, or that 'dense' wouldn't follow."""
-    check_choice("attention", attention, Setting)
+    if attention is not None:
+        check_choice("attention", attention, Setting)
     if attention == "dense" and given is not None:
         raise ValueError(
             "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"

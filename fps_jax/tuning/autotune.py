@@ -74,7 +74,9 @@ class Task:
         layout = TileLayout(self.grid, self.tile)  # pyright: ignore[reportArgumentType]  # set by __post_init__
         window = None if self.density == 1 else propose_window(layout, self.density)
         quantize = self.scales_per_tile is not None
-        return AttentionPlan.build(self.grid, layout.tile, window, self.scales_per_tile, quantize)
+        return AttentionPlan.build(
+            self.grid, layout.tile, window, self.scales_per_tile, quantize, alignment=layout.alignment
+        )
 
     @property
     def call(self) -> CallShape:

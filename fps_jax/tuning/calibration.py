@@ -46,7 +46,7 @@ def candidates(
     windows = dict.fromkeys([layout.tile_grid, *(propose_window(layout, d) for d in sorted(densities, reverse=True))])
     kinds = [(None, False), *itertools.product(dict.fromkeys(layout.granularities), dict.fromkeys(centerings))]
     return tuple(
-        AttentionPlan.build(layout.grid, layout.tile, window, scales, center_k=center_k)
+        AttentionPlan(layout, window, scales, center_k)
         for window, (scales, center_k) in itertools.product(windows, kinds)
     )
 

@@ -82,7 +82,7 @@ class CallShape:
         if self.tile_size % BLOCK_KV:
             return (
                 f"tiles of {self.tile_size} stored tokens are not whole blocks of {BLOCK_KV}; "
-                "use tiles that store 128, 256 or 384"
+                f"use tiles that store 128, 256 or 384 with alignment={BLOCK_Q}"
             )
         if self.tokens_per_scale is None:
             if self.dtype == "float32":

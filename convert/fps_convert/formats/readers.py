@@ -24,6 +24,7 @@ _BITS = {
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FN": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
     "F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+_NUMBERS = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -151,6 +152,13 @@ class SafetensorsFile:
         info = self.tensors[key]
         start, stop = self._places[key]
         return self._bytes[start:stop].view(info.check_dtype()).reshape(info.shape)
+
+    def number(self, key: str) -> float:
+        """A tensor of one number, which unlike a weight may be whole or double. Raises NotImplementedError for another dtype."""
+        info = self.tensors[key]
+        start, stop = self._places[key]
+        kind = _NUMBERS.get(info.dtype) or info.check_dtype()
+        return float(self._bytes[start:stop].view(kind)[0])
 
 
 class ShardedSafetensors:

@@ -77,7 +77,7 @@ def write_safetensors(
     if len(shards) == 1:
         names = [f"{stem}.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        _write_safetensors_file(directory / name, shard, metadata, progress)
+        write_safetensors_file(directory / name, shard, metadata, progress)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(output.nbytes for output in outputs)},
@@ -87,9 +87,10 @@ def write_safetensors(
     return [directory / name for name in names]
 
 
-def _write_safetensors_file(
+def write_safetensors_file(
     path: pathlib.Path, outputs: list[Output], metadata: dict[str, str], progress: Callable[[int], object]
 ) -> None:
+    """Writes one safetensors file, in place. Raises OSError where the disk is full."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     # The order of the format's own writer; wide types first keeps every tensor aligned to its element.
     outputs = sorted(outputs, key=lambda output: (-FLOATS[output.dtype].itemsize, output.key))

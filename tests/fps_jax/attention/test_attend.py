@@ -1,5 +1,6 @@
 """`attend` against NumPy's float64 definition in raster order, the specification in FP8, and its gradients; what it refuses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -95,6 +96,22 @@ def test_portable_fp8_with_many_chunks_of_keys_rounds_alike():
     got, want = run(plan, "portable", *operands), run(plan, "reference", *operands)
     errors = [rel_l2(a, b) for a, b in zip(got, want, strict=True)]
     assert max(errors) <= 2e-3
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "scales", "implementation"),
+    [
+        ((3, 5, 5), (2, 2, 3), 1, "portable"),  # one part
+        ((4, 5, 14), (4, 4, 7), 2, "reference"),  # two
+        ((5, 5, 7), (5, 5, 5), 2, "reference"),  # two, in raster order
+    ],
+)
+def test_how_tiles_are_stored_changes_nothing_but_the_order_of_sums(grid, tile, scales, implementation):
+    plan = AttentionPlan.build(grid, tile, (2, 1, 2), scales, alignment=8)
+    operands = arrays(plan)
+    narrow, wide = (run(p, implementation, *operands) for p in (plan, plan.aligned(64)))
+    for a, b in zip(narrow, wide, strict=True):
+        assert rel_l2(a, b) <= ROUNDING
 
 
 def test_fp8_attention_rounds_and_stays_near_exact_attention():
@@ -209,7 +226,7 @@ def test_under_jit_vmap_and_scan():
     assert rel_l2(scanned[1], want) <= ROUNDING
 
 
-PLAN = AttentionPlan.build((3, 4, 4), (3, 4, 2), (1, 1, 1))
+PLAN = AttentionPlan.build((3, 4, 4), (3, 4, 2), (1, 1, 1), alignment=64)  # two tiles of 64 slots
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -232,7 +249,7 @@ X = zeros(1, 128, 2, 16)
         (X, X, X, {"implementation": "sm90"}, NotImplementedError, "implementation='sm90'"),
         (X, X, X, {"implementation": "flash"}, ValueError, "implementation='flash' is not one of"),
         (X, X, X, {"implementation": "dense"}, ValueError, "'dense' attends everything unrounded, and this plan quantizes"),
-        (X, X, X, {"plan": AttentionPlan.build((3, 4, 4), (3, 4, 2), [(1, 1, 1)] * 3)}, ValueError, "windows for 3 heads, q has 2"),
+        (X, X, X, {"plan": dataclasses.replace(PLAN, window=((1, 1, 1),) * 3)}, ValueError, "windows for 3 heads, q has 2"),
     ],
 )  # fmt: skip
 def test_operands_that_do_not_fit_are_refused(q, k, v, options, error, message):

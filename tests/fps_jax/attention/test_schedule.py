@@ -12,6 +12,7 @@ from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import Regime, progress
 from fps_jax.sampling.flow import VALID_PAIRS, shift_sigma
 from fps_jax.sampling.solvers import solver_table
+from pallas_kernels import block_sparse
 
 GRID = (21, 30, 52)
 DEFAULT = FPSSchedule.default(GRID)
@@ -56,6 +57,24 @@ def test_the_default_is_coarse_and_sparse_then_fine_and_dense_then_between():
         assert plan.density == pytest.approx(target, rel=0.1)
     assert [r.until for r in DEFAULT.regimes] == [0.25, 0.75, 1.0]
     FPSSchedule.default((3, 4, 5)).plans((3, 4, 5))  # any grid has one, with granularities that its tile allows
+
+
+@pytest.mark.parametrize("grid", [(5, 6, 6), (5, 8, 8), (5, 16, 16), (1, 16, 16), (3, 4, 6), (9, 12, 12), (1, 30, 52)])
+def test_on_small_grids_too_each_regime_of_the_default_has_its_own_window(grid):
+    early, middle, late = FPSSchedule.default(grid).plans(grid)
+    assert 1.2 * early.density < late.density
+    assert 1.2 * late.density < middle.density < 0.5
+
+
+def test_a_schedule_is_one_on_every_device(monkeypatch):
+    """Where programs are built for a GPU, tiles are stored as the Hopper kernel takes them; all else is the same."""
+    schedule = FPSSchedule.default((5, 6, 6))
+    here = schedule.plans((5, 6, 6))
+    monkeypatch.setattr(block_sparse, "target_platform", lambda: "gpu")
+    there = schedule.plans((5, 6, 6))
+    assert {plan.layout.alignment for plan in here} == {8}
+    assert {plan.layout.alignment for plan in there} == {64}
+    assert tuple(plan.aligned(64) for plan in here) == there
 
 
 def test_json_round_trip(tmp_path):

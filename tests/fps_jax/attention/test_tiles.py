@@ -19,7 +19,7 @@ grids = st.tuples(sizes, sizes, sizes)
 @st.composite
 def layouts(draw):
     grid = draw(grids)
-    return TileLayout(grid, tuple(draw(st.integers(1, n)) for n in grid))
+    return TileLayout(grid, tuple(draw(st.integers(1, n)) for n in grid), draw(st.sampled_from([8, 64])))
 
 
 @settings(deadline=None, max_examples=80)
@@ -35,12 +35,51 @@ def test_every_token_has_one_slot_in_its_own_tile(layout):
         assert slots[token] // layout.stored == number
     assert layout.valid.sum() == layout.num_tokens
     assert layout.valid_counts.sum() == layout.num_tokens
-    assert layout.stored % 64 == 0
-    assert 0 <= layout.stored - math.prod(layout.tile) < 64
+    assert layout.stored % layout.alignment == 0
+    sub_tile = layout.sub_tile
+    padding = (
+        64 * layout.parts - math.prod(layout.tile) if sub_tile is None else layout.part_slots - math.prod(sub_tile)
+    )
+    assert 0 <= padding < (64 if sub_tile is None else layout.alignment)
     assert np.array_equal(layout.tokens[slots], np.arange(layout.num_tokens))
-    # tokens of a group of 64 slots come first in it, then its padding
-    groups = layout.valid.reshape(-1, 64) if layout.sub_tile else layout.valid.reshape(-1, layout.stored)
-    assert not (groups[:, 1:] & ~groups[:, :-1]).any()
+    # tokens of a part come first in it, then its padding
+    parts = layout.valid.reshape(-1, layout.part_slots if sub_tile else layout.stored)
+    assert not (parts[:, 1:] & ~parts[:, :-1]).any()
+
+
+@settings(deadline=None, max_examples=80)
+@given(layouts())
+def test_the_same_tokens_share_a_scale_whatever_the_alignment(layout):
+    """So a schedule means the same on every device, which each store tiles as their implementation likes it."""
+    kernel = TileLayout(layout.grid, layout.tile)
+    assert kernel.alignment == 64
+    assert layout.allowed_scales == kernel.allowed_scales
+    for scales in layout.allowed_scales:
+        group, same = (a.slots // a.tokens_per_scale(scales) for a in (layout, kernel))
+        assert np.array_equal(group, same)
+
+
+def test_stored_slots_follow_the_alignment():
+    def stored(tile, alignment):
+        layout = TileLayout((9, 9, 9), tile, alignment)
+        return layout.parts, layout.part_slots, layout.stored
+
+    assert stored((7, 9, 4), 8) == stored((7, 9, 4), 64) == (4, 64, 256)  # four slabs of 63 tokens
+    assert stored((2, 2, 3), 8) == (1, 16, 16)  # 12 tokens: one part, one scale
+    assert stored((2, 2, 3), 64) == (1, 64, 64)
+    assert stored((4, 4, 7), 8) == (2, 56, 112)  # two of (4, 2, 7)
+    assert stored((4, 4, 7), 64) == (2, 64, 128)
+    assert stored((5, 5, 5), 8) == stored((5, 5, 5), 64) == (2, 64, 128)  # in raster order: 64 tokens, then 61
+    for tile in ((2, 2, 3), (4, 4, 7)):
+        assert TileLayout((9, 9, 9), tile, 8).granularities == TileLayout((9, 9, 9), tile).granularities
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 128, 8.0, True, "8"])
+def test_other_alignments_are_refused(alignment):
+    with pytest.raises(
+        ValueError, match=r"alignment=.* is not a divisor of 64 slots; use 8, or 64 for the Hopper kernel"
+    ):
+        TileLayout((7, 12, 12), (7, 6, 6), alignment)
 
 
 @settings(deadline=None, max_examples=20)
@@ -79,6 +118,10 @@ def test_a_group_of_64_slots_is_a_sub_tile_where_the_tile_can_be_cut():
         ((21, 30, 52), (7, 6, 6), 0.055),
         ((21, 52, 30), (7, 6, 6), 0.055),
         ((18, 48, 80), (6, 8, 8), 0.0),  # STA's own grid and tile
+        ((21, 60, 60), (7, 6, 6), 0.016),  # square, 960 pixels
+        ((13, 45, 80), (1, 15, 16), 0.067),  # 49 frames
+        ((5, 30, 52), (5, 6, 4), 0.067),  # 17 frames
+        ((1, 45, 80), (1, 15, 16), 0.067),  # one picture at 720p
     ],
 )
 def test_proposed_tiles_of_the_sizes_that_wan_samples(grid, tile, waste):
@@ -87,6 +130,14 @@ def test_proposed_tiles_of_the_sizes_that_wan_samples(grid, tile, waste):
     assert best.waste == pytest.approx(waste, abs=5e-4)
     assert TileLayout(grid, tile).waste == pytest.approx(best.waste)
     assert best.tile_grid == TileLayout(grid, tile).tile_grid
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.tuples(st.integers(1, 9), st.integers(1, 24), st.integers(1, 24)).filter(lambda grid: math.prod(grid) < 2048))
+def test_small_grids_are_cut_into_tiles_enough_for_windows(grid):
+    best = propose_tiles(grid)[0]
+    assert math.prod(best.tile_grid) >= min(12, math.prod(grid))
+    assert all(count >= min(2, length) for count, length in zip(best.tile_grid, grid, strict=True))
 
 
 @settings(deadline=None, max_examples=30)
@@ -110,7 +161,7 @@ def test_granularities_are_those_of_the_method():
 @pytest.mark.parametrize(
     ("tile", "message"),
     [
-        ((8, 6, 6), r"tile=\(8, 6, 6\) is larger than the grid \(7, 12, 12\); good tiles for it: \(7,"),
+        ((8, 6, 6), r"tile=\(8, 6, 6\) is larger than the grid \(7, 12, 12\); good tiles for it: \(1, 4, 6\)"),
         ((7, 12, 0), "tile=.* is not three positive whole numbers"),
         ((7, 12), "tile=.* is not three positive whole numbers"),
         ((7.0, 6, 6), "tile=.* is not three positive whole numbers"),

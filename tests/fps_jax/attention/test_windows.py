@@ -87,9 +87,9 @@ def test_proposed_windows_come_near_the_target_density(grid, density):
         ({"window": (0, 1, 1)}, r"window=\(0, 1, 1\) is not three positive whole numbers"),
         ({"window": (1, 1)}, r"window=\(1, 1\) is not three positive whole numbers"),
         ({"window": [(1, 1, 1), (1, 0, 1)]}, r"window=\(1, 0, 1\) is not three positive"),
-        ({"scales_per_tile": 3}, "scales_per_tile=3 doesn't cut the 256 stored tokens .*allowed: 1, 2, 4"),
-        ({"scales_per_tile": 0}, "scales_per_tile=0 doesn't cut"),
-        ({"scales_per_tile": 1.0}, "scales_per_tile=1.0 doesn't cut"),
+        ({"scales_per_tile": 3}, "scales_per_tile=3 doesn't share out evenly the 4 parts.*allowed: 1, 2, 4"),
+        ({"scales_per_tile": 0}, "scales_per_tile=0 doesn't share out"),
+        ({"scales_per_tile": 1.0}, "scales_per_tile=1.0 doesn't share out"),
         ({"quantize": "no"}, "quantize='no' is not True or False"),
         ({"grid": (0, 3, 3)}, r"grid=\(0, 3, 3\) is not three positive whole numbers"),
     ],
@@ -106,7 +106,7 @@ def test_bad_densities_are_refused(density):
 
 
 def test_sparse_only_plans_have_no_scales():
-    plan = AttentionPlan.build((7, 12, 12), scales_per_tile=2, quantize=False)
+    plan = AttentionPlan.build((7, 12, 12), (7, 6, 6), scales_per_tile=2, quantize=False)
     assert plan.tokens_per_scale is None
     assert not plan.quantize
     assert AttentionPlan.build((7, 12, 12), (7, 6, 6), scales_per_tile=2).tokens_per_scale == 128

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fps_jax.commands import sample
 from tests.checkpoints import T2V, assemble
+from tests.lora_spellings import CASES
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--num-inference-steps", "2", "--dtype", "float32"]
 
@@ -44,6 +46,38 @@ def test_sample_latents_in_and_out(tmp_path):
     assert np.load(out).shape == noise.shape
 
 
+def test_a_lora_is_merged_at_its_scale_and_reported(tmp_path, capsys):
+    from fps_jax import WanPipeline
+
+    file = tmp_path / "style.safetensors"
+    save_file({key: np.asarray(value) for key, value in CASES["ours"][0].items()}, file)
+    out = tmp_path / "latents.npy"
+    arguments = ["--prompt", "A cat", "--output", out, "--output-type", "latent", "--lora", f"{file}:0.5"]
+    assert run(T2V, *arguments, *SMALL) == 0
+    assert (
+        "LoRA style.safetensors: 90 of 90 tensors change 30 parameters (rank 4, alpha / rank 1.5"
+        in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "latents.npy.json").read_text())["settings"]["lora"] == [f"{file}:0.5"]
+    pipe = WanPipeline.from_pretrained(T2V, dtype="float32")
+    options = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+    assert not np.array_equal(pipe("A cat", **options), np.load(out))
+    pipe.load_lora(file, 0.5)
+    np.testing.assert_array_equal(pipe("A cat", **options), np.load(out))
+
+
+def test_a_lora_of_another_model_is_told_before_the_weights_are_read(tmp_path, capsys, monkeypatch):
+    from fps_jax import WanPipeline
+
+    save_file({key: np.asarray(value) for key, value in CASES["image"][0].items()}, tmp_path / "image.safetensors")
+    monkeypatch.setattr(WanPipeline, "from_pretrained", None)
+    argv = ["--prompt", "x", "--output", tmp_path / "a.mp4", "--lora", tmp_path / "image.safetensors", *SMALL]
+    assert run(T2V, *argv) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "it's a LoRA for an image model, this is a t2v model" in err
+
+
 BAD = [
     (["--prompt", "x", "--num-frames", "6"], "num_frames=6 is not 4k+1"),
     (["--prompt", "x", "--height", "40"], "height=40 is not a positive multiple of 16"),
@@ -59,6 +93,8 @@ BAD = [
     (["--prompt", "x", "--output", "a.gif"], "must end in .mp4"),
     (["--prompt", "x", "--latents", "missing.npy"], "latents='missing.npy' doesn't exist"),
     (["--prompt", "x", "--latents", "noise.bin"], "is not a .npy file"),
+    (["--prompt", "x", "--lora", "missing.safetensors:0.5"], "lora='missing.safetensors' doesn't exist"),
+    (["--prompt", "x", "--lora", "a.safetensors:half"], "lora='a.safetensors:half' is not FILE or FILE:SCALE"),
     (["--prompt", "x", "--image", "missing.png"], "image was given, but this is a t2v model"),
 ]
 

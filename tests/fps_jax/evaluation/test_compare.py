@@ -26,6 +26,8 @@ def test_both_videos_are_decoded_alike_whatever_memory_is_free():
     seen = []
 
     class Pipe:
+        schedule = None
+
         def needs_tiling(self, *_):
             return next(free)
 

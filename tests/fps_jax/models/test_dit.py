@@ -118,7 +118,7 @@ def test_bf16_error_is_at_most_twice_upstreams():
     assert 0 < rel_l2(out.velocity, want) <= bar <= 2 * 3.5e-3
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["attention", "dots", "full"])
 def test_remat_changes_neither_output_nor_gradient(remat):
     latents, t, text = batch_of(golden("dit_t2v_single"))
 
@@ -133,7 +133,7 @@ def test_remat_changes_neither_output_nor_gradient(remat):
 
 
 def test_unknown_remat_names_the_choices():
-    with pytest.raises(ValueError, match="remat='some' is not one of 'none', 'full', 'dots'"):
+    with pytest.raises(ValueError, match="remat='some' is not one of 'none', 'attention', 'dots', 'full'"):
         build_dit(TINY, remat="some")
 
 
@@ -193,7 +193,7 @@ def test_real_sizes_have_upstreams_parameter_counts_and_evaluate_abstractly(conf
 
 
 def test_chunked_attention_is_softmax_attention(monkeypatch):
-    monkeypatch.setattr("fps_jax.attention.attend._CHUNK_BYTES", 1)  # 64 queries a chunk, the last one padded
+    monkeypatch.setattr("fps_jax.attention.chunked._rows", lambda k, heads: 64)  # the last block is padded
     q, k, v = (jax.random.normal(key, (2, 150, 3, 16)) for key in jax.random.split(jax.random.key(1), 3))
     mask = jnp.arange(150)[None] < jnp.array([[150], [70]])
     scores = jnp.einsum("bqnh,bknh->bnqk", q, k) / 4 + jnp.where(mask, 0, -1e30)[:, None, None]

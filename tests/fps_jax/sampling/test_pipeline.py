@@ -182,17 +182,17 @@ def test_the_text_encoder_is_on_the_device_for_its_own_call_only(t2v, tmp_path, 
     assert all(isinstance(leaf, np.ndarray) for _, leaf in flatten(pipe.params["text_encoder"]))
     assert all(isinstance(leaf, jax.Array) for _, leaf in flatten(pipe.params["dit"]))
     visits, alive_in_denoise = [], []
-    encode_text, denoise = pipeline.encode_text, pipeline.denoise
+    text_states, denoise = pipeline.text_states, pipeline.denoise
 
     def watch_encode(config, params, *args, **kwargs):
         visits.extend(leaf for _, leaf in flatten(params))
-        return encode_text(config, params, *args, **kwargs)
+        return text_states(config, params, *args, **kwargs)
 
     def watch_denoise(*args, **kwargs):
         alive_in_denoise.extend(leaf for leaf in visits if not leaf.is_deleted())
         return denoise(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "encode_text", watch_encode)
+    monkeypatch.setattr(pipeline, "text_states", watch_encode)
     monkeypatch.setattr(pipeline, "denoise", watch_denoise)
     np.testing.assert_array_equal(quick(pipe), want)
     assert visits

@@ -112,7 +112,7 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
         ({"flow_shift": 0.0}, "flow_shift=0.0 is not a positive number"),
         ({"solver": "dpm++", "sigma_grid": "diffusers"}, "is not a valid pair"),
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
-        ({"schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
+        ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
         ({"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(3, 2, 3))}, "schedule is for a grid of"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
         ({"seed": [-1]}, "seed=-1 is not in"),
@@ -175,3 +175,19 @@ def test_a_model_refuses_what_others_could_do():
         request = Request(prompt="x", **arguments)
         with pytest.raises(ValueError, match=message):
             request.resolve(config)
+
+
+def test_attention_that_is_left_out_is_what_a_schedule_means():
+    """A model that was trained with a schedule is sampled with it; a schedule that is given wins; else dense."""
+    config = WAN_T2V_14B
+    other = dataclasses.replace(WHOLE, regimes=(dataclasses.replace(WHOLE.regimes[-1], scales_per_tile=1),))
+    size = {"prompt": "x", "height": 64, "width": 64, "num_frames": 9}
+    plain = Request(**size)
+    assert plain.resolve(config).attention == "dense"
+    assert plain.resolve(config).segments is None
+    trained = plain.resolve(config, WHOLE)
+    assert (trained.attention, trained.schedule) == ("fps", WHOLE.resolve(trained.grid))
+    assert Request(**size, attention="dense").resolve(config, WHOLE).segments is None
+    given = Request(**size, schedule=other).resolve(config, WHOLE)
+    assert (given.attention, given.schedule) == ("fps", other.resolve(given.grid))
+    assert Request(**size, attention="fp8").resolve(config, WHOLE).schedule == WHOLE.setting("fp8").resolve(given.grid)

@@ -41,7 +41,7 @@ def test_one_whole_grid_regime_without_quantization_is_the_dense_result(pipe, ti
     assert rel_l2(out, g["out.latents"]) <= 1e-4, "and diffusers' own"
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", "attention"])
 def test_the_dit_in_tile_order_is_the_dit_gradients_included(remat):
     grid, rng = (3, 4, 6), np.random.default_rng(0)
     params = jax.tree.map(jnp.asarray, tiny_dit())
@@ -118,7 +118,7 @@ def test_the_schedule_is_one_program_with_the_sampler(pipe, monkeypatch):
     ("arguments", "message"),
     [
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
-        ({"schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
+        ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
         ({"attention": "fps", "schedule": 3}, "schedule=3 is not an FPSSchedule, the path of its JSON file or None"),
         (
             {"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(21, 30, 52))},

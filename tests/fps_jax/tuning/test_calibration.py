@@ -20,7 +20,7 @@ from tests.checkpoints import TINY, tiny_dit
 from tests.reference import rel_l2
 
 GRID = (3, 4, 6)
-LAYOUT = TileLayout(GRID, (2, 2, 3))
+LAYOUT = AttentionPlan.build(GRID, (2, 2, 3)).layout  # as a schedule has it here
 PLANS = (
     AttentionPlan(LAYOUT, (2, 2, 2), None),
     AttentionPlan(LAYOUT, (2, 2, 2), 1),

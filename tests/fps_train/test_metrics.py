@@ -1,0 +1,20 @@
+"""metrics.jsonl: a line a step, none twice, none that is no JSON."""
+
+import json
+
+from fps_train.metrics import Metrics, read_metrics
+
+
+def test_a_run_that_goes_on_drops_lines_of_steps_that_it_does_again(tmp_path):
+    with Metrics(tmp_path, 0, {}) as metrics:
+        for step in range(1, 6):
+            metrics.write(step, {"loss": 1.0 / step, "error": {"regime0": float("nan")}})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "lo')  # a kill in the middle of a line
+    with Metrics(tmp_path, 3, {}) as metrics:
+        metrics.write(4, {"loss": 0.5})
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[3]["loss"] == 0.5
+    assert lines[0]["error"] == {"regime0": None}  # JSON has no NaN
+    assert all(json.loads(line) for line in path.read_text().splitlines())

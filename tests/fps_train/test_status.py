@@ -1,0 +1,34 @@
+"""How far a run is, in a log: a line at once, then not more often than it may, and the last."""
+
+import itertools
+
+import pytest
+
+from fps_train import status
+
+VALUES = {"loss": 0.12345, "seconds": 1.5, "tokens_per_second": 21840.0, "mfu": 0.412}
+
+
+def test_a_log_has_a_line_now_and_then_with_what_is_left(capsys, monkeypatch):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(status.time, "monotonic", lambda: float(next(clock)))
+    with status.Status(0, 10, None) as told:
+        for step in range(1, 11):
+            told.step(step, VALUES)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"step {n} of 10" for n in (3, 6, 9, 10)]
+    # Ten seconds a step: after three of ten, seventy are left.
+    assert lines[0] == "step 3 of 10: loss 0.1235, 1.5 s a step, 21,840 tokens/s, MFU 41.2%, 0:01:10 left"
+    assert lines[-1].endswith("0:00:00 left")
+
+
+def test_silence_is_silent(capsys):
+    with status.Status(0, 1, False) as told:
+        told.say("a line")
+        told.step(1, VALUES)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(59.6, "0:01:00"), (3599, "0:59:59"), (90061, "25:01:01")])
+def test_clock(seconds, text):
+    assert status._clock(seconds) == text

@@ -1,0 +1,157 @@
+"""A run's checkpoints: written in the background by Orbax, whole or not at all, the newest and the best kept."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from fps_train.config import CheckpointOptions
+from fps_train.state import TrainState
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A state as it was saved, and what was noted with it."""
+
+    state: TrainState
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The folder RUN/checkpoints. Use it in a `with` block: its end waits for a save that is under way."""
+
+    def __init__(self, directory: pathlib.Path, options: CheckpointOptions):
+        import logging
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+        self._ocp = ocp
+        policies: list[Any] = [keep.LatestN(options.keep)]
+        if options.best:
+            # Sorted falling, the last are kept: those of the lowest loss.
+            policies.append(
+                keep.BestN(
+                    get_metric_fn=lambda seen: seen["validation"],
+                    reverse=True,
+                    n=options.best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        with _full_disk(directory):
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=keep.AnyPreservationPolicy(policies),
+                    cleanup_tmp_directories=True,  # of a process that was killed while it saved
+                    enable_background_delete=False,
+                ),
+            )
+        self.directory = directory
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if kind is None:  # else the first error is the one to hear of
+                raise
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, notes: dict[str, Any], validation: float | None) -> None:
+        """Starts to write a checkpoint; returns as soon as the state may change again.
+
+        notes: JSON, kept beside it. validation: the loss by which the best are kept, None for none.
+        Raises: OSError that names the folder where this save, or the one before it, has no room or can't be written.
+        """
+        ocp = self._ocp
+        items: dict[str, Any] = {
+            "params": ocp.args.PyTreeSave(state.params),  # pyright: ignore[reportCallIssue]
+            "optimizer": ocp.args.PyTreeSave(_numbered(state.optimizer)),  # pyright: ignore[reportCallIssue]
+            "meta": ocp.args.JsonSave(notes),  # pyright: ignore[reportCallIssue]
+        }
+        if state.ema is not None:
+            items["ema"] = ocp.args.PyTreeSave(state.ema)  # pyright: ignore[reportCallIssue]
+        with _full_disk(self.directory):
+            self._manager.save(
+                int(state.step),
+                args=ocp.args.Composite(**items),
+                metrics=None if validation is None else {"validation": validation},
+            )
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises as `save`."""
+        with _full_disk(self.directory):
+            self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState, step: int) -> Restored:
+        """The state of a checkpoint.
+
+        Args:
+          like: a state, or its shapes with shardings: what is restored has these shapes and lies so.
+        Raises: ValueError where the checkpoint is damaged or is of another state.
+        """
+        ocp = self._ocp
+
+        def tree(of):
+            of = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), of)
+            args = jax.tree.map(
+                lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype), of
+            )
+            return ocp.args.PyTreeRestore(item=of, restore_args=args)  # pyright: ignore[reportCallIssue]
+
+        items: dict[str, Any] = {
+            "params": tree(like.params),
+            "optimizer": tree(_numbered(like.optimizer)),
+            "meta": ocp.args.JsonRestore(),
+        }
+        if like.ema is not None:
+            items["ema"] = tree(like.ema)
+        try:
+            got = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} can't be resumed ({first}); remove it to resume from the one before"
+            ) from error
+        leaves = [got["optimizer"][key] for key in sorted(got["optimizer"])]
+        optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
+        count = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        state = TrainState(count, got["params"], optimizer, got["ema"] if like.ema is not None else None)
+        return Restored(state, got["meta"])
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+    """Leaves by their number: Optax's own names and nesting may change with its versions, its order of leaves hasn't."""
+    return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+@contextlib.contextmanager
+def _full_disk(directory: pathlib.Path) -> Iterator[None]:
+    """What Orbax and TensorStore say of a full or forbidden disk, as one OSError."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        for sign, number, reason in (
+            ("No space left", 28, "no space left for a checkpoint; make room, then --resume"),
+            ("RESOURCE_EXHAUSTED", 28, "no space left for a checkpoint; make room, then --resume"),
+            ("Permission denied", 13, "can't be written"),
+            ("Read-only file system", 30, "can't be written"),
+        ):
+            if sign in text or (isinstance(error, OSError) and error.errno == number):
+                raise OSError(number, reason, str(directory)) from error
+        raise

@@ -1,0 +1,102 @@
+"""What is in the clips: each decoded once, in threads, and remembered."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from fps_jax.files import write_bytes
+from fps_train.precompute.buckets import Rule
+from fps_train.precompute.clips import Clip, ClipError, Dropped
+from fps_train.precompute.frames import Probe, content_hash, probe
+
+
+class Scanned(NamedTuple):
+    """A clip, the hash of its file, and what decoding showed."""
+
+    clip: Clip
+    content: str
+    probe: Probe
+
+
+def scan(clips: Sequence[Clip], rule: Rule, memory: pathlib.Path | None) -> tuple[list[Scanned], list[Dropped]]:
+    """Decode every clip as far as it can matter.
+
+    Args:
+      memory: a file of what earlier scans found, brought up to date also if this one is interrupted; a clip is known by its file's
+        path, size and time of change. None for none.
+    """
+    known = {} if memory is None else _read(memory)
+    found: dict[str, Any] = {}
+    scanned, dropped = [], []
+
+    def look(clip: Clip) -> tuple[str, Any] | ClipError:
+        try:
+            stat = clip.path.stat()
+            name = f"{clip.path} {stat.st_size} {stat.st_mtime_ns} {rule.fps} {rule.limit}"
+            if name in known:
+                return name, known[name]
+            if not stat.st_size:
+                raise ClipError("the file is empty")
+            seen = probe(clip.path, is_image=clip.is_image, fps=rule.fps, limit=rule.limit)
+            return name, [content_hash(clip.path), *seen]
+        except ClipError as error:
+            return error
+        except OSError as error:
+            return ClipError("can't be read", error.strerror or str(error))
+
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        with bar("look at clips", len(clips), unit="clip") as advance:
+            for clip, what in zip(clips, pool.map(look, clips), strict=True):
+                advance(1)
+                if isinstance(what, ClipError):
+                    dropped.append(Dropped(source=clip.source, reason=str(what), detail=what.detail))
+                    continue
+                found[what[0]] = what[1]
+                content, *seen = what[1]
+                scanned.append(Scanned(clip, content, Probe(*seen)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if memory is not None and not found.keys() <= known.keys():
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(memory, json.dumps({**known, **found}).encode(errors="surrogatepass"))
+    return scanned, dropped
+
+
+def _read(memory: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(memory.read_bytes())
+    except (OSError, ValueError):  # it only saves time
+        return {}
+
+
+@contextlib.contextmanager
+def bar(label: str, total: int, *, unit: str | None = None) -> Iterator[Any]:
+    """Progress with the time left, on stderr; a line every half minute where that is no terminal.
+
+    Yields advance(amount, note=""). unit: what is counted; None for something that only a share of is shown.
+    """
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    shape = None if unit else "{desc}: {percentage:3.0f}%|{bar:20}| {postfix} [{elapsed}<{remaining}]"
+    with tqdm(
+        desc=label,
+        total=total,
+        unit=unit or "",
+        mininterval=0.2 if terminal else 30,
+        dynamic_ncols=True,
+        bar_format=shape,
+    ) as line:
+
+        def advance(amount: int, note: str = "") -> None:
+            if note:
+                line.set_postfix_str(note, refresh=False)
+            line.update(amount)
+
+        yield advance

@@ -1,0 +1,135 @@
+"""A run's folder: what a new one writes down, and what a resumed one has to agree with."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.format import SCHEDULE
+from fps_jax.checkpoints.open import Model, open_model
+from fps_jax.checkpoints.runs import FORMAT, VERSION, is_run
+from fps_jax.files import write_json
+from fps_train.config import TrainConfig
+from fps_train.state import Parts
+
+# May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, how memory is used.
+_FREE = {"model", "data", "output", "steps", "remat", "schedule", "validation", "checkpoint"}
+
+
+def start_run(
+    directory: pathlib.Path,
+    options: TrainConfig,
+    model: Model,
+    parts: Parts,
+    schedule: FPSSchedule | None,
+    data: str,
+    init_from: str | None,
+) -> None:
+    """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`."""
+    check_new(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    options.save(directory / "config.toml")
+    if schedule is not None:
+        schedule.save(directory / SCHEDULE)
+    # Where all weights are trained, none are anybody's base any more.
+    base = init_from if init_from is not None and parts.freezes else options.model
+    write_json(_record(options, model, parts, schedule, data, base), directory / "run.json")
+
+
+def check_new(directory: pathlib.Path) -> None:
+    """Raises FileExistsError where there is a run already, or other files."""
+    if is_run(directory):
+        raise FileExistsError(
+            f"output={str(directory)!r} holds a run; --resume continues it, another --output starts anew"
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"output={str(directory)!r} exists and is not empty; give another --output")
+
+
+def check_resume(
+    directory: pathlib.Path, options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
+) -> str | None:
+    """The checkpoint that the run's frozen weights are of, where that isn't the model.
+
+    Raises: ValueError, naming the first difference, where a run was of another model, data, schedule or setting.
+    """
+    if not is_run(directory):
+        raise FileNotFoundError(f"output={str(directory)!r} holds no run to resume; leave --resume out to start one")
+    before = json.loads((directory / "run.json").read_bytes())
+    if before.get("version") != VERSION:
+        raise ValueError(f"{directory} is a run of version {before.get('version')!r}, this release continues {VERSION}")
+    base = before.get("base")
+    now = json.loads(json.dumps(_record(options, model, parts, schedule, data, base)))
+    for name, what in (
+        ("model_config", "was of another model"),
+        ("model_files", "was of other weights"),
+        ("base_files", f"froze weights of {base!r} that were others"),
+        ("data", "was of other data"),
+        ("schedule", "had another schedule"),
+        ("lora", "had other adapters"),
+    ):
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"the run in {str(directory)!r} {what} than this call; resume it with its own (--config "
+                f"{directory / 'config.toml'} --resume), or start anew with --init-from and another --output"
+            )
+    was = TrainConfig.load(directory / "config.toml")
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(was, field.name), getattr(options, field.name)
+        if field.name not in _FREE and old != new:
+            name, old, new = _difference(field.name, old, new)
+            raise ValueError(
+                f"{name}={new!r}, but the run in {str(directory)!r} has {old!r}; resume it with that, or start anew with "
+                "--init-from and another --output"
+            )
+    if options.steps != was.steps and options.optimizer.schedule != "constant":
+        raise ValueError(
+            f"steps={options.steps}, but the run has {was.steps}, over which its learning rate falls "
+            f"({was.optimizer.schedule}); resume it with that"
+        )
+    return None if base == now["model"] else base
+
+
+def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    if not dataclasses.is_dataclass(old):
+        return name, old, new
+    inner = next(f.name for f in dataclasses.fields(old) if getattr(old, f.name) != getattr(new, f.name))
+    return f"{name}.{inner}", getattr(old, inner), getattr(new, inner)
+
+
+def _record(
+    options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str, base: str
+) -> dict[str, Any]:
+    name, base = _anywhere(options.model), _anywhere(base)
+    lora = None if parts.lora is None else dataclasses.asdict(parts.lora)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": name,
+        "model_config": model.config.to_dict(),
+        "model_files": _files(model.directory),
+        "base": base,
+        "base_files": _files((model if base == name else open_model(base)).directory),
+        "data": data,
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "lora": lora,
+    }
+
+
+def _anywhere(checkpoint: str) -> str:
+    """A local checkpoint's path from any folder; a repository's name as it is."""
+    path = pathlib.Path(checkpoint).expanduser()
+    return str(path.resolve()) if path.exists() else checkpoint
+
+
+def _files(directory: pathlib.Path) -> str:
+    """A hash of names and sizes of a checkpoint's files: tells another checkpoint, at no cost; not an altered one."""
+    sizes = sorted(
+        (os.path.relpath(pathlib.Path(folder) / name, directory), (pathlib.Path(folder) / name).stat().st_size)
+        for folder, _, names in os.walk(directory)
+        for name in names
+    )
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]

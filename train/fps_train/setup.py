@@ -1,0 +1,173 @@
+"""From a run's options to all that its steps need: model, data, schedule, state. Options are checked before weights are read."""
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.open import Model, open_model
+from fps_jax.config import WanConfig
+from fps_jax.models.dit import cast_params
+from fps_jax.models.init import init_dit_for_training
+from fps_jax.models.params import Params
+from fps_jax.models.sharding import make_mesh, param_shardings
+from fps_jax.sampling.request import default_flow_shift
+from fps_train.config import TrainConfig
+from fps_train.data import Batches, Data, open_data
+from fps_train.plan import BucketPlan, bucket_grid
+from fps_train.regimes import training_regimes
+from fps_train.state import Parts, TrainState, init_state, state_shardings
+from fps_train.step import StepOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run that is known to be possible. No weights were read.
+
+    Attributes:
+      directory: the run's folder.
+      schedule: what the weights will be sampled with too; None for dense.
+      sampling_shift: of the first bucket's size.
+      buckets: as `data.buckets`.
+    """
+
+    options: TrainConfig
+    directory: pathlib.Path
+    model: Model
+    data: Data
+    batches: Batches
+    schedule: FPSSchedule | None
+    sampling_shift: float
+    buckets: tuple[BucketPlan, ...]
+    parts: Parts
+    step: StepOptions
+    mesh: Mesh
+
+    @property
+    def config(self) -> WanConfig:
+        return self.model.config
+
+
+def prepare(options: TrainConfig) -> Setup:
+    """Opens model and data, and holds all options against them. Raises FileNotFoundError or ValueError in one line."""
+    for name in ("model", "data", "output"):
+        if not getattr(options, name):
+            given = "MODEL" if name == "model" else f"--{name}"
+            raise ValueError(f"{given} is missing; give it, or a --config that has it")
+    model, data = open_model(options.model), open_data(options.data)
+    data.check(model.config)
+    batches = Batches(
+        data,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        text_dropout=options.text_dropout,
+        validation_samples=options.validation.samples,
+    )
+    dit = model.config.dit
+    grids = [bucket_grid(dit, bucket.latent_shape) for bucket in data.buckets]
+    schedule = _schedule(options, grids)
+    shifts = [_sampling_shift(options, model.config, bucket.latent_shape) for bucket in data.buckets]
+    buckets = tuple(
+        BucketPlan(
+            bucket.latent_shape,
+            grid,
+            training_regimes(
+                schedule,
+                options.flow,
+                grid=grid,
+                num_layers=dit.num_layers,
+                sampling_shift=shift,
+                sampling_steps=options.sampling_steps,
+            ),
+        )
+        for bucket, grid, shift in zip(data.buckets, grids, shifts, strict=True)
+    )
+    parts = Parts.of(dit, options)
+    return Setup(
+        options=options,
+        directory=pathlib.Path(options.output).expanduser(),
+        model=model,
+        data=data,
+        batches=batches,
+        schedule=schedule,
+        sampling_shift=shifts[0],
+        buckets=buckets,
+        parts=parts,
+        step=StepOptions(parts, options.flow, options.remat, options.teacher_weight),
+        mesh=make_mesh(),
+    )
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights in place: the state before the first step, what stays frozen, and the dense teacher's weights or None."""
+
+    state: TrainState
+    frozen: Params
+    teacher: Params | None
+
+
+def start(setup: Setup, init_from: str | None = None) -> Start:
+    """Reads the model's weights (or makes random ones), and lays the state out on the mesh.
+
+    init_from: a checkpoint or run whose DiT to start from in place of the model's; the teacher stays the model's.
+    Raises: ValueError where that is of another architecture.
+    """
+    options, config = setup.options, setup.config.dit
+    key = jax.random.key(options.seed)
+    load_dtype = jnp.float32 if setup.parts.lora is None else jnp.dtype(options.dtype)
+    teacher = None
+    if options.from_scratch:
+        params = jax.jit(init_dit_for_training, static_argnums=0)(config, key)
+    else:
+        source = setup.model
+        if init_from is not None:
+            source = open_model(init_from)
+            if source.config.dit != config:
+                raise ValueError(f"init_from={init_from!r} is of another architecture than {options.model!r}")
+        params = source.load("dit", load_dtype)
+        if options.teacher_weight:
+            base = params if init_from is None else setup.model.load("dit", jnp.dtype(options.dtype))
+            teacher = cast_params(base, jnp.dtype(options.dtype))
+    trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1))
+    del params
+    frozen = jax.device_put(frozen, param_shardings(frozen, setup.mesh))
+    make = lambda trained: init_state(trained, options.optimizer, options.steps)  # noqa: E731
+    shardings = state_shardings(jax.eval_shape(make, trained), setup.mesh)
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(jax.device_put(trained, shardings.params))
+    return Start(state, frozen, teacher)
+
+
+def _schedule(options: TrainConfig, grids: list) -> FPSSchedule | None:
+    if options.attention == "dense":
+        return None
+    one = grids[0] if len(set(grids)) == 1 else None
+    if options.schedule is not None:
+        given = FPSSchedule.load(options.schedule)
+    elif one is not None:
+        given = FPSSchedule.default(one)
+    else:  # one scale a tile is what every tile allows
+        given = FPSSchedule.default()
+        given = dataclasses.replace(
+            given, regimes=tuple(dataclasses.replace(r, scales_per_tile=1) for r in given.regimes)
+        )
+    schedule = given.setting(options.attention)
+    if one is not None:
+        return schedule.resolve(one)
+    if schedule.grid is not None:
+        raise ValueError(
+            f"schedule is for a grid of {schedule.grid} tokens and the data has videos of {len(set(grids))} sizes; "
+            "take grid and tile out of it (null), or train one size"
+        )
+    return dataclasses.replace(schedule, tile=None)
+
+
+def _sampling_shift(options: TrainConfig, config: WanConfig, latent_shape: tuple[int, ...]) -> float:
+    if options.sampling_shift is not None:
+        return options.sampling_shift
+    _, _, h, w = latent_shape
+    return default_flow_shift(config, 8 * h, 8 * w)

@@ -1,0 +1,58 @@
+"""How far a run is, on stderr: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from typing import Any
+
+_LOG_SECONDS = 30.0  # between lines of a log
+
+
+class Status:
+    """Told of each step. show: False for silence, None or True for a bar on a terminal and lines elsewhere."""
+
+    def __init__(self, first: int, steps: int, show: bool | None):
+        self._steps, self._bar, self._silent = steps, None, show is False
+        self._began, self._done, self._told = time.monotonic(), 0, 0.0
+        if not self._silent and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc="train", initial=first, total=steps, dynamic_ncols=True, unit="step")
+
+    def __enter__(self) -> "Status":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif not self._silent:
+            print(line, file=sys.stderr, flush=True)
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """values: of the step's line in metrics.jsonl."""
+        self._done += 1
+        numbers = (
+            f"loss {values['loss']:.4f}, {values['seconds']:.3g} s a step, {values['tokens_per_second']:,.0f} tokens/s"
+        )
+        if "mfu" in values:
+            numbers += f", MFU {values['mfu']:.1%}"
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(numbers)
+            return
+        now = time.monotonic()
+        if self._silent or (now - self._told < _LOG_SECONDS and step != self._steps):
+            return
+        self._told = now
+        left = (now - self._began) / self._done * (self._steps - step)
+        print(f"step {step} of {self._steps}: {numbers}, {_clock(left)} left", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
