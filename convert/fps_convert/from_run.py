@@ -6,7 +6,6 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
 from fps_convert.lora.write import write_lora
@@ -51,8 +50,8 @@ def run_as_checkpoint(
             params = load_component(whole / "dit")
             (whole / "dit").rename(temporary / "dit_before")
         if run.base != run.model:
-            base_dit = dict(flatten(jax.device_get(open_model(run.base).load("dit", np.float32))))
-            params = unflatten({path: base_dit[path].astype(leaf.dtype) for path, leaf in flatten(params)})
+            frozen = dict(flatten(open_model(run.base).load("dit", np.float32)))
+            params = unflatten({path: np.asarray(frozen[path]).astype(leaf.dtype) for path, leaf in flatten(params)})
         save_component(whole / "dit", run.apply(params, trained))
         schedule = run.directory / SCHEDULE
         if schedule.is_file():

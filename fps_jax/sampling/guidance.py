@@ -59,7 +59,7 @@ def guided_velocity(
 
     def model(x, t, text, condition, image, taps=None):
         if condition is not None:
-            x = jnp.concatenate([x, condition], axis=1)
+            x = jnp.concatenate([x, condition.astype(x.dtype)], axis=1)  # training data are bf16
         return dit(
             config, params, x, t, text, image, attention=attention, attention_taps=taps, dtype=dtype, remat=remat
         )

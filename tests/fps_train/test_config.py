@@ -27,7 +27,7 @@ def test_a_file_may_name_what_differs_only(tmp_path):
     ("text", "message"),
     [
         ("step = 7", "step is no option; there are model, data, output, steps"),
-        ("optimizer.lr = 1e-3", "optimizer.lr is no option; there are optimizer.learning_rate"),
+        ("optimizer.lr = 1e-3", "optimizer.lr is no option; there are optimizer.kind, optimizer.learning_rate"),
         ("optimizer = 3", "optimizer=3 is not a table of options"),
         ("steps = 1.5", "steps=1.5 is not a whole number"),
         ("steps = true", "steps=True is not a whole number"),

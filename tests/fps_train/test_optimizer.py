@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fps_jax.models.params import flatten
+from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_train.config import PRESETS, OptimizerOptions
 from fps_train.optimizer import apply_gradient, build_optimizer, decayed, ema_decay, learning_rate, move_average
+from fps_train.state import init_state, state_shardings
 
 PARAMS = {"a": {"kernel": jnp.arange(1.0, 7).reshape(2, 3), "bias": jnp.ones(3)}}
 
@@ -81,3 +85,47 @@ def test_the_moving_average_is_one_of_all_weights_so_far():
     warm = dataclasses.replace(options, ema_warmup=True)
     assert float(ema_decay(warm, jnp.int32(0))) == pytest.approx(0.1)
     assert float(ema_decay(warm, jnp.int32(10**6))) == pytest.approx(0.9)
+
+
+def test_muon_takes_orthogonal_steps_in_the_blocks_and_adam_s_elsewhere():
+    """After one step its momentum is the gradient: the update is U V^T of its SVD, but for Newton-Schulz's loose 0.7 to 1.2."""
+    muon = OptimizerOptions(kind="muon", learning_rate=0.01, warmup=0, weight_decay=0.0, muon_rms=0.2, eps=1e-8)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {"blocks": {"q": {"kernel": normal(2, 8, 24), "bias": normal(2, 24)}}, "head": {"kernel": normal(8, 4)}}
+    grads = jax.tree.map(lambda p: normal(*p.shape), params)
+
+    def step(options):
+        after, _ = apply_gradient(grads, build_optimizer(options, 10).init(params), params, options, 10)
+        return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b), after, params)
+
+    ours, adam = step(muon), step(OptimizerOptions(learning_rate=0.01, warmup=0, weight_decay=0.0, eps=1e-8))
+    np.testing.assert_allclose(ours["head"]["kernel"], adam["head"]["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(ours["blocks"]["q"]["bias"], adam["blocks"]["q"]["bias"], rtol=1e-5)
+    for update, gradient in zip(ours["blocks"]["q"]["kernel"], grads["blocks"]["q"]["kernel"], strict=True):
+        u, _, vt = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+        in_its_axes = u.T @ -update @ vt.T / (0.01 * 0.2 * 24**0.5)
+        assert np.all((np.diag(in_its_axes) > 0.65) & (np.diag(in_its_axes) < 1.25))
+        np.testing.assert_allclose(in_its_axes, np.diag(np.diag(in_its_axes)), atol=1e-3)
+        assert 0.65 < np.sqrt(np.mean(update**2)) / (0.01 * 0.2) < 1.25
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_lie_where_their_parameters_do(kind):
+    mesh = make_mesh()
+    params = {"blocks": {"self_attn": {"q": {"kernel": jnp.zeros((2, 8, 8)), "bias": jnp.zeros((2, 8))}}}}
+    state = jax.eval_shape(lambda p: init_state(p, OptimizerOptions(kind=kind), 10), params)
+    found = state_shardings(state, mesh)
+    wanted = dict(flatten(param_shardings(params, mesh)))
+    moments = [
+        (leaf, sharding)
+        for leaf, sharding in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(found.optimizer), strict=True)
+        if leaf.ndim > 1 and leaf.shape[0] == 2
+    ]
+    assert len(moments) == {"adamw": 4, "muon": 3}[kind]
+    for leaf, sharding in moments:
+        name = "kernel" if leaf.ndim == 3 else "bias"
+        assert sharding == wanted[f"blocks/self_attn/q/{name}"]

@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it, from Optax: clipping, warm-up and decay of the rate, weight decay of matrices."""
+"""AdamW as the paper uses it, or Muon, from Optax: clipping, warm-up and decay of the rate, weight decay of matrices."""
 
 import functools
 import re
@@ -28,15 +28,41 @@ def learning_rate(options: OptimizerOptions, num_steps: int, step: Any) -> Float
 def build_optimizer(options: OptimizerOptions, num_steps: int) -> optax.GradientTransformation:
     """Clip by the global norm, Adam, decoupled weight decay of matrices, learning rate (FPSAttention, arXiv 2506.04648, section 4).
 
+    With Muon, the blocks' matrices take steps of orthogonalised momentum in place of Adam's (arXiv 2502.16982).
     Its `init` takes the trained parameters in float32; `apply_gradient` steps.
     """
     parts = [optax.clip_by_global_norm(options.clip)] if options.clip else []
+    adam = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps)
     parts += [
-        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
+        adam if options.kind == "adamw" else optax.partition({"muon": _muon(options), "adam": adam}, _muon_or_adam),
         optax.add_decayed_weights(options.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(functools.partial(learning_rate, options, num_steps)),
     ]
     return optax.chain(*parts)
+
+
+def _muon(options: OptimizerOptions) -> optax.GradientTransformation:
+    """Orthogonal updates of stacked matrices `[L, in, out]`, of one root mean square whatever their sizes."""
+    from optax import contrib
+
+    def axes(updates):
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(1, 2), updates)
+
+    def scaled(update, _):
+        # An orthogonal matrix has one 1 a row or column, whichever are fewer, in squares
+        return update * (options.muon_rms * max(update.shape[1:]) ** 0.5)
+
+    return optax.chain(
+        contrib.scale_by_muon(beta=options.muon_momentum, weight_dimension_numbers=axes),  # pyright: ignore[reportArgumentType]
+        optax.stateless_with_tree_map(scaled),
+    )
+
+
+def _muon_or_adam(params: Params) -> Params:
+    """Muon for the matrices in the blocks, Adam for embeddings, head, norms, biases and modulations."""
+    return unflatten(
+        {p: "muon" if p.startswith("blocks/") and p.endswith("/kernel") else "adam" for p, _ in flatten(params)}
+    )
 
 
 def apply_gradient(

@@ -101,10 +101,13 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Shardings of a state, or of its shapes: parameters, moments and average by the one table of parameter paths."""
     whole: Any = NamedSharding(mesh, PartitionSpec())
     of_params = param_shardings(state.params, mesh)
-    structure = jax.tree.structure(state.params)
+    by_path = dict(flatten(of_params))
 
-    def is_params(node):
-        return jax.tree.structure(node) == structure
+    def of_moment(path, _):
+        # Moments are trees like the parameters', or parts of one, somewhere in Optax's state
+        keys = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+        names = ("/".join(keys[i:]) for i in range(len(keys)))
+        return next((by_path[name] for name in names if name in by_path), whole)
 
-    optimizer = jax.tree.map(lambda n: of_params if is_params(n) else whole, state.optimizer, is_leaf=is_params)
+    optimizer = jax.tree_util.tree_map_with_path(of_moment, state.optimizer)
     return TrainState(whole, of_params, optimizer, None if state.ema is None else of_params)
