@@ -19,7 +19,8 @@ from fps_jax.models.init import init_vae_for_training
 from fps_jax.models.params import flatten
 from fps_train import vae
 from fps_train.commands.train_vae import main
-from fps_train.vae_clips import read_clips
+from fps_train.precompute.buckets import Size
+from fps_train.precompute.memory import load_stretches, stretches
 
 QUICK = [
     "--size", "16", "16", "--batch-size", "2", "--warmup-steps", "2", "--log-every", "1", "--save-every", "2"
@@ -57,18 +58,6 @@ def run(*arguments):
     return stop.value.code
 
 
-def test_clips_are_whole_stretches_cropped_to_the_middle(folder):
-    said = []
-    clips = read_clips(folder, 16, 16, 5, tell=said.append)
-    assert clips.shape == (3, 5, 16, 16, 3)  # two of a.mp4, one of b.mp4
-    assert clips.dtype == np.uint8
-    assert said == ["1 of 3 files have fewer than 5 frames and are left out: short.mp4 ..."]
-    assert len(read_clips(folder, 16, 16, 1)) == 19
-    # 24 x 32 covers 16 x 16 at two thirds; its middle columns are 4 to 28. H.264 and resizing move colours by a few levels.
-    middle = moving(11, 24, 32)[:5, :, 4:28]
-    assert np.abs(clips[0].mean((1, 2)) - middle.mean((1, 2))).max() < 8
-
-
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A checkpoint of a VAE alone, never trained."""
@@ -99,9 +88,9 @@ def test_a_run_writes_a_checkpoint_with_statistics_of_its_clips(whole_run, folde
     config = read_config(whole_run / "checkpoint")
     assert vae.raw(config.vae) == vae.raw(SMALL)
     params = open_model(whole_run / "checkpoint").load("vae", "float32")
-    clips = read_clips(folder, 16, 16, 5)
+    clips = load_stretches(folder, None, Size(16, 16, 5), max_bytes=1 << 20)
     encode = jax.jit(model.encode_moments, static_argnums=0)
-    latents = np.asarray(encode(config.vae, params, clips.astype(np.float32) / 127.5 - 1)[0])
+    latents = np.asarray(encode(config.vae, params, clips.read(clips.apart).astype(np.float32) / 127.5 - 1)[0])
     np.testing.assert_allclose(latents.mean((0, 2, 3, 4)), 0, atol=1e-4)
     std = np.array(config.vae.latents_std)
     live = std > 1.001 * vae._DEAD * std.max()
@@ -162,8 +151,11 @@ def test_the_loss_has_its_parts():
     [
         (["--frames", "4"], r"frames=4 is not 4k\+1 .*; use 5"),
         (["--size", "16", "20"], "size: width 20 is not a positive multiple of 16 .*; use 16"),
-        (["--frames", "13"], "holds no clip of 13 frames; use fewer --frames"),
-        (["--videos", "nowhere"], "videos='nowhere' is no folder"),
+        (["--frames", "13"], r"no clip is left of 3: .*: shorter than 13 frames at 16 fps"),
+        (["--videos", "nowhere"], "videos='nowhere' is not a folder"),
+        (["--captions", "nowhere.csv"], "captions='nowhere.csv' doesn't exist"),
+        (["--max-gib", "1e-5"], "take more than the 1e-05 GiB that are allowed in memory; use fewer clips"),
+        (["--max-gib", "0"], "max_gib=0.0 is not above 0"),
         (["--lr", "0"], "lr=0.0 must be above 0"),
         (["--warmup-steps", "9"], "warmup_steps=9 leaves nothing of steps=4"),
         (["--z-dim", "0"], "z_dim=0 must be 1 or more"),
@@ -192,7 +184,7 @@ def test_other_options_and_full_folders_are_refused(whole_run, video, start, tmp
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.mp4").write_bytes(b"no video")
     assert run("--videos", tmp_path / "bad", "--output", tmp_path / "new", *QUICK) == 2
-    assert "x.mp4 can't be decoded" in capsys.readouterr().err
+    assert "no clip is left of 1: x.mp4: can't be read (" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -201,7 +193,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_is_not_saved(tmp_path):
     params["decoder"]["conv_out"]["bias"] = jnp.full(3, jnp.nan)
     options = vae.VAETraining(steps=4, batch_size=2, warmup_steps=2, log_every=1, save_every=2)
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
-        vae.train(SMALL, options, params, moving(10, 16, 16).reshape(2, 5, 16, 16, 3), tmp_path)
+        vae.train(SMALL, options, params, stretches([moving(10, 16, 16)], 5), tmp_path)
     assert not [path for path in (tmp_path / "state").iterdir() if path.name.isdigit()]
 
 

@@ -22,8 +22,10 @@ from fps_jax.config import VAEConfig
 from fps_jax.files import write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.vae import decode_video, encode_moments
+from fps_train.precompute.memory import Stretches
 
 _DEAD = 1e-2  # a channel's deviation, as a share of the largest: below it a channel says nothing, and isn't divided by its own
+_MOST_MEASURED = 2048  # stretches, spread evenly over the clips, that statistics are of: more tell no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +34,9 @@ class VAETraining:
 
     steps: int = 2000
     """Steps in all, those before a resume included."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Clips a step, drawn with replacement."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Peak learning rate: linear warm-up, then a cosine down to a thirtieth."""
     warmup_steps: int = 20
     """Steps of warm-up."""
@@ -42,7 +44,7 @@ class VAETraining:
     """AdamW's, on kernels alone."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    kl_weight: float = 1e-4
+    kl_weight: float = 1e-5
     """Weight of the KL divergence from a unit Gaussian, in nats a latent value, beside L1 + MSE of pixels in [-1, 1]."""
     latent_noise: float = 0.3
     """Noise on latents beyond their own: uniform from 0 up to this share of a channel's deviation, one share a clip."""
@@ -138,16 +140,16 @@ def initial_state(options: VAETraining, params: Params, *, images: bool) -> Stat
     return State(jnp.int32(0), params, optimizer(options, images=images).init(params))
 
 
-def batch_indices(options: VAETraining, step: int, num_clips: int) -> np.ndarray:
-    """Which clips a step reads: a function of (seed, step) alone, so that a resumed run goes on as it would have."""
-    return np.random.default_rng([options.seed, step]).integers(num_clips, size=options.batch_size)
+def batch_indices(options: VAETraining, step: int, num_stretches: int) -> np.ndarray:
+    """Which stretches a step reads: a function of (seed, step) alone, so that a resumed run goes on as it would have."""
+    return np.random.default_rng([options.seed, step]).integers(num_stretches, size=options.batch_size)
 
 
 def train(
     config: VAEConfig,
     options: VAETraining,
     params: Params,
-    clips: UInt8[np.ndarray, "N F H W 3"],
+    clips: Stretches,
     run: pathlib.Path,
     *,
     tell: Callable[[str], None] = lambda line: None,
@@ -161,7 +163,7 @@ def train(
     """
     import orbax.checkpoint as ocp
 
-    config, images = raw(config), clips.shape[1] == 1
+    config, images = raw(config), clips.num_frames == 1
     step, state = _step(config, options, images), initial_state(options, params, images=images)
     # jax's arrays and tuples as they are: what is restored has to have this tree.
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -175,7 +177,7 @@ def train(
         metrics = _Metrics(run / "metrics.jsonl", first)
         start = time.monotonic()
         for i in range(first, options.steps):
-            state, measured = step(state, clips[batch_indices(options, i, len(clips))])
+            state, measured = step(state, clips.read(clips.starts[batch_indices(options, i, len(clips.starts))]))
             done, last = i + 1, i + 1 == options.steps
             if done % options.log_every and done % options.save_every and not last:
                 continue
@@ -210,21 +212,38 @@ class _Metrics:
             file.write(json.dumps(record) + "\n")
 
 
-def measured_statistics(
-    config: VAEConfig, params: Params, clips: UInt8[np.ndarray, "N F H W 3"], batch_size: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(latents_mean, latents_std) of the clips by channel, of the distributions' means, which is what diffusion is trained on.
+class Measured(NamedTuple):
+    """Of a VAE on clips, without noise: latents' mean and deviation by channel, and PSNR of what they decode to, in dB."""
 
-    A channel with less than 1% of the largest deviation is dead, and gets that 1%: its noise must not be blown up.
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    psnr: float
+
+
+def measure(config: VAEConfig, params: Params, clips: Stretches, batch_size: int) -> Measured:
+    """`latents_mean` and `latents_std` of the distributions' means, which is what diffusion is trained on, and the PSNR.
+
+    Of stretches that don't overlap, at most 2,048 of them. A channel with less than 1% of the largest deviation is dead, and gets
+    that 1%: its noise must not be blown up.
+    Raises: ValueError where all latents are the same.
     """
-    encode = jax.jit(functools.partial(encode_moments, raw(config)))
-    total, square, count = np.zeros(config.z_dim), np.zeros(config.z_dim), 0
-    for start in range(0, len(clips), batch_size):
-        batch = clips[start : start + batch_size]
-        whole = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])  # one program
-        mean, _ = encode(params, whole.astype(np.float32) / 127.5 - 1)
-        values = np.moveaxis(np.asarray(mean, np.float64)[: len(batch)], 1, -1).reshape(-1, config.z_dim)
+    config = raw(config)
+
+    @jax.jit
+    def look(params: Params, video: UInt8[Array, "B F H W 3"]) -> tuple[Array, Array]:
+        x = video.astype(jnp.float32) / 127.5 - 1
+        mean, _ = encode_moments(config, params, x)
+        return mean, jnp.square(decode_video(config, params, mean, clip=True) - x).mean((1, 2, 3, 4))
+
+    chosen = clips.apart[np.unique(np.linspace(0, len(clips.apart) - 1, _MOST_MEASURED).astype(int))]
+    total, square, count, errors = np.zeros(config.z_dim), np.zeros(config.z_dim), 0, []
+    for first in range(0, len(chosen), batch_size):
+        some = chosen[first : first + batch_size]
+        whole = np.concatenate([some, np.repeat(some[-1:], batch_size - len(some))])  # one program
+        mean, error = look(params, clips.read(whole))
+        values = np.moveaxis(np.asarray(mean, np.float64)[: len(some)], 1, -1).reshape(-1, config.z_dim)
         total, square, count = total + values.sum(0), square + np.square(values).sum(0), count + len(values)
+        errors += np.asarray(error, np.float64)[: len(some)].tolist()
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0))
     std = np.maximum(std, _DEAD * std.max())
@@ -232,4 +251,5 @@ def measured_statistics(
         raise ValueError(
             "the latents of these clips are constant: nothing was learned; train longer or with another --lr"
         )
-    return tuple(map(float, mean)), tuple(map(float, std))
+    psnr = float(10 * np.log10(4 / max(np.mean(errors), 1e-10)))
+    return Measured(tuple(map(float, mean)), tuple(map(float, std)), psnr)

@@ -12,23 +12,26 @@ from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 
 _OPTIONS, _CHECKPOINT = "options.json", "checkpoint"
-_FREE = {"resume", "output", "log_every"}  # a resumed run may have others of these
+_FREE = {"resume", "output", "log_every", "max_gib"}  # a resumed run may have others of these
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainVAE:
-    """Train a small VAE on the clips of a folder: on single frames first (--frames 1), then on clips from there (--init-from).
+    """Train a small VAE on clips: on single frames first (--frames 1), then on stretches of clips from there (--init-from).
 
+    Clips are decoded into memory once, as fps-precompute does it: at 16 frames a second, covering the size, cropped.
     OUTPUT/checkpoint is the trained VAE, with latents_mean and latents_std as measured on the clips; beside it metrics.jsonl,
     options.json and state/, from which --resume goes on.
     """
 
-    videos: pathlib.Path
-    """Folder of clips: mp4, mov, mkv, webm, avi, gif; images count as clips of one frame."""
+    videos: pathlib.Path | None = None
+    """Folder of clips and images, searched with its subfolders. With a metadata.csv, .json or .jsonl in it, those named there."""
+    captions: pathlib.Path | None = None
+    """Table (.csv, .json, .jsonl) of clips, as for fps-precompute; captions may be empty."""
     output: pathlib.Path
     """Folder of the run: new or empty, or with --resume an earlier run's."""
     init_from: pathlib.Path | None = None
-    """Checkpoint to start from; its sizes are used. A VAE of images goes on as one of video that codes every fourth frame."""
+    """Run or checkpoint to start from; its sizes are used. A VAE of images is one of video that codes every fourth frame."""
     resume: bool = False
     """Go on with the run in OUTPUT; the other options must be those that it was started with."""
     base_dim: int | None = None
@@ -38,22 +41,22 @@ class TrainVAE:
     num_res_blocks: int | None = None
     """Residual blocks a stage; 2, as Wan's, where it isn't said by --init-from."""
     frames: int = 1
-    """Frames a clip: 1, or 4k + 1."""
+    """1: every frame of every clip is an image. 4k + 1: every stretch of so many frames is a clip."""
     size: tuple[int, int] = (64, 64)
-    """Height and width in pixels, multiples of 16: frames are resized to cover and cropped to the middle."""
+    """Height and width in pixels, multiples of 16."""
     steps: int = 2000
     """Steps in all."""
-    batch_size: int = 8
+    batch_size: int = 16
     """Clips a step."""
-    lr: float = 2e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate: 1e-3 for images and 4e-4 for clips where it isn't said."""
     warmup_steps: int = 20
     """Steps of warm-up."""
     weight_decay: float = 1e-3
     """AdamW's, on kernels alone."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    kl_weight: float = 1e-4
+    kl_weight: float = 1e-5
     """Weight of the KL divergence, beside L1 + MSE of pixels in [-1, 1]."""
     latent_noise: float = 0.3
     """Noise on latents: up to this share of a channel's deviation."""
@@ -63,6 +66,8 @@ class TrainVAE:
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 500
     """Steps between two saved states."""
+    max_gib: float = 4.0
+    """The most memory that decoded frames may take."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,16 +76,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(given: TrainVAE) -> None:
+    if given.lr is None:
+        given = dataclasses.replace(given, lr=1e-3 if given.frames == 1 else 4e-4)
     _check_sizes(given)
     _check_output(given)
+    from fps_jax.sampling.pipeline import enable_compilation_cache
     from fps_train import vae
-    from fps_train.vae_clips import read_clips
+    from fps_train.precompute.buckets import Size
+    from fps_train.precompute.memory import load_stretches
 
     names = [field.name for field in dataclasses.fields(vae.VAETraining)]
     options = vae.VAETraining(**{name: getattr(given, name) for name in names})
     config, start = _start(given)
-    clips = read_clips(given.videos, *given.size, given.frames, tell=_tell)
-    _tell(f"{len(clips)} clips of {given.frames} frames; base width {config.vae.base_dim}, {config.vae.z_dim} channels")
+    enable_compilation_cache()
+    max_bytes = int(given.max_gib * 2**30)
+    clips = load_stretches(
+        given.videos, given.captions, Size(*given.size, given.frames), max_bytes=max_bytes, tell=_tell
+    )
     given.output.mkdir(parents=True, exist_ok=True)
     if not given.resume:
         write_json(_record(given), given.output / _OPTIONS)
@@ -88,10 +100,15 @@ def _train(given: TrainVAE) -> None:
 
     from fps_jax.checkpoints.format import save_checkpoint
 
-    mean, std = vae.measured_statistics(config.vae, params, clips, given.batch_size)
-    trained = dataclasses.replace(config, vae=dataclasses.replace(config.vae, latents_mean=mean, latents_std=std))
+    found = vae.measure(config.vae, params, clips, given.batch_size)
+    trained = dataclasses.replace(
+        config, vae=dataclasses.replace(config.vae, latents_mean=found.mean, latents_std=found.std)
+    )
     save_checkpoint(given.output / _CHECKPOINT, trained, {"vae": params}, overwrite=True)
-    print(f"wrote {given.output / _CHECKPOINT}: {given.steps} steps, latents_std {min(std):.2f} to {max(std):.2f}")
+    print(
+        f"wrote {given.output / _CHECKPOINT}: {given.steps} steps, PSNR {found.psnr:.1f} dB without noise, latents_std "
+        f"{min(found.std):.2f} to {max(found.std):.2f}"
+    )
 
 
 def _check_sizes(given: TrainVAE) -> None:
@@ -106,6 +123,8 @@ def _check_sizes(given: TrainVAE) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be 1 or more")
+    if not 0 < given.max_gib <= 1024:
+        raise ValueError(f"max_gib={given.max_gib} is not above 0, up to 1024")
 
 
 def _record(given: TrainVAE) -> dict[str, Any]:
@@ -152,7 +171,12 @@ def _start(given: TrainVAE) -> tuple[WanConfig, Any]:
         return WanConfig(dit=dit, vae=config), lambda: init_vae_for_training(config, jax.random.key(given.seed))
     from fps_jax.checkpoints.open import open_model
 
-    model = open_model(given.init_from)
+    source = given.init_from
+    if (source / _OPTIONS).is_file():  # a run of this command
+        source = source / _CHECKPOINT
+        if not source.is_dir():
+            raise ValueError(f"init_from={str(given.init_from)!r} has not finished; --resume it first")
+    model = open_model(source)
     for name in ("base_dim", "z_dim", "num_res_blocks"):
         wanted, there = getattr(given, name), getattr(model.config.vae, name)
         if wanted not in (None, there):
