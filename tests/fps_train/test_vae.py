@@ -16,7 +16,7 @@ from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.media.video import save_video
 from fps_jax.models import vae as model
 from fps_jax.models.init import init_vae_for_training
-from fps_jax.models.params import flatten
+from fps_jax.models.params import flatten, unflatten
 from fps_train import vae
 from fps_train.commands.train_vae import main
 from fps_train.precompute.buckets import Size
@@ -128,6 +128,12 @@ def test_images_train_a_vae_from_scratch_that_video_can_go_on_from(folder, tmp_p
     for path, value in trained.items():
         if value.ndim == 5 and value.shape[0] == 3 and path in changed:
             assert not value[:-1].any(), path
+    # A still clip comes back as the image does, chunk by chunk, as latents of real clips are made.
+    params, image = unflatten(trained), moving(1, 16, 16)[None].astype(np.float32) / 127.5 - 1
+    one = model.decode(config.vae, params, model.encode(config.vae, params, image))
+    five = model.decode(config.vae, params, model.encode(config.vae, params, image.repeat(5, axis=1)))
+    assert one.std() > 0.01
+    np.testing.assert_allclose(five, one.repeat(5, axis=1), atol=1e-5)  # float32's rounding through some forty layers
 
 
 def test_the_loss_has_its_parts():
@@ -191,24 +197,33 @@ def test_other_options_and_full_folders_are_refused(whole_run, video, start, tmp
 def test_a_loss_that_is_nan_stops_the_run_and_is_not_saved(tmp_path):
     params = init_vae_for_training(SMALL, jax.random.key(1))
     params["decoder"]["conv_out"]["bias"] = jnp.full(3, jnp.nan)
-    options = vae.VAETraining(steps=4, batch_size=2, warmup_steps=2, log_every=1, save_every=2)
+    # the options of `video`, so that its program is used again
+    options = vae.VAETraining(steps=4, batch_size=2, lr=4e-4, warmup_steps=2, log_every=1, save_every=2)
     with pytest.raises(FloatingPointError, match="step 1: loss nan"):
         vae.train(SMALL, options, params, stretches([moving(10, 16, 16)], 5), tmp_path)
     assert not [path for path in (tmp_path / "state").iterdir() if path.name.isdigit()]
 
 
 @pytest.mark.slow
-def test_a_few_clips_are_learned_beyond_their_stills(tmp_path):
-    """32 x 32, 9 frames: closer than the best still picture of each clip, so motion is learned too.
-
-    Not by heart yet: 300 steps at this rate reached 21 dB (noise on the latents included), where 24 was hoped for.
-    """
-    clips = np.stack([moving(9, 32, 32, seed) for seed in range(3)])
-    still = clips.mean(1, keepdims=True)
-    bar = 10 * np.log10(255**2 / np.square(clips - still).mean())
+def test_a_few_clips_are_learned(tmp_path):
+    """32 x 32, 9 frames: images, then video from there, to 24 dB. That is above the best still picture of each clip."""
+    moves = [moving(9, 32, 32, seed) for seed in range(3)]
+    still = np.stack([clip - clip.mean(0) for clip in moves])
+    bar = 24
+    assert 10 * np.log10(255**2 / np.square(still).mean()) < bar
     config = VAEConfig(base_dim=8, z_dim=6, latents_mean=(0.0,) * 6, latents_std=(1.0,) * 6, num_res_blocks=1)
     options = vae.VAETraining(
-        steps=300, batch_size=3, lr=5e-3, warmup_steps=5, latent_noise=0.1, kl_weight=1e-5, log_every=50, save_every=300
+        steps=300,
+        batch_size=16,
+        lr=1e-3,
+        warmup_steps=10,
+        latent_noise=0.1,
+        kl_weight=1e-6,
+        log_every=50,
+        save_every=300,
     )
-    vae.train(config, options, init_vae_for_training(config, jax.random.key(0)), clips, tmp_path)
-    assert metrics(tmp_path)[-1]["psnr"] > bar
+    params = init_vae_for_training(config, jax.random.key(0))
+    params = vae.train(config, options, params, stretches(list(moves), 1), tmp_path / "images")
+    options = replace(options, steps=150, batch_size=3, lr=4e-4)
+    vae.train(config, options, params, stretches(list(moves), 9), tmp_path / "video")
+    assert metrics(tmp_path / "video")[-1]["psnr"] > bar  # with the noise
