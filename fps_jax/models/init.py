@@ -20,6 +20,9 @@ from fps_jax.models.rope import axis_frequencies
 from fps_jax.models.vae import build_vae
 
 _EMBEDDING_STD = 0.02
+_LOG_VARIANCE = (
+    -6.0
+)  # of a new VAE's latents: a deviation of 0.05, beside which what is coded can be seen from the first step
 _ZERO = re.compile(r"^time_projection/|^head/|/bias$|^image_embedding/positions$")
 _EMBEDDING = re.compile(r"^(text|time)_embedding/.*kernel$")
 _SELF_ATTENTION_NORM = re.compile(r"^blocks/self_attn/norm_[qk]/scale$")
@@ -109,6 +112,8 @@ def init_vae_for_training(config: VAEConfig, key: jax.Array) -> Params:
     by frame: latent frame j is the image 4 j, and decodes to it four times over. Training on single images moves the last taps
     alone (the others get a gradient of 0), so that an image VAE stays such a video VAE, from which video training goes on.
 
+    The log-variance of every latent starts at -6, whatever the video, and not normalised.
+
     Returns: float32, the tree of `build_vae(config)`.
     """
     leaves = {}
@@ -119,6 +124,8 @@ def init_vae_for_training(config: VAEConfig, key: jax.Array) -> Params:
 
 
 def _initial_vae(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    if path == "quant_conv/bias":  # [2 Z]: means, then log-variances
+        return jnp.zeros(shape).at[shape[0] // 2 :].set(_LOG_VARIANCE)
     if not path.endswith("/kernel"):
         return jnp.ones(shape) if path.endswith("/scale") else jnp.zeros(shape)
     if "/time_conv/" in path:  # [3, 1, 1, C, C or 2 C]
@@ -128,4 +135,6 @@ def _initial_vae(path: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array
     frame = shape[1:] if causal else shape
     fan_in = math.prod(frame[:-1])
     kernel = jax.random.normal(key, frame) / fan_in**0.5
+    if path == "quant_conv/kernel":
+        kernel = kernel.at[..., frame[-1] // 2 :].set(0.0)
     return jnp.zeros(shape).at[-1].set(kernel) if causal else kernel

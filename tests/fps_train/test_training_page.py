@@ -5,10 +5,15 @@ import pathlib
 import shlex
 import tomllib
 
+import jax
 import numpy as np
 import pytest
 
+from fps_jax.checkpoints.format import save_checkpoint
+from fps_jax.checkpoints.open import open_model
+from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.media.video import save_video
+from fps_jax.models.init import init_vae_for_training
 from tests.checkpoints import T2V
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,6 +28,14 @@ SMALLER = {
 }
 
 
+def run_command(name: str, arguments: list[str]) -> int | str | None:
+    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = entries[name].partition(":")
+    with pytest.raises(SystemExit) as stop:
+        getattr(importlib.import_module(module), function)(arguments)
+    return stop.value.code
+
+
 def commands() -> list[list[str]]:
     page = (ROOT / "docs" / "training.md").read_text()
     block = page.split("in five commands")[1].split("```sh\n")[1].split("```")[0]
@@ -32,7 +45,6 @@ def commands() -> list[list[str]]:
 @pytest.mark.slow
 def test_the_five_commands_lead_from_clips_to_torch_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     pathlib.Path("Wan2.1-T2V-1.3B").symlink_to(T2V)
     pathlib.Path("clips").mkdir()
     for i in range(3):
@@ -43,10 +55,7 @@ def test_the_five_commands_lead_from_clips_to_torch_weights(tmp_path, monkeypatc
     lines = commands()
     assert [line[0] for line in lines] == ["fps-precompute", "fps-train", "fps-train", "fps-sample", "fps-convert"]
     for name, *arguments in lines:
-        module, _, function = entries[name].partition(":")
-        with pytest.raises(SystemExit) as stop:
-            getattr(importlib.import_module(module), function)([*arguments, *SMALLER[name].split()])
-        assert stop.value.code == 0, (name, capsys.readouterr().err)
+        assert run_command(name, [*arguments, *SMALLER[name].split()]) == 0, (name, capsys.readouterr().err)
     assert {p.name for p in tmp_path.iterdir()} >= {"data", "run", "cat.mp4", "Wan2.1-T2V-1.3B-fps"}
     assert pathlib.Path("run/checkpoints/2").is_dir()
     assert (
@@ -54,3 +63,29 @@ def test_the_five_commands_lead_from_clips_to_torch_weights(tmp_path, monkeypatc
         == pathlib.Path("run/fps_schedule.json").read_bytes()
     )
     assert '"attention": "fps"' in pathlib.Path("cat.mp4.json").read_text()  # by the schedule that it was trained with
+
+
+@pytest.mark.slow
+def test_a_model_is_built_around_a_vae_of_ones_own(tmp_path, monkeypatch, capsys):
+    """The page's lines around a VAE as fps-train-vae writes it; `fps-precompute` and `fps-train` then take the model."""
+    monkeypatch.chdir(tmp_path)
+    vae = VAEConfig(base_dim=4, z_dim=3, num_res_blocks=1, latents_mean=(0.5,) * 3, latents_std=(2.0,) * 3)
+    alone = WanConfig(
+        dit=DiTConfig(task="t2v", dim=16, mlp_dim=16, num_heads=1, num_layers=1, in_channels=3, out_channels=3), vae=vae
+    )
+    save_checkpoint("vae_video/checkpoint", alone, {"vae": init_vae_for_training(vae, jax.random.key(0))})
+    pathlib.Path("Wan2.1-T2V-1.3B").symlink_to(T2V)
+    pathlib.Path("clips").mkdir()
+    for level in (60, 200):
+        save_video(np.full((5, 32, 32, 3), level, np.uint8), f"clips/{level}.mp4", fps=16)
+        pathlib.Path(f"clips/{level}.txt").write_text(f"nothing moves at {level}")
+    section = (ROOT / "docs" / "training.md").read_text().split("## A VAE of your own")[1]
+    exec(section.split("```python\n")[1].split("```")[0], {})
+    assert open_model("small").config.vae == vae
+    shell = section.split("From there")[1].split("```sh\n")[1].split("```")[0].splitlines()
+    smaller = {
+        "fps-precompute": "--height 32 --width 32 --num-frames 5",
+        "fps-train": "--validation.samples 1 --dry-run",
+    }
+    for name, *arguments in map(shlex.split, shell):
+        assert run_command(name, [*arguments, *smaller[name].split()]) == 0, (name, capsys.readouterr().err)

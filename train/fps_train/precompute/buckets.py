@@ -136,7 +136,7 @@ def table(placed: Sequence[Placed], dropped: Sequence[Dropped], rule: Rule, *, t
     if texts_cut:
         lines.append(f"captions longer than {text_len} tokens, cut there: {texts_cut}")
     if dropped:
-        lines += ["dropped:", *_reasons(dropped)]
+        lines += ["dropped:", *reasons(dropped)]
     if len(by_size) > _MANY and not rule.exact:
         lines.append(
             f"each of the {len(by_size)} buckets compiles programs of its own in training; --buckets keeps to a few sizes"
@@ -144,7 +144,8 @@ def table(placed: Sequence[Placed], dropped: Sequence[Dropped], rule: Rule, *, t
     return "\n".join(lines)
 
 
-def _reasons(dropped: Iterable[Dropped]) -> list[str]:
+def reasons(dropped: Iterable[Dropped]) -> list[str]:
+    """A line a reason, the most frequent first: how many, and which they are."""
     by_reason: dict[str, list[Dropped]] = defaultdict(list)
     for one in dropped:
         by_reason[one.reason].append(one)

@@ -51,7 +51,9 @@ class ClipError(ValueError):
         self.detail = detail
 
 
-def find_clips(videos: pathlib.Path | None, captions: pathlib.Path | None = None) -> tuple[list[Clip], list[Dropped]]:
+def find_clips(
+    videos: pathlib.Path | None, captions: pathlib.Path | None = None, *, captioned: bool = True
+) -> tuple[list[Clip], list[Dropped]]:
     """Clips with their captions, in order of their names, and the files that come without a partner.
 
     Args:
@@ -59,6 +61,7 @@ def find_clips(videos: pathlib.Path | None, captions: pathlib.Path | None = None
         holds one of METADATA.
       captions: a .csv, .json or .jsonl with a column of PATH_FIELDS and one of CAPTION_FIELDS; paths are relative to it, or,
         where nothing lies there, to `videos`.
+      captioned: drop clips without a caption. Otherwise captions of a folder's clips aren't read, and all are "".
     Raises: FileNotFoundError, NotADirectoryError or ValueError about the folder or the metadata, in one line.
     """
     if videos is not None and not videos.is_dir():
@@ -71,11 +74,15 @@ def find_clips(videos: pathlib.Path | None, captions: pathlib.Path | None = None
             raise ValueError(f"videos={str(videos)!r} holds {names}; say which with --captions")
         captions = found[0] if found else None
     if captions is not None:
-        return _by_metadata(captions, videos)
+        return _by_metadata(captions, videos, captioned)
     if videos is None:
         raise ValueError(
             "videos and captions are both missing; pass --videos DIR, or --captions FILE that names the clips"
         )
+    if not captioned:
+        return [
+            Clip(path=path.absolute(), source=str(path.relative_to(videos)), caption="") for path in _some(videos)
+        ], []
     return _by_stem(videos)
 
 
@@ -85,10 +92,15 @@ def _media(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def _by_stem(videos: pathlib.Path) -> tuple[list[Clip], list[Dropped]]:
+def _some(videos: pathlib.Path) -> list[pathlib.Path]:
     media = _media(videos)
     if not media:
         raise ValueError(f"videos={str(videos)!r} holds no clip ({', '.join(VIDEOS + IMAGES)})")
+    return media
+
+
+def _by_stem(videos: pathlib.Path) -> tuple[list[Clip], list[Dropped]]:
+    media = _some(videos)
     clips, dropped = [], []
     for path in media:
         source, beside = str(path.relative_to(videos)), path.with_suffix(".txt")
@@ -116,7 +128,9 @@ def _read_caption(path: pathlib.Path) -> str:
     return text
 
 
-def _by_metadata(captions: pathlib.Path, videos: pathlib.Path | None) -> tuple[list[Clip], list[Dropped]]:
+def _by_metadata(
+    captions: pathlib.Path, videos: pathlib.Path | None, captioned: bool
+) -> tuple[list[Clip], list[Dropped]]:
     folder = captions.absolute().parent
     clips: list[Clip] = []
     dropped: list[Dropped] = []
@@ -127,7 +141,7 @@ def _by_metadata(captions: pathlib.Path, videos: pathlib.Path | None) -> tuple[l
         named.add((path or candidates[0]).resolve())
         if path is None:
             dropped.append(Dropped(source=name, reason="a caption without a clip", detail=place))
-        elif not caption.strip():
+        elif captioned and not caption.strip():
             dropped.append(Dropped(source=name, reason="its caption is empty", detail=place))
         elif path.suffix.lower() not in VIDEOS + IMAGES:
             dropped.append(Dropped(source=name, reason="neither a video nor an image by its name", detail=place))

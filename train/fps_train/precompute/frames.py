@@ -78,15 +78,32 @@ def read_frames(
     """
     if is_image:
         return _load_image(path, (height, width))[None]
-    out = np.empty((num_frames, height, width, 3), np.uint8)
-    count, last = 0, None
-    for count, _, shown in _resampled(path, fps, num_frames):
-        if last is None or shown.frame is not last.frame:
-            last, pixels = shown, _cover(shown, height, width)
-        out[count - 1] = pixels
+    out, count = np.empty((num_frames, height, width, 3), np.uint8), 0
+    for pixels in _covering(path, fps, num_frames, height, width):
+        out[count] = pixels
+        count += 1
     if count < num_frames:
         raise ClipError("it changed since it was looked at", f"{count} frames, {num_frames} before")
     return out
+
+
+def read_all_frames(
+    path: pathlib.Path, *, is_image: bool, fps: int, limit: int, height: int, width: int
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """As `read_frames`, but as many frames as there are, at most `limit`. Raises: ClipError."""
+    if is_image:
+        return _load_image(path, (height, width))[None]
+    return np.stack(list(_covering(path, fps, limit, height, width)))
+
+
+def _covering(
+    path: pathlib.Path, fps: int, limit: int, height: int, width: int
+) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
+    last: _Shown | None = None
+    for _, _, shown in _resampled(path, fps, limit):
+        if last is None or shown.frame is not last.frame:
+            last, pixels = shown, _cover(shown, height, width)
+        yield pixels
 
 
 def _load_image(path: pathlib.Path, size: tuple[int, int] | None) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,0 +1,188 @@
+"""fps-train-vae: trains a small VAE from a folder of clips. jax is imported once the arguments are known to be right."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from fps_jax.config import DiTConfig, VAEConfig, WanConfig
+from fps_jax.errors import parse, run_cli
+from fps_jax.files import write_json
+
+_OPTIONS, _CHECKPOINT = "options.json", "checkpoint"
+_FREE = {"resume", "output", "log_every", "max_gib"}  # a resumed run may have others of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVAE:
+    """Train a small VAE on clips: on single frames first (--frames 1), then on stretches of clips from there (--init-from).
+
+    Clips are decoded into memory once, as fps-precompute does it: at 16 frames a second, covering the size, cropped.
+    OUTPUT/checkpoint is the trained VAE, with latents_mean and latents_std as measured on the clips; beside it metrics.jsonl,
+    options.json and state/, from which --resume goes on.
+    """
+
+    videos: pathlib.Path | None = None
+    """Folder of clips and images, searched with its subfolders. With a metadata.csv, .json or .jsonl in it, those named there."""
+    captions: pathlib.Path | None = None
+    """Table (.csv, .json, .jsonl) of clips, as for fps-precompute; captions may be empty."""
+    output: pathlib.Path
+    """Folder of the run: new or empty, or with --resume an earlier run's."""
+    init_from: pathlib.Path | None = None
+    """Run or checkpoint to start from; its sizes are used. A VAE of images is one of video that codes every fourth frame."""
+    resume: bool = False
+    """Go on with the run in OUTPUT; the other options must be those that it was started with."""
+    base_dim: int | None = None
+    """Width; 8 where it isn't said by --init-from."""
+    z_dim: int | None = None
+    """Latent channels; 6 where it isn't said by --init-from."""
+    num_res_blocks: int | None = None
+    """Residual blocks a stage; 2, as Wan's, where it isn't said by --init-from."""
+    frames: int = 1
+    """1: every frame of every clip is an image. 4k + 1: every stretch of so many frames is a clip."""
+    size: tuple[int, int] = (64, 64)
+    """Height and width in pixels, multiples of 16."""
+    steps: int = 2000
+    """Steps in all."""
+    batch_size: int = 16
+    """Clips a step."""
+    lr: float | None = None
+    """Peak learning rate: 1e-3 for images and 4e-4 for clips where it isn't said."""
+    warmup_steps: int = 20
+    """Steps of warm-up."""
+    weight_decay: float = 1e-3
+    """AdamW's, on kernels alone."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    kl_weight: float = 1e-5
+    """Weight of the KL divergence, beside L1 + MSE of pixels in [-1, 1]."""
+    latent_noise: float = 0.3
+    """Noise on latents: up to this share of a channel's deviation."""
+    seed: int = 0
+    """Of the initial values, the batches and the noise."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    save_every: int = 500
+    """Steps between two saved states."""
+    max_gib: float = 4.0
+    """The most memory that decoded frames may take."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of fps-train-vae."""
+    sys.exit(run_cli(lambda args: _train(parse(TrainVAE, args, prog="fps-train-vae")), argv))
+
+
+def _train(given: TrainVAE) -> None:
+    if given.lr is None:
+        given = dataclasses.replace(given, lr=1e-3 if given.frames == 1 else 4e-4)
+    _check_sizes(given)
+    _check_output(given)
+    from fps_jax.sampling.pipeline import enable_compilation_cache
+    from fps_train import vae
+    from fps_train.precompute.buckets import Size
+    from fps_train.precompute.memory import load_stretches
+
+    names = [field.name for field in dataclasses.fields(vae.VAETraining)]
+    options = vae.VAETraining(**{name: getattr(given, name) for name in names})
+    config, start = _start(given)
+    enable_compilation_cache()
+    max_bytes = int(given.max_gib * 2**30)
+    clips = load_stretches(
+        given.videos, given.captions, Size(*given.size, given.frames), max_bytes=max_bytes, tell=_tell
+    )
+    given.output.mkdir(parents=True, exist_ok=True)
+    if not given.resume:
+        write_json(_record(given), given.output / _OPTIONS)
+    params = vae.train(config.vae, options, start(), clips, given.output, tell=_tell)
+
+    from fps_jax.checkpoints.format import save_checkpoint
+
+    found = vae.measure(config.vae, params, clips, given.batch_size)
+    trained = dataclasses.replace(
+        config, vae=dataclasses.replace(config.vae, latents_mean=found.mean, latents_std=found.std)
+    )
+    save_checkpoint(given.output / _CHECKPOINT, trained, {"vae": params}, overwrite=True)
+    print(
+        f"wrote {given.output / _CHECKPOINT}: {given.steps} steps, PSNR {found.psnr:.1f} dB without noise, latents_std "
+        f"{min(found.std):.2f} to {max(found.std):.2f}"
+    )
+
+
+def _check_sizes(given: TrainVAE) -> None:
+    if given.frames < 1 or given.frames % 4 != 1:
+        nearest = max(1, given.frames // 4 * 4 + 1)
+        raise ValueError(f"frames={given.frames} is not 4k+1 (Wan's VAE groups frames by 4); use {nearest}")
+    for name, value in zip(("height", "width"), given.size, strict=True):
+        if value < 16 or value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"size: {name} {value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
+    for name in ("base_dim", "z_dim", "num_res_blocks"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+    if not 0 < given.max_gib <= 1024:
+        raise ValueError(f"max_gib={given.max_gib} is not above 0, up to 1024")
+
+
+def _record(given: TrainVAE) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(given), default=str))
+
+
+def _check_output(given: TrainVAE) -> None:
+    file = given.output / _OPTIONS
+    if not given.resume:
+        if given.output.exists() and (not given.output.is_dir() or any(given.output.iterdir())):
+            raise FileExistsError(
+                f"output={str(given.output)!r} is not empty; give another folder, or --resume to go on with it"
+            )
+        return
+    if not file.exists():
+        raise FileNotFoundError(f"output={str(given.output)!r} holds no run to --resume; leave it out to start one")
+    before, now = json.loads(file.read_text()), _record(given)
+    for name in sorted(now.keys() - _FREE):
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"{name}={now[name]!r}, but the run in {str(given.output)!r} has {before.get(name)!r}; give that, or another folder"
+            )
+
+
+def _start(given: TrainVAE) -> tuple[WanConfig, Any]:
+    """The config, and a function that gives the parameters to start from."""
+    if given.init_from is None:
+        import jax
+
+        from fps_jax.models.init import init_vae_for_training
+
+        z = given.z_dim or 6
+        config = VAEConfig(
+            base_dim=given.base_dim or 8,
+            z_dim=z,
+            num_res_blocks=given.num_res_blocks or 2,
+            latents_mean=(0.0,) * z,
+            latents_std=(1.0,) * z,
+        )
+        # Nobody's yet: the smallest DiT that takes these latents stands in until one is trained.
+        dit = DiTConfig(
+            task="t2v", dim=128, mlp_dim=256, num_heads=4, num_layers=4, text_dim=64, in_channels=z, out_channels=z
+        )
+        return WanConfig(dit=dit, vae=config), lambda: init_vae_for_training(config, jax.random.key(given.seed))
+    from fps_jax.checkpoints.open import open_model
+
+    source = given.init_from
+    if (source / _OPTIONS).is_file():  # a run of this command
+        source = source / _CHECKPOINT
+        if not source.is_dir():
+            raise ValueError(f"init_from={str(given.init_from)!r} has not finished; --resume it first")
+    model = open_model(source)
+    for name in ("base_dim", "z_dim", "num_res_blocks"):
+        wanted, there = getattr(given, name), getattr(model.config.vae, name)
+        if wanted not in (None, there):
+            raise ValueError(f"{name}={wanted}, but {given.init_from} has {there}; leave it out, or train from scratch")
+    return model.config, lambda: model.load("vae", "float32")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
