@@ -86,6 +86,11 @@ def write_model(path: pathlib.Path, vae: pathlib.Path | None = None, *, overwrit
     return config
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    sys.exit(run_cli(_main, argv))
+
+
 def _main(arguments: list[str]) -> None:
     options = parse(WriteModel, arguments, prog="python -m benchmarks.claim.model")
     write_model(options.output, options.vae, overwrite=options.overwrite)
@@ -93,4 +98,4 @@ def _main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(_main))
+    main()

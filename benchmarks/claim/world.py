@@ -251,6 +251,13 @@ def _encode(frames: UInt8[np.ndarray, "F H W 3"]) -> bytes:
     return buffer.getvalue()
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the command."""
+    from fps_jax.errors import run_cli
+
+    raise SystemExit(run_cli(_main, argv))
+
+
 def _main(argv: list[str]) -> None:
     import tyro
 
@@ -273,6 +280,4 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fps_jax.errors import run_cli
-
-    raise SystemExit(run_cli(_main))
+    main()

@@ -300,3 +300,5 @@ def test_another_method_or_data_is_no_resumption(uninterrupted, options, tmp_pat
         train(options, resume=True)
     with pytest.raises(ValueError, match="init_from was given with resume"):
         train(own, resume=True, init_from="x")
+    with pytest.raises(ValueError, match="init_from='x' was given with from_scratch"):
+        train(dataclasses.replace(own, from_scratch=True), init_from="x")

@@ -63,6 +63,10 @@ def train(
     Raises: ValueError, FileNotFoundError or FileExistsError before anything is written, for what can't be run; FloatingPointError
       for a NaN or inf, with nothing saved of it; OSError for a disk that is full; `Stopped` on SIGTERM or SIGINT.
     """
+    if options.from_scratch and init_from is not None:
+        raise ValueError(
+            f"init_from={init_from!r} was given with from_scratch, which starts from random weights; leave one of them out"
+        )
     enable_compilation_cache()
     setup = prepare(options)
     record = (setup.directory, options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)

@@ -1,0 +1,83 @@
+"""The claim, command by command: what a stage runs, and how it is known to be done."""
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+RECIPES = pathlib.Path(__file__).parent / "recipes"
+STAGES = ("data", "vae", "dit")
+CLIPS, HELD_OUT = 6000, 300
+
+_TRAIN = ("fps_train.commands.train", "main")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. Paths among its arguments are inside the claim's folder where they start with '@'.
+
+    Attributes:
+      stage: one of `STAGES`.
+      entry: (module, function) of the command.
+      output: what it writes.
+      is_done: of that path.
+      resumes: whether it goes on with what is there, by --resume.
+    """
+
+    stage: str
+    entry: tuple[str, str]
+    arguments: tuple[str, ...]
+    output: str
+    is_done: Callable[[pathlib.Path], bool]
+    resumes: bool = False
+
+
+def _exists(name: str) -> Callable[[pathlib.Path], bool]:
+    return lambda output: (output / name).exists()
+
+
+def _has_steps(recipe: str) -> Callable[[pathlib.Path], bool]:
+    def done(output: pathlib.Path) -> bool:
+        from fps_jax.checkpoints.runs import is_run, read_run
+        from fps_train.config import TrainConfig
+
+        return is_run(output) and TrainConfig.load(RECIPES / recipe).steps in read_run(output).steps()
+
+    return done
+
+
+def _vae(output: str, *arguments: str) -> Step:
+    common = ("--videos", "@clips", "--output", f"@{output}", "--size", "48", "64")
+    entry = ("fps_train.commands.train_vae", "main")
+    return Step("vae", entry, (*common, *arguments), output, _exists("checkpoint/config.json"), resumes=True)
+
+
+def _train(output: str, recipe: str, data: str, *arguments: str) -> Step:
+    common = ("@base", "--config", str(RECIPES / recipe), "--data", f"@{data}", "--output", f"@{output}")
+    return Step("dit", _TRAIN, (*common, *arguments), output, _has_steps(recipe), resumes=True)
+
+
+def _clips(output: str, *arguments: str) -> Step:
+    return Step("data", ("benchmarks.claim.world", "main"), (f"@{output}", *arguments), output, _exists("metadata.csv"))
+
+
+def _encoded(output: str, frames: int) -> Step:
+    size = ("--height", "48", "--width", "64", "--num-frames", str(frames))
+    arguments = ("@base", "--videos", "@clips", "--output", f"@{output}", *size)
+    return Step("dit", ("fps_train.commands.precompute", "main"), arguments, output, _exists("manifest.json"))
+
+
+STEPS = (
+    _clips("clips", "--clips", str(CLIPS), "--seed", "0"),
+    _clips("held_out", "--clips", str(HELD_OUT), "--seed", "1", "--held-out"),
+    _vae("vae_images", "--base-dim", "8", "--z-dim", "6", "--num-res-blocks", "1", "--steps", "1500"),
+    _vae("vae", "--init-from", "@vae_images", "--frames", "17", "--batch-size", "4", "--steps", "900"),
+    Step(
+        "dit", ("benchmarks.claim.model", "main"), ("--output", "@base", "--vae", "@vae/checkpoint"), "base",
+        _exists("config.json"),
+    ),
+    _encoded("data_images", 1),
+    _encoded("data_clips", 17),
+    _train("images", "images.toml", "data_images"),
+    _train("long", "clips.toml", "data_clips", "--init-from", "@images"),
+    _train("dense", "settle.toml", "data_clips", "--init-from", "@long"),
+)  # fmt: skip
