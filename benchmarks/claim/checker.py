@@ -19,12 +19,12 @@ from scipy import ndimage
 from benchmarks.claim.world import BACKGROUNDS, COLOURS, Facts
 
 VISIBLE = 45.0  # levels of RGB distance, of a pixel and of the 3 x 3 around it; the palest colour has 120
-SPECK = 12  # pixels; the smallest object drawn, a growing triangle in its first frame, has 50
+SPECK = 12  # pixels; the smallest object drawn, a growing bar in its first frame, has 45
 REACH = 60.0  # levels of RGB distance from a named colour, for it to be that one
 PLAIN = 0.7  # share of the object's inner pixels that must be of its colour; of another one may be what is left
 MOST_FRAMES = 0.8  # share of the frames that must agree on the shape, or show an object for motion to be read
-OVERLAP = 0.85  # with the outline of the same area; a circle and a square have 0.83
-TRAVEL = 20.0  # pixels that count as a move; drawn paths have 29 or more
+OVERLAP = 0.8  # with the outline of the same area; of two shapes, circle and triangle are most alike: 0.69
+TRAVEL = 15.0  # pixels that count as a move; drawn paths have 21 or more
 SIDEWAYS = 0.25  # of a move: drift across it that is let through
 REST = 5.0  # pixels that something that stays in place may drift
 STRAY = 3.0  # pixels, root mean square: from a path of constant speed
@@ -195,7 +195,7 @@ def _read_shape(masks: np.ndarray, cx: np.ndarray, cy: np.ndarray, area: np.ndar
     from_top = y + height * 2 / 3
     outlines = {
         "circle": x**2 + y**2 < whole / np.pi,
-        "square": np.maximum(np.abs(x), np.abs(y)) < np.sqrt(whole) / 2,
+        "bar": (np.abs(x) < np.sqrt(2.5 * whole) / 2) & (np.abs(y) < np.sqrt(whole / 2.5) / 2),
         "triangle": (np.abs(x) < from_top / 3**0.5) & (from_top < height),
     }
     overlaps = np.array([(o & masks).sum((1, 2)) / (o | masks).sum((1, 2)) for o in outlines.values()])

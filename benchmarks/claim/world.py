@@ -28,7 +28,7 @@ COLOURS = {"red": (220, 30, 30), "green": (20, 170, 50), "blue": (40, 70, 235), 
 MORE_COLOURS = {"purple": (155, 40, 205), "orange": (245, 125, 25)}  # to be moved up when the world grows
 BACKGROUNDS = {"black": (15, 15, 15), "white": (240, 240, 240), "gray": (128, 128, 128)}
 # How far each shape reaches from its centroid, of its radius: to the sides, up, down. Areas are within a quarter of each other.
-SHAPES = {"circle": (1.0, 1.0, 1.0), "square": (0.9, 0.9, 0.9), "triangle": (1.2, 0.8 * 3**0.5, 0.4 * 3**0.5)}
+SHAPES = {"circle": (1.0, 1.0, 1.0), "bar": (1.25, 0.5, 0.5), "triangle": (1.2, 0.8 * 3**0.5, 0.4 * 3**0.5)}
 # The first wording of a motion is its name.
 MOTIONS = {
     "stays still": ("stays still", "does not move", "rests in place"),
@@ -48,7 +48,7 @@ TEMPLATES = (
     "a {shape}, {colour} on {background}, {motion}",
 )
 
-RADIUS = (7.5, 9.0)  # pixels; size is no fact, so it varies little
+RADIUS = (8.5, 10.0)  # pixels; size is no fact, so it varies little
 GROWTH = (0.5, 1.2)  # of the radius, from the first frame to the last
 MARGIN = (1.0, 3.0)  # pixels between a path's ends and the edges: a path is nearly all the room there is
 # Share of the room, around its middle, for what doesn't move: a shape at an edge is one that is about to leave it.
@@ -196,8 +196,8 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarra
     match shape:
         case "circle":
             return np.hypot(x, y) - radius
-        case "square":
-            return np.maximum(np.abs(x), np.abs(y)) - side
+        case "bar":
+            return np.maximum(np.abs(x) - side, np.abs(y) - below)
         case "triangle":  # upright, of equal sides, each `below` from the centroid
             return np.maximum(y, np.float32(3**0.5 / 2) * np.abs(x) - y / 2) - below
     raise NotImplementedError(f"shape={shape!r} has no outline here; give it one")

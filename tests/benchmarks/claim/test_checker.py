@@ -33,12 +33,12 @@ def drawn(path, kind="circle", radius=8, colour="red", background="gray"):
             (x, y), pen, rgb = place, ImageDraw.Draw(image), COLOURS[colour]
             box = (x - radius, y - radius, x + radius, y + radius)
             corners = [(x, y - radius), (x - 0.866 * radius, y + radius / 2), (x + 0.866 * radius, y + radius / 2)]
-            ellipse = (x - 1.5 * radius, y - 0.6 * radius, x + 1.5 * radius, y + 0.6 * radius)
+            ellipse = (x - 0.6 * radius, y - 1.5 * radius, x + 0.6 * radius, y + 1.5 * radius)  # a bar lies
             match kind:
                 case "circle":
                     pen.ellipse(box, fill=rgb)
-                case "square":
-                    pen.rectangle(box, fill=rgb)
+                case "bar":
+                    pen.rectangle((x - 1.25 * radius, y - 0.5 * radius, x + 1.25 * radius, y + 0.5 * radius), fill=rgb)
                 case "triangle":
                     pen.polygon(corners, fill=rgb)
                 case "ring":
@@ -119,7 +119,7 @@ def test_a_colour_between_two_is_none():
 def test_what_changes_on_the_way_is_none():
     red, blue = drawn(STILL), drawn(STILL, colour="blue")
     assert checker.read(np.concatenate([red[:9], blue[9:]])).colour is None
-    assert checker.read(np.concatenate([red[:9], drawn(STILL, "square", 6)[9:]])).shape is None
+    assert checker.read(np.concatenate([red[:9], drawn(STILL, "bar", 8)[9:]])).shape is None
     assert checker.read(np.concatenate([red[:9], drawn(STILL, background="white")[9:]])).background is None
     halves = red.copy()
     halves[:, :, :32] = blue[:, :, :32]
@@ -181,7 +181,7 @@ def test_an_object_that_vanishes_for_a_while_is_not_one(seen):
 @pytest.mark.parametrize("axis", [1, 2])
 def test_an_object_cut_into_two_halves_is_not_one(seen, axis):
     for background in BACKGROUNDS:
-        video = drawn(STILL, "square", background=background)
+        video = drawn(STILL, "bar", 10, background=background)
         cut = [slice(None)] * 3
         middle = (24, 32)[axis - 1]
         cut[axis] = slice(middle - 2, middle + 2)

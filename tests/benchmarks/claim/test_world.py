@@ -84,7 +84,7 @@ def test_case_spaces_full_stop_and_article_do_not_matter(monkeypatch):
         "red", "circle", "moves left", "black"
     )
     monkeypatch.setattr(world, "COLOURS", SIZES["grown"])
-    assert world.canonical(Facts("orange", "square", "grows")) == "an orange square grows"
+    assert world.canonical(Facts("orange", "bar", "grows")) == "an orange bar grows"
 
 
 @pytest.mark.parametrize(
