@@ -61,7 +61,7 @@ def _clips(output: str, *arguments: str) -> Step:
 
 
 def _encoded(output: str, frames: int) -> Step:
-    size = ("--height", "48", "--width", "64", "--num-frames", str(frames))
+    size = ("--height", "48", "--width", "64", "--num-frames", str(frames), "--min-frames", str(frames))
     arguments = ("@base", "--videos", "@clips", "--output", f"@{output}", *size)
     return Step("dit", ("fps_train.commands.precompute", "main"), arguments, output, _exists("manifest.json"))
 

@@ -55,6 +55,7 @@ def test_what_is_kept_of_a_picture():
     [
         (rule("480x832x81", exact=False), {"frames": 4}, "shorter than 5 frames at 16 fps"),
         (rule("480x832x81", "480x832x1"), {"frames": 9}, None),
+        (rule("480x832x1"), {"frames": 1}, "a bucket of 1 is for images unless --min-frames is 1"),
         (rule("480x832x81"), {"frames": 80}, "shorter than the shortest bucket, 81 frames"),
         (rule("480x832x81"), {"frames": 1, "clip": PICTURE}, "shorter than the shortest bucket, 81 frames"),
         (rule("480x832x81", exact=False, task="i2v"), {"frames": 1, "clip": PICTURE}, "an image, and i2v learns"),

@@ -88,6 +88,8 @@ class Rule(NamedTuple):
         if clip.is_image and self.task != "t2v":
             raise ClipError(f"an image, and {self.task} learns what follows a frame")
         least = 1 if clip.is_image else self.min_frames
+        if self.limit < least:
+            raise ClipError(f"a video, and a bucket of {self.limit} is for images unless --min-frames is {self.limit}")
         if probe.frames < least:
             raise ClipError(f"shorter than {least} frames at {self.fps} fps", f"{probe.frames}")
         if self.exact:
