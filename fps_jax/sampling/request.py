@@ -117,18 +117,14 @@ class Request:
         """The initial noise: the caller's, or a normal draw with one key per sample. shape: `Resolved.latent_shape`."""
         if self.latents is not None:
             return jnp.array(np.asarray(self.latents), jnp.float32)  # a copy: the caller's array stays the caller's
-        return jnp.stack([jax.random.normal(jax.random.key(s), shape[1:], jnp.float32) for s in self._seeds()])
+        return jnp.stack([_normal(seed, None, shape[1:]) for seed in self._seeds()])
 
     def step_noise(self, shape: tuple[int, ...], num_steps: int) -> Float[Array, "n B 16 F H W"]:
-        """What a solver that adds noise adds after each step: of sample and step alone, by `fold_in(key(seed), step)`.
+        """What a solver that adds noise adds after each step: of a sample's seed and the step alone.
 
         shape: `Resolved.latent_shape`. The last step adds nothing: zeros.
         """
-        keys = [jax.random.key(seed) for seed in self._seeds()]
-        steps = [
-            jnp.stack([jax.random.normal(jax.random.fold_in(key, i), shape[1:], jnp.float32) for key in keys])
-            for i in range(num_steps - 1)
-        ]
+        steps = [jnp.stack([_normal(seed, i, shape[1:]) for seed in self._seeds()]) for i in range(num_steps - 1)]
         return jnp.stack([*steps, jnp.zeros(shape, jnp.float32)])
 
     def frames(self, config: WanConfig) -> list[np.ndarray]:
@@ -244,6 +240,13 @@ class Request:
         want = (batch, count, config.dit.image_dim)
         if shape != want:
             raise ValueError(f"image_embeds has shape {shape}; this model and these prompts need {want}")
+
+
+def _normal(seed: int, step: int | None, shape: tuple[int, ...]) -> Array:
+    """A sample's initial noise (step None), or what a step adds. By one generator, whatever JAX's default is here."""
+    with jax.threefry_partitionable(True):
+        key = jax.random.key(seed, impl="threefry2x32")
+        return jax.random.normal(key if step is None else jax.random.fold_in(key, step), shape, jnp.float32)
 
 
 # The frames that a task is given.

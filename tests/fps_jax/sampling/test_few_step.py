@@ -99,6 +99,15 @@ def sample(pipe, prompt=CAT, **arguments):
     return np.asarray(denoise(pipe.config.dit, pipe.params["dit"], p.inputs, p.table, guidance_scale=p.guidance_scale))
 
 
+def test_noise_is_of_the_seed_whatever_jax_draws_by_default():
+    request = Request(prompt="x", seed=5)
+    shape = (1, 16, 1, 2, 2)
+    want = request.noise(shape), request.step_noise(shape, 2)
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        np.testing.assert_array_equal(request.noise(shape), want[0])
+        np.testing.assert_array_equal(request.step_noise(shape, 2), want[1])
+
+
 def test_a_few_step_sample_depends_on_its_own_seed_and_repeats(pipe):
     two, one = sample(pipe, [CAT, CAT], preset="dmd", seed=7), sample(pipe, preset="dmd", seed=8)
     np.testing.assert_allclose(one[0], two[1], atol=2e-5)
