@@ -4,8 +4,10 @@ import math
 from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
-Solver = Literal["unipc", "dpm++", "euler"]
+Solver = Literal["unipc", "dpm++", "euler", "lcm"]
 SigmaGrid = Literal["wan", "diffusers"]
+# How a model is sampled where nothing else is said: `fps_jax.sampling.presets`.
+Preset = Literal["wan", "few-step", "dmd", "causvid"]
 OutputType = Literal["np", "latent", "pil"]
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
 # What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which

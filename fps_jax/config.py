@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from fps_jax.choices import Preset, check_choice
 from fps_jax.sizes import PATCH
 
 Task = Literal["t2v", "i2v", "flf2v"]
@@ -138,8 +139,10 @@ class WanConfig:
     image_encoder: ImageEncoderConfig | None = None
     flow_shift: float = 5.0
     flow_shift_480p: float | None = None  # official I2V code: 3.0 up to 480 x 832 pixels, `flow_shift` above
+    preset: Preset = "wan"  # how it is sampled where nothing else is said (`fps_jax.sampling.presets`)
 
     def __post_init__(self):
+        check_choice("preset", self.preset, Preset)
         z = self.vae.z_dim
         channels = (z if self.task == "t2v" else 4 + 2 * z, z)  # noise, then mask and condition
         if (self.dit.in_channels, self.dit.out_channels) != channels:
@@ -153,7 +156,10 @@ class WanConfig:
         return self.dit.task
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        record = dataclasses.asdict(self)
+        if self.preset == "wan":
+            del record["preset"]  # so that releases that don't know it read the checkpoints that don't need it
+        return record
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "WanConfig":

@@ -38,7 +38,7 @@ ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
     "fps_jax.choices": Room(),
     "fps_jax.sizes": Room(),
-    "fps_jax.config": Room("fps_jax.sizes"),
+    "fps_jax.config": Room("fps_jax.choices fps_jax.sizes"),
     "fps_jax.errors": Room(inside="tyro"),
     "fps_jax.files": Room(),
     "fps_jax.processes": Room(),

@@ -16,7 +16,7 @@ from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
-from fps_convert.report import NAMES, lost_flow_shift, progress_bar
+from fps_convert.report import NAMES, lost_flow_shift, lost_preset, progress_bar
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SCHEDULE, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
@@ -57,7 +57,7 @@ def to_torch(
         write_rest(fresh, config, wanted, tokenizer)
         if (root / SCHEDULE).is_file():  # what the weights were trained with goes with them
             shutil.copyfile(root / SCHEDULE, fresh / SCHEDULE)
-        report["notes"] += lost_flow_shift(config, wanted)
+        report["notes"] += lost_flow_shift(config, wanted) + lost_preset(config, wanted)
     report |= {"written_bytes": sum(part["bytes"] for part in report["components"].values()), "destination": str(dst)}
     report["seconds"] = round(time.monotonic() - began, 3)
     final = pathlib.Path(dst).resolve()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 from fps_convert import key_patterns
 from fps_convert.formats.readers import Reader
 from fps_convert.layouts import Layout
+from fps_jax.choices import Preset
 from fps_jax.config import LATENTS_MEAN, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig
 
 _QK_NORM = "rms_norm_across_heads"
@@ -218,6 +219,15 @@ def image_encoder(
         projection_dim=shapes.size(re.escape(head), -1) if head in shapes.shapes else None,
         eps=_stated(vision, "layer_norm_eps", float, where, 1e-5),
     )
+
+
+# The pipeline classes that mean another way of sampling: FastVideo's, of its FastWan checkpoints.
+_PRESETS: dict[str, Preset] = {"WanDMDPipeline": "dmd"}
+
+
+def preset(index: dict[str, Any]) -> Preset:
+    """How a checkpoint is sampled by default, from model_index.json."""
+    return _PRESETS.get(str(index.get("_class_name")), "wan")
 
 
 def flow_shift(

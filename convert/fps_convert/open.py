@@ -31,8 +31,13 @@ class _Files:
     notes: list[str] = field(default_factory=list)
 
 
+def _index(path: pathlib.Path, layout: Layout) -> dict[str, Any]:
+    """What model_index.json says; nothing where there is none."""
+    return read_json(path / layout.index) if layout.index and (path / layout.index).exists() else {}
+
+
 def _open_files(path: pathlib.Path, layout: Layout) -> _Files:
-    index = read_json(path / layout.index) if layout.index and (path / layout.index).exists() else {}
+    index = _index(path, layout)
     second = index.get("transformer_2") or [None]
     if second[0] is not None or (layout.index and (path / "transformer_2").is_dir()):
         raise NotImplementedError(f"{path} has a transformer_2: it is a Wan2.2 checkpoint, supported is Wan2.1")
@@ -164,6 +169,7 @@ def open_checkpoint(path: str | os.PathLike) -> Source:
             image_encoder=image_encoder,
             flow_shift=flow_shift,
             flow_shift_480p=flow_shift_480p,
+            preset=infer.preset(_index(path, layout)),
         )
     except ValueError as error:  # a DiT and a VAE of two models
         raise ValueError(f"{path}: {error}") from None

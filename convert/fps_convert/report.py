@@ -79,6 +79,13 @@ def lost_flow_shift(config: WanConfig, layout: Layout) -> list[str]:
     ]
 
 
+def lost_preset(config: WanConfig, layout: Layout) -> list[str]:
+    """What a layout can't say of the way that a model is sampled."""
+    if config.preset == "wan" or (config.preset == "dmd" and layout.index is not None):
+        return []
+    return [f"preset={config.preset!r} has no place in the {layout.name} layout; give it when you sample"]
+
+
 def summary(report: dict[str, Any], where: str) -> str:
     """The closing lines of a conversion."""
     parts = report["components"]

@@ -170,9 +170,16 @@ def diffusers_scheduler(flow_shift: float) -> dict[str, Any]:
     }
 
 
+def _pipeline(config: WanConfig) -> str:
+    """The pipeline's class. FastVideo's is a way of sampling, which `infer.preset` reads back."""
+    if config.preset == "dmd":
+        return "WanDMDPipeline"
+    return "WanPipeline" if config.task == "t2v" else "WanImageToVideoPipeline"
+
+
 def diffusers_index(config: WanConfig, tokenizer_class: str) -> dict[str, Any]:
     index: dict[str, Any] = {
-        "_class_name": "WanPipeline" if config.task == "t2v" else "WanImageToVideoPipeline",
+        "_class_name": _pipeline(config),
         "_diffusers_version": _DIFFUSERS,
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],

@@ -83,7 +83,11 @@ def _calibrate(options: Calibrate) -> None:
     else:
         errors, measured = _read_errors(options.reuse, plans)
     result = calibration.choose_schedule(
-        plans, errors, error_budget=options.error_budget, max_regimes=options.max_regimes
+        plans,
+        errors,
+        error_budget=options.error_budget,
+        max_regimes=options.max_regimes,
+        progress=_progress(measured.get("settings", {})),
     )
 
     from fps_jax.tuning import calibration_plots
@@ -123,12 +127,24 @@ def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: 
                     prepared.table,
                     plans=plans,
                     query_tiles=options.query_tiles,
-                    guidance_scale=request.guidance_scale,
+                    guidance_scale=prepared.guidance_scale,
                     dtype=pipe.dtype,
                     progress=bar,
                 )
             )
     return np.mean(errors, axis=0), {**run_record(options, request, pipe), "prompts": prompts}
+
+
+def _progress(settings: dict[str, Any]) -> Any:
+    """The progress of each step of a run that named its levels; None for one on a grid."""
+    levels = {name: settings[name] for name in ("sigmas", "timesteps") if settings.get(name) is not None}
+    if not levels:
+        return None
+    from fps_jax.attention.schedule import progress
+    from fps_jax.sampling.flow import explicit_grid
+
+    shift = settings["flow_shift"]
+    return progress(explicit_grid(settings["solver"], shift, **levels).sigmas.astype("float64"), shift)
 
 
 def _describe(plan: Any, cost: float) -> dict[str, Any]:

@@ -4,11 +4,14 @@ import pathlib
 import signal
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fps_jax.commands.options import FILES, VideoOptions, load_pipeline, lora_files, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, write_json
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.presets import Settings
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -56,7 +59,7 @@ def _compare(options: Compare) -> None:
         pipe = load_pipeline(options)
         pipe.show_progress = True
         comparison = compare(pipe, request, tell=_tell)
-        write(comparison, folder, fps=options.fps, subtitle=_subtitle(options))
+        write(comparison, folder, fps=options.fps, subtitle=_subtitle(options, resolved.settings))
         write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")
     print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
 
@@ -76,9 +79,9 @@ def _check_output(options: Compare) -> None:
         )
 
 
-def _subtitle(options: Compare) -> str:
+def _subtitle(options: Compare, settings: "Settings") -> str:
     size = f"{options.width} x {options.height}, {options.num_frames} frames"
-    return f"{size}, {options.num_inference_steps} steps, guidance {options.guidance_scale:g}, seed {options.seed}"
+    return f"{size}, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seed {options.seed}"
 
 
 def _tell(line: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fps_jax.choices import Dtype, Setting, SigmaGrid, Solver, file_and_scale
+from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Solver, file_and_scale
 
 if TYPE_CHECKING:
     from fps_jax.sampling.pipeline import WanPipeline
@@ -39,18 +39,26 @@ class VideoOptions:
     """Pixels, a multiple of 16."""
     num_frames: int = 81
     """4k + 1."""
-    num_inference_steps: int = 50
-    """Denoising steps."""
-    guidance_scale: float = 5.0
-    """Classifier-free guidance weight; at 1 or below the negative prompt isn't used."""
+    preset: Preset | None = None
+    """How to sample where the next seven are left out. wan: 50 steps of unipc, guidance 5, the checkpoint's shift. few-step: for
+    step-distilled checkpoints and LoRAs, 4 steps of lcm, shift 5, no guidance. dmd, causvid: FastWan's and CausVid's 3 steps. Left
+    out: the checkpoint's own, which is wan for all but FastWan's."""
+    num_inference_steps: int | None = None
+    """Denoising steps; 50 by the preset wan."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance weight; at 1 or below the negative prompt isn't used. 5.0 by the preset wan."""
     flow_shift: float | None = None
-    """Shift of the noise levels; the checkpoint's own if left out."""
-    solver: Solver = "unipc"
-    """The ODE solver."""
-    sigma_grid: SigmaGrid = "wan"
-    """Noise levels of the official code or of diffusers."""
+    """Shift of the noise levels; by the preset wan the checkpoint's own."""
+    solver: Solver | None = None
+    """unipc (the preset wan's), dpm++ and euler follow the ODE; lcm adds fresh noise after each step, for distilled models."""
+    sigma_grid: SigmaGrid | None = None
+    """Noise levels of the official code (wan) or of diffusers."""
+    sigmas: tuple[float, ...] | None = None
+    """The noise levels themselves, in (0, 1], falling, without the closing 0, in place of a grid."""
+    timesteps: tuple[float, ...] | None = None
+    """The same by what the model is told, in (0, 1000], such as 1000 757 522."""
     seed: int = 0
-    """Seed of the initial noise."""
+    """Seed of the initial noise, and of the noise that lcm adds."""
     latents: pathlib.Path | None = None
     """Initial noise as .npy, [1, 16, F, H/8, W/8], in place of the seed's."""
     dtype: Dtype = "bfloat16"
@@ -106,6 +114,11 @@ def load_pipeline(options: VideoOptions) -> "WanPipeline":
     opened = [
         (open_lora(file, model.config, partial=options.lora_partial), scale) for file, scale in lora_files(options)
     ]
+    if model.config.preset != "wan" and options.preset is None:
+        from fps_jax.sampling.presets import PRESETS
+
+        preset = model.config.preset
+        print(f"this checkpoint is sampled by preset {preset}: {PRESETS[preset].words()}", file=sys.stderr)
     pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
     for lora, scale in opened:
         print(f"{pipe.load_lora(lora, scale).summary} at scale {scale:g}", file=sys.stderr)
@@ -142,7 +155,11 @@ def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str
 
     resolved = request.resolve(pipe.config, pipe.schedule)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
-    settings["flow_shift"], settings["attention"] = resolved.flow_shift, resolved.attention
+    settings |= dataclasses.asdict(resolved.settings) | {
+        "preset": resolved.preset,
+        "flow_shift": resolved.flow_shift,
+        "attention": resolved.attention,
+    }
     if settings["negative_prompt"] is None:
         settings["negative_prompt"] = resolved.negatives[0]
     device = jax.local_devices()[0]

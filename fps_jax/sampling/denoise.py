@@ -34,16 +34,18 @@ def denoise(
     """Integrate from noise to clean latents.
 
     Args:
-      inputs: noise, text states and what goes with them; not donated. With a negative prompt's, classifier-free guidance.
+      inputs: noise, text states and what goes with them; not donated. With a negative prompt's, classifier-free guidance. With
+        `step_noise` where the table adds noise (solver "lcm").
       table: the solver's coefficients (`solver_table`).
       guidance_scale, batch_guidance, dtype: as for `guided_velocity`.
       segments: the self-attention of consecutive steps (`FPSSchedule.segments`), all steps covered; None for dense.
       progress: called from another thread as steps finish, steps in order; never waited for.
 
-    Compiled once per shape, number of steps, segments and mode; `table` and `guidance_scale` are data.
+    Compiled once per shape, number of steps, segments and mode, and for solvers that add noise; `table` and `guidance_scale` are
+    data.
     Returns: float32 latents.
-    Raises: ValueError for segments of another number of steps; FloatingPointError naming the first step and layer where a NaN or
-      inf appeared.
+    Raises: ValueError for segments of another number of steps, or step noise that is missing; FloatingPointError naming the first
+      step and layer where a NaN or inf appeared.
     """
     num_steps = len(table.sigma)
     segments = ((num_steps, DENSE),) if segments is None else segments
@@ -51,12 +53,13 @@ def denoise(
         raise ValueError(
             f"segments cover {sum(count for count, _ in segments)} steps of {num_steps}; cover each step once"
         )
+    inputs = inputs._replace(noise=jnp.asarray(inputs.noise, jnp.float32), step_noise=_step_noise(inputs, table))
     run = _Run.start(progress, num_steps)
     try:
         out, bad = _denoise(
             params,
-            inputs._replace(noise=jnp.asarray(inputs.noise, jnp.float32)),
-            SolverTable(*(jnp.asarray(a) for a in table)),
+            inputs,
+            jax.tree.map(jnp.asarray, table),
             jnp.float32(guidance_scale),
             jnp.int32(run.number),
             config=config,
@@ -79,6 +82,17 @@ def denoise(
             "try dtype='float32', and check the weights and the inputs for NaN"
         )
     return out
+
+
+def _step_noise(inputs: Inputs, table: SolverTable) -> Array | None:
+    """The inputs' step noise where the table reads it."""
+    if table.renoise is None:
+        return None
+    shape = (len(table.sigma), *jnp.shape(inputs.noise))
+    if inputs.step_noise is None or jnp.shape(inputs.step_noise) != shape:
+        given = None if inputs.step_noise is None else jnp.shape(inputs.step_noise)
+        raise ValueError(f"step_noise has shape {given}; this solver adds noise after each step and needs {shape}")
+    return jnp.asarray(inputs.step_noise, jnp.float32)
 
 
 class _Run:
@@ -137,9 +151,9 @@ def _denoise(
 
     def step(attention, carry, numbered_row):
         state, first_bad = carry
-        index, row = numbered_row
+        index, row, noise = numbered_row
         v, stage = velocity(state.x, row.timestep, attention)
-        state = solver_step(state, row, v)
+        state = solver_step(state, row, v, noise)
         overflow = jnp.where(jnp.isfinite(state.x).all(), jnp.int32(-1), jnp.int32(config.num_layers + 2))
         stage = jnp.where(stage >= 0, stage, overflow)
         first_bad = jnp.where((first_bad[0] < 0) & (stage >= 0), jnp.stack([index, stage]), first_bad)
@@ -150,7 +164,7 @@ def _denoise(
     steps = table.sigma.shape[0]
     zeros = jnp.zeros_like(inputs.noise)
     carry = (SolverState(inputs.noise, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
-    rows = (jnp.arange(steps, dtype=jnp.int32), table)
+    rows = (jnp.arange(steps, dtype=jnp.int32), table, inputs.step_noise)
     start = 0
     # One scan for each segment, not one with a switch inside: a branch would have the GPU ask the host at every step.
     for count, attention in segments:

@@ -14,6 +14,7 @@ from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
+from fps_jax.sampling.presets import PRESETS
 from fps_jax.sampling.request import latent_shape
 from fps_jax.sizes import token_grid
 
@@ -30,7 +31,10 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
     }
     shape = latent_shape(1, height, width, num_frames, config)
     kind = f"Wan2.1 {config.task.upper()}, {opened.layout} layout, flow shift {_shift(config)}"
-    lines = [f"{opened.directory}", kind, ""]
+    lines = [f"{opened.directory}", kind]
+    if config.preset != "wan":
+        lines.append(f"sampled by preset {config.preset}: {PRESETS[config.preset].words()}")
+    lines.append("")
     for name, build in builds(config).items():
         if name in dtypes:
             lines.append(

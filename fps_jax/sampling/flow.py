@@ -3,7 +3,8 @@
 Everything here is NumPy in float64, rounded to float32 where the original code rounds, so that timesteps truncate alike.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +18,8 @@ VALID_PAIRS: tuple[tuple[str, str], ...] = (
     ("dpm++", "wan"),
     ("euler", "wan"),
     ("euler", "diffusers"),
+    ("lcm", "wan"),
+    ("lcm", "diffusers"),
 )
 
 
@@ -44,26 +47,107 @@ def sigma_grid(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) ->
 
     unipc/wan and dpm++/wan: FlowUniPCMultistepScheduler and FlowDPMSolverMultistepScheduler of Wan-Video/Wan2.1.
     unipc/diffusers: UniPCMultistepScheduler with flow sigmas, diffusers 0.42. euler/diffusers: FlowMatchEulerDiscreteScheduler.
-    euler/wan: the dpm++ grid.
+    euler/wan: the dpm++ grid. lcm/wan: the same levels, timesteps not truncated, as in ModelTC/LightX2V (step distillation) and
+    Self-Forcing. lcm/diffusers: FlowMatchLCMScheduler, whose levels are FlowMatchEulerDiscreteScheduler's.
 
     Raises: ValueError for another pair, num_steps < 1, or a shift that isn't positive.
     """
     check_pair(solver, grid)
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps} is less than 1; use 1 or more (Wan's default is 50)")
-    if not (np.isfinite(shift) and shift > 0):
-        raise ValueError(f"flow_shift={shift} is not a positive number; Wan uses 3 to 16")
-    if solver == "euler" and grid == "diffusers":
+    _check_shift(shift)
+    if solver in ("euler", "lcm") and grid == "diffusers":
         return _flow_match_euler(num_steps, shift)
     if solver == "unipc" and grid == "wan":
         sigmas = shift_sigma(np.linspace(float(np.float32(0.999)), 0.0, num_steps + 1)[:-1], shift)
     elif solver == "unipc":
-        sigmas = shift_sigma(np.linspace(1, 1 / 1000, num_steps + 1)[:-1], shift)
-        if abs(sigmas[0] - 1) < 1e-6:
-            sigmas[0] -= 1e-6  # as diffusers: log(1 - sigma) must be finite
+        sigmas = _below_one(shift_sigma(np.linspace(1, 1 / 1000, num_steps + 1)[:-1], shift))
     else:
         sigmas = shift_sigma(np.linspace(1, 0, num_steps + 1)[:num_steps], shift)
-    timesteps = (sigmas * 1000).astype(np.int64)  # truncated, as upstream; the sigmas are not
+    return _grid(sigmas, truncate=solver != "lcm")
+
+
+def explicit_grid(
+    solver: Solver,
+    shift: float,
+    *,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+) -> Grid:
+    """Levels that the caller names, one kind of them: no grid, and nothing is shifted. Every solver takes them.
+
+    Args:
+      sigmas: in (0, 1], falling; the closing 0 is left out. The model is told 1000 sigma, truncated for unipc and dpm++, as their
+        originals do. unipc starts at 1 - 1e-6 in place of 1, as in diffusers.
+      timesteps: in (0, 1000], falling: what the model is told. The level of each is the nearest of the 1000 of training,
+        shift u / (1 + (shift - 1) u) at u = k / 1000, as in CausVid and FastVideo (757 at shift 8 is 0.756757, not 0.757).
+      shift: of the levels that `timesteps` stand for; `sigmas` don't need it.
+    Raises: ValueError for both, for values that break a rule above, timesteps that stand for the same level, or a shift that isn't
+      positive.
+    """
+    _check_shift(shift)
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("sigmas and timesteps are both given; give one of them")
+    if sigmas is not None:
+        levels = check_levels("sigmas", sigmas)
+        if solver == "unipc":
+            levels = _below_one(levels)
+            _check_falling("sigmas", sigmas, levels.astype(np.float32), "")
+        return _grid(levels, truncate=solver in ("unipc", "dpm++"))
+    told = check_levels("timesteps", timesteps)
+    training = shift_sigma(np.arange(1000, 0, -1) / 1000, shift)
+    levels = training[np.abs(1000 * training - told[:, None]).argmin(1)]
+    _check_falling("timesteps", timesteps, levels, f" at flow_shift={shift:g}, which has 1000 levels")
+    if solver == "unipc":
+        levels = _below_one(levels)
+    return Grid(np.append(levels, 0).astype(np.float32), told.astype(np.float32))
+
+
+def _check_shift(shift: float) -> None:
+    if not (np.isfinite(shift) and shift > 0):
+        raise ValueError(f"flow_shift={shift} is not a positive number; Wan uses 3 to 16")
+
+
+def check_levels(name: str, values: Any) -> Float[np.ndarray, "n"]:
+    """`sigmas` or `timesteps` of a caller as float64. Raises ValueError for what breaks the rules that no shift changes."""
+    top = 1 if name == "sigmas" else 1000
+    try:
+        levels = np.asarray(values)
+    except ValueError:  # a ragged list
+        levels = np.empty(0)
+    if levels.ndim != 1 or not levels.size or levels.dtype.kind not in "iuf":
+        raise ValueError(f"{name}={values!r} is not a non-empty list of numbers in (0, {top}]")
+    small = levels.astype(np.float32)
+    if not ((small > 0) & (small <= top)).all():
+        wrong = levels[~((small > 0) & (small <= top))][0]
+        fix = "leave it out: sampling ends there anyway" if wrong == 0 else f"{name} go from {top} down towards 0"
+        raise ValueError(f"{name}={_listed(levels)}: {wrong:g} is not in (0, {top}]; {fix}")
+    _check_falling(name, values, small, "")
+    return levels.astype(np.float64)
+
+
+def _check_falling(name: str, values: Any, levels: np.ndarray, where: str) -> None:
+    bad = np.flatnonzero(levels[1:] >= levels[:-1])
+    if bad.size:
+        first, second = (float(values[bad[0] + i]) for i in (0, 1))
+        what = "are the same noise level" if where else "don't fall"
+        raise ValueError(
+            f"{name}={_listed(values)}: {first:g} and {second:g} {what}{where}; each must be below the last"
+        )
+
+
+def _listed(values: Any) -> str:
+    return "[" + ", ".join(f"{float(value):g}" for value in values) + "]"
+
+
+def _below_one(sigmas: np.ndarray) -> np.ndarray:
+    """As diffusers' UniPC starts: log(1 - sigma) must be finite."""
+    return np.append(sigmas[0] - 1e-6, sigmas[1:]) if abs(sigmas[0] - 1) < 1e-6 else sigmas
+
+
+def _grid(sigmas: np.ndarray, *, truncate: bool) -> Grid:
+    # Timesteps of UniPC and DPM++ are truncated, as upstream; the sigmas are not.
+    timesteps = (sigmas * 1000).astype(np.int64) if truncate else sigmas * 1000
     return Grid(np.append(sigmas, 0).astype(np.float32), timesteps.astype(np.float32))
 
 

@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
       negative: `[B, T, E]` text states of the negative prompt; None for no guidance.
       condition: `[B, 20, F, H, W]` mask and latents that i2v and flf2v read beside x.
       image: `[B, I, G]` image-tower tokens, for i2v and flf2v.
+      step_noise: `[n, B, 16, F, H, W]` float32, what a solver that adds noise is given after each of its n steps.
     """
 
     noise: Float[Array, "B 16 F H W"]
@@ -29,6 +30,7 @@ class Inputs(NamedTuple):
     negative: Float[Array, "B T E"] | None = None
     condition: Float[Array, "B 20 F H W"] | None = None
     image: Float[Array, "B I G"] | None = None
+    step_noise: Float[Array, "n B 16 F H W"] | None = None
 
 
 def guided_velocity(
@@ -48,7 +50,7 @@ def guided_velocity(
     """v_negative + guidance_scale (v_text - v_negative) at x; where `inputs.negative` is None, v_text.
 
     Args:
-      x: noisy latents, float32; `inputs.noise` isn't read.
+      x: noisy latents, float32; `inputs.noise` and `inputs.step_noise` aren't read.
       t: timesteps in [0, 1000], one for all samples or one each.
       batch_guidance: evaluate both prompts as one batch of two instead of two passes (more memory, fewer launches).
       attention_taps: a dict that is filled with what `attention` records in the pass with the prompt (in the one pass of both).
@@ -67,7 +69,7 @@ def guided_velocity(
     def twice(a):
         return None if a is None else jnp.concatenate([a, a])
 
-    _, text, negative, condition, image = inputs
+    _, text, negative, condition, image, _ = inputs
     t = jnp.broadcast_to(t, x.shape[:1])
     if negative is None:
         return model(x, t, text, condition, image, attention_taps)

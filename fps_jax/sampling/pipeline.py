@@ -19,7 +19,7 @@ from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
 from fps_jax.checkpoints.open import open_lora, open_model
 from fps_jax.checkpoints.placement import visiting
-from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver
+from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.tokenizer import Tokenizer
@@ -28,6 +28,7 @@ from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling.denoise import Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
+from fps_jax.sampling.presets import PRESETS
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.solvers import SolverTable
 
@@ -41,6 +42,7 @@ class Prepared(NamedTuple):
 
     inputs: Inputs
     table: SolverTable
+    guidance_scale: float
     segments: Segments | None
     tiling: bool
 
@@ -82,6 +84,8 @@ class WanPipeline:
             raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
         enable_compilation_cache()
         model = open_model(path)
+        if model.config.preset != "wan":
+            log.info("sampled by preset %s: %s", model.config.preset, PRESETS[model.config.preset].words())
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
         return cls(
@@ -160,11 +164,11 @@ class WanPipeline:
         height: int = 480,
         width: int = 832,
         num_frames: int = 81,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         flow_shift: float | None = None,
-        solver: Solver = "unipc",
-        sigma_grid: SigmaGrid = "wan",
+        solver: Solver | None = None,
+        sigma_grid: SigmaGrid | None = None,
         seed: int | Sequence[int] = 0,
         latents: Any = None,
         output_type: OutputType = "np",
@@ -173,6 +177,9 @@ class WanPipeline:
         batch_guidance: bool = False,
         attention: Setting | None = None,
         schedule: FPSSchedule | str | os.PathLike | None = None,
+        preset: Preset | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
     ) -> Any:
         """Sample one video per prompt.
 
@@ -185,10 +192,11 @@ class WanPipeline:
           image_embeds: [B, 257, E] (flf2v [B, 514, E]) image-tower tokens in place of those computed from the images.
           height, width: pixels, multiples of 16.
           num_frames: 4k + 1.
+          num_inference_steps: steps on `sigma_grid`. None here and in the next four: what the preset says.
           guidance_scale: classifier-free guidance weight; at 1 or below the negative prompt isn't evaluated.
-          flow_shift: shift of the noise levels; None for the checkpoint's own.
+          flow_shift: shift of the noise levels; by the preset 'wan' the checkpoint's own.
           solver, sigma_grid: see `fps_jax.sampling.flow.VALID_PAIRS`.
-          seed: sample i of a batch uses seed + i; or one seed per sample.
+          seed: sample i of a batch uses seed + i; or one seed per sample. Of the initial noise, and of the noise that 'lcm' adds.
           latents: initial noise [B, 16, (num_frames - 1)/4 + 1, height/8, width/8] in place of the seed's.
           output_type: 'np' float32 [B, F, H, W, 3] in [0, 1]; 'latent' float32 normalised, as `latents`; 'pil' B lists of images.
           callback: callback(steps_done, steps), called from another thread.
@@ -198,6 +206,10 @@ class WanPipeline:
             whole-grid windows; 'sparse', the schedule without quantization. None is 'fps' where there is a schedule, given here or
             the checkpoint's own, and else 'dense'.
           schedule: an FPSSchedule or its JSON file; None for the checkpoint's own, or the default one (`FPSSchedule.default`).
+          preset: 'wan', 50 steps of unipc at guidance 5; 'few-step', 'dmd' or 'causvid' for distilled models
+            (`fps_jax.sampling.presets.PRESETS`). None for the checkpoint's own, mostly 'wan'. Other arguments win over it.
+          sigmas: the noise levels themselves, in (0, 1], falling, without the closing 0; they aren't shifted. For any solver.
+          timesteps: in their place what the model is told, in (0, 1000]: `fps_jax.sampling.flow.explicit_grid`.
         Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
         """
         request = Request(
@@ -221,6 +233,9 @@ class WanPipeline:
             batch_guidance=batch_guidance,
             attention=attention,
             schedule=schedule,
+            preset=preset,
+            sigmas=sigmas,
+            timesteps=timesteps,
         )
         return self.sample(request, callback)
 
@@ -239,7 +254,7 @@ class WanPipeline:
                 self.params["dit"],
                 prepared.inputs,
                 prepared.table,
-                guidance_scale=request.guidance_scale,
+                guidance_scale=prepared.guidance_scale,
                 dtype=self.dtype,
                 batch_guidance=request.batch_guidance,
                 segments=prepared.segments,
@@ -262,6 +277,16 @@ class WanPipeline:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
         resolved = request.resolve(self.config, self.schedule)
         noise = request.noise(resolved.latent_shape)
+        step_noise = None
+        if resolved.table.renoise is not None:
+            step_noise = request.step_noise(resolved.latent_shape, len(resolved.table.sigma))
+        guidance_scale = resolved.settings.guidance_scale
+        if resolved.preset != "wan" and guidance_scale > 1:
+            log.warning(
+                "guidance_scale=%g with preset %r: distilled models have guidance in them; 1 is what they were made for",
+                guidance_scale,
+                resolved.preset,
+            )
         frames = request.frames(self.config)
         embeds = request.image_embeds
         if embeds is not None:
@@ -271,14 +296,14 @@ class WanPipeline:
         tiling = request.vae_tiling or self.needs_tiling(request.height, request.width)
 
         text = self._encode_prompts(resolved.prompts)
-        negative = self._encode_prompts(resolved.negatives) if request.guidance_scale > 1 else None
+        negative = self._encode_prompts(resolved.negatives) if guidance_scale > 1 else None
         condition = None
         if frames:
             if embeds is None:
                 embeds = self._encode_images(frames, len(resolved.prompts))
             condition = self._condition(frames, resolved.latent_shape, tiling)
-        inputs = Inputs(noise, text, negative, condition, embeds)
-        return Prepared(inputs, resolved.table, resolved.segments, tiling)
+        inputs = Inputs(noise, text, negative, condition, embeds, step_noise)
+        return Prepared(inputs, resolved.table, guidance_scale, resolved.segments, tiling)
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""

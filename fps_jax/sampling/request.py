@@ -11,12 +11,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
-from fps_jax.choices import OutputType, Setting, SigmaGrid, Solver, check_choice
+from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver, check_choice
 from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
 from fps_jax.media.images import load_image
 from fps_jax.sampling.denoise import Segments
-from fps_jax.sampling.flow import sigma_grid
-from fps_jax.sampling.solvers import SolverTable, solver_table
+from fps_jax.sampling.flow import check_levels
+from fps_jax.sampling.presets import Settings, fill
+from fps_jax.sampling.solvers import SolverTable, coefficients
 from fps_jax.sizes import Shape3, latent_grid, token_grid
 
 
@@ -27,7 +28,9 @@ class Resolved(NamedTuple):
       prompts, negatives: B texts each.
       latent_shape: `(B, 16, F, H/8, W/8)`.
       grid: tokens (F, Y, X).
-      flow_shift: the request's, or the checkpoint's own.
+      preset: the request's, or the checkpoint's own.
+      settings: solver, steps and guidance by that preset, with what the request says.
+      flow_shift: the request's, the preset's, or the checkpoint's own.
       table: the solver's coefficients.
       attention: the request's, or what the model was trained with.
       schedule: with tile and windows filled in; None for dense.
@@ -38,6 +41,8 @@ class Resolved(NamedTuple):
     negatives: list[str]
     latent_shape: tuple[int, ...]
     grid: Shape3
+    preset: Preset
+    settings: Settings
     flow_shift: float
     table: SolverTable
     attention: Setting
@@ -60,11 +65,11 @@ class Request:
     height: int = 480
     width: int = 832
     num_frames: int = 81
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     flow_shift: float | None = None
-    solver: Solver = "unipc"
-    sigma_grid: SigmaGrid = "wan"
+    solver: Solver | None = None
+    sigma_grid: SigmaGrid | None = None
     seed: int | Sequence[int] = 0
     latents: Any = None
     output_type: OutputType = "np"
@@ -72,38 +77,37 @@ class Request:
     batch_guidance: bool = False
     attention: Setting | None = None
     schedule: FPSSchedule | str | os.PathLike | None = None
+    preset: Preset | None = None
+    sigmas: Sequence[float] | None = None
+    timesteps: Sequence[float] | None = None
 
     def __post_init__(self):
         check_choice("output_type", self.output_type, OutputType)
         self._texts(default_negative="")
         check_frame(self.height, self.width, self.num_frames)
-        _check_integer("num_inference_steps", self.num_inference_steps)
-        scale = self.guidance_scale
-        if not isinstance(scale, int | float | np.number) or not np.isfinite(scale):
-            raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
-        shift = 5.0 if self.flow_shift is None else self.flow_shift
-        sigma_grid(self.solver, self.sigma_grid, self.num_inference_steps, shift)
+        self._check_walk()
         object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
         self._attention(None, token_grid(latent_grid(self.height, self.width, self.num_frames)))
-        if self.latents is None:
-            self._seeds()
+        self._seeds()
 
     def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
         """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
         prompts, negatives = self._texts(NEGATIVE_PROMPTS[config.task])
         shape = latent_shape(len(prompts), self.height, self.width, self.num_frames, config)
         grid = token_grid(shape[2:], config.dit.patch_size)
-        shift = self.flow_shift
+        preset = self.preset or config.preset
+        settings = self._settings(preset)
+        shift = settings.flow_shift
         if shift is None:
             shift = default_flow_shift(config, self.height, self.width)
-        table = solver_table(self.solver, self.sigma_grid, self.num_inference_steps, shift)
+        table = coefficients(settings.solver, settings.levels(shift))
         attention, schedule = self._attention(trained, grid)
         segments = None
         if schedule is not None:
             segments = schedule.segments(table.sigma, shift, grid, config.dit.num_layers)
         self._check_latents(shape)
         self._check_images(config, len(prompts))
-        return Resolved(prompts, negatives, shape, grid, shift, table, attention, schedule, segments)
+        return Resolved(prompts, negatives, shape, grid, preset, settings, shift, table, attention, schedule, segments)
 
     def setting(self, trained: FPSSchedule | None) -> Setting:
         """The attention that was asked for, or what a schedule means: the request's, or that of a model trained with one."""
@@ -113,7 +117,15 @@ class Request:
         """The initial noise: the caller's, or a normal draw with one key per sample. shape: `Resolved.latent_shape`."""
         if self.latents is not None:
             return jnp.array(np.asarray(self.latents), jnp.float32)  # a copy: the caller's array stays the caller's
-        return jnp.stack([jax.random.normal(jax.random.key(s), shape[1:], jnp.float32) for s in self._seeds()])
+        return jnp.stack([_normal(seed, None, shape[1:]) for seed in self._seeds()])
+
+    def step_noise(self, shape: tuple[int, ...], num_steps: int) -> Float[Array, "n B 16 F H W"]:
+        """What a solver that adds noise adds after each step: of a sample's seed and the step alone.
+
+        shape: `Resolved.latent_shape`. The last step adds nothing: zeros.
+        """
+        steps = [jnp.stack([_normal(seed, i, shape[1:]) for seed in self._seeds()]) for i in range(num_steps - 1)]
+        return jnp.stack([*steps, jnp.zeros(shape, jnp.float32)])
 
     def frames(self, config: WanConfig) -> list[np.ndarray]:
         """The given frames, float32 [1 or B, H, W, 3] in [0, 1]: none for t2v, the first for i2v, first and last for flf2v.
@@ -122,6 +134,36 @@ class Request:
         """
         names = _IMAGES[config.task]
         return [load_image(getattr(self, name), self.height, self.width, name=name) for name in names]
+
+    def _check_walk(self) -> None:
+        """The steps and what goes with them, as far as no checkpoint is needed: its preset and its shift aren't known yet."""
+        for name, kind in (("preset", Preset), ("solver", Solver), ("sigma_grid", SigmaGrid)):
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), kind)
+        if self.num_inference_steps is not None:
+            _check_integer("num_inference_steps", self.num_inference_steps)
+        scale = self.guidance_scale
+        if scale is not None and (not isinstance(scale, int | float | np.number) or not np.isfinite(scale)):
+            raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
+        for name in ("sigmas", "timesteps"):
+            if getattr(self, name) is not None:
+                levels = check_levels(name, getattr(self, name))
+                object.__setattr__(self, name, tuple(float(level) for level in levels))
+        settings = self._settings(self.preset or "wan")
+        if settings.flow_shift is not None or settings.timesteps is None:
+            settings.levels(5.0 if settings.flow_shift is None else settings.flow_shift)
+
+    def _settings(self, preset: Preset) -> Settings:
+        return fill(
+            preset,
+            solver=self.solver,
+            sigma_grid=self.sigma_grid,
+            num_inference_steps=self.num_inference_steps,
+            sigmas=None if self.sigmas is None else tuple(self.sigmas),
+            timesteps=None if self.timesteps is None else tuple(self.timesteps),
+            flow_shift=self.flow_shift,
+            guidance_scale=self.guidance_scale,
+        )
 
     def _texts(self, default_negative: str) -> tuple[list[str], list[str]]:
         """Prompts and as many negative prompts."""
@@ -198,6 +240,13 @@ class Request:
         want = (batch, count, config.dit.image_dim)
         if shape != want:
             raise ValueError(f"image_embeds has shape {shape}; this model and these prompts need {want}")
+
+
+def _normal(seed: int, step: int | None, shape: tuple[int, ...]) -> Array:
+    """A sample's initial noise (step None), or what a step adds. By one generator, whatever JAX's default is here."""
+    with jax.threefry_partitionable(True):
+        key = jax.random.key(seed, impl="threefry2x32")
+        return jax.random.normal(key if step is None else jax.random.fold_in(key, step), shape, jnp.float32)
 
 
 # The frames that a task is given.

@@ -1,12 +1,13 @@
-"""UniPC, DPM++ and Euler as one linear multistep scheme with per-step coefficients.
+"""UniPC, DPM++, Euler and LCM as one linear multistep scheme with per-step coefficients.
 
 Every solver here, written in the data prediction x0 = x - sigma v, maps the state to the next by fixed linear combinations:
 
     corrected = corrector . (x, previous, x0_now, x0_last, x0_before)
-    next      = predictor . (corrected, x0_now, x0_last)
+    next      = predictor . (corrected, x0_now, x0_last) + renoise noise
 
 The coefficients depend on the noise levels alone. They are computed once in float64, and the denoising loop is the same for
 all solvers. `previous` is the corrected state of the step before; x0_last and x0_before are the two last data predictions.
+`noise` is fresh at each step; only LCM adds it.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ class SolverTable(NamedTuple):
     timestep: Any  # [n]
     corrector: Any  # [n, 5]
     predictor: Any  # [n, 3]
+    renoise: Any = None  # [n]: how much of the step's fresh noise; None for a solver that adds none
 
 
 class SolverState(NamedTuple):
@@ -35,21 +37,32 @@ class SolverState(NamedTuple):
     x0_before: Any
 
 
-def solver_step(state: SolverState, row: SolverTable, velocity: Any) -> SolverState:
-    """The state after one step, from the velocity at `state.x`; `row` is the table's for this step."""
+def solver_step(state: SolverState, row: SolverTable, velocity: Any, noise: Any = None) -> SolverState:
+    """The state after one step, from the velocity at `state.x`; `row` is the table's for this step.
+
+    noise: normal, of x's shape; read where the row has `renoise`.
+    """
     x, previous, x0_last, x0_before = state
     x0 = x - row.sigma * velocity
     c, p = row.corrector, row.predictor
     corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
-    return SolverState(p[0] * corrected + p[1] * x0 + p[2] * x0_last, corrected, x0, x0_last)
+    following = p[0] * corrected + p[1] * x0 + p[2] * x0_last
+    if row.renoise is not None:
+        following = following + row.renoise * noise
+    return SolverState(following, corrected, x0, x0_last)
 
 
 def solver_table(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) -> SolverTable:
-    """Coefficients of a whole trajectory. Raises as `fps_jax.sampling.flow.sigma_grid`."""
-    levels = sigma_grid(solver, grid, num_steps, shift)
-    steps = {"unipc": _unipc, "dpm++": _dpmpp, "euler": _euler}[solver](levels)
+    """Coefficients of a whole trajectory on a grid. Raises as `fps_jax.sampling.flow.sigma_grid`."""
+    return coefficients(solver, sigma_grid(solver, grid, num_steps, shift))
+
+
+def coefficients(solver: Solver, levels: Grid) -> SolverTable:
+    """Coefficients of a whole trajectory over given levels (`sigma_grid`, `explicit_grid`)."""
+    steps = {"unipc": _unipc, "dpm++": _dpmpp, "euler": _euler, "lcm": _lcm}[solver](levels)
     corrector, predictor = (np.array(rows, np.float64).astype(np.float32) for rows in zip(*steps, strict=True))
-    return SolverTable(levels.sigmas[:-1], levels.timesteps, corrector, predictor)
+    renoise = levels.sigmas[1:] if solver == "lcm" else None
+    return SolverTable(levels.sigmas[:-1], levels.timesteps, corrector, predictor, renoise)
 
 
 _NO_CORRECTION = (1.0, 0.0, 0.0, 0.0, 0.0)
@@ -115,3 +128,11 @@ def _euler(levels: Grid) -> list[tuple]:
     sigma = levels.sigmas.astype(np.float64)
     ratios = sigma[1:] / sigma[:-1]
     return [(_NO_CORRECTION, (ratio, 1 - ratio, 0.0)) for ratio in ratios]
+
+
+def _lcm(levels: Grid) -> list[tuple]:
+    """x0 noised again to the next level, (1 - sigma') x0 + sigma' noise: consistency and DMD models' steps.
+
+    Sources: FlowMatchLCMScheduler of diffusers; tianweiy/CausVid causvid/models/wan/bidirectional_inference.py.
+    """
+    return [(_NO_CORRECTION, (0.0, 1 - sigma, 0.0)) for sigma in levels.sigmas[1:].astype(np.float64)]

@@ -130,12 +130,13 @@ def measure(
     state = jax.device_put(SolverState(inputs.noise, zeros, zeros, zeros), jax.local_devices()[0])
     errors = []
     for step in range(len(table.sigma)):
-        row = SolverTable(*(jnp.asarray(a[step]) for a in table))
+        row, noise = jax.tree.map(lambda a, step=step: jnp.asarray(a[step]), (table, inputs.step_noise))
         state, squares, bad = _measured_step(
             params,
             inputs,
             state,
             row,
+            noise,
             jnp.float32(guidance_scale),
             config=config,
             dtype=jnp.dtype(dtype),
@@ -153,7 +154,7 @@ def measure(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "attention"))
-def _measured_step(params, inputs, state, row, guidance_scale, *, config, dtype, attention):
+def _measured_step(params, inputs, state, row, noise, guidance_scale, *, config, dtype, attention):
     taps = {}
     velocity, bad = guided_velocity(
         config,
@@ -166,7 +167,7 @@ def _measured_step(params, inputs, state, row, guidance_scale, *, config, dtype,
         attention_taps=taps,
         dtype=dtype,
     )
-    return solver_step(state, row, velocity), taps["attention_error"], bad
+    return solver_step(state, row, velocity, noise), taps["attention_error"], bad
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,7 @@ class Calibration:
       errors: `[n, L, C]` relative L2 of the attention output, mean over prompts.
       costs: `[C]` estimated time beside bf16 dense attention.
       chosen: `[n]` the candidate of each step.
+      ends: the number of steps until the end of each regime.
       schedule: the regimes made of them.
     """
 
@@ -185,6 +187,7 @@ class Calibration:
     errors: Float[np.ndarray, "n L C"]
     costs: Float[np.ndarray, "C"]
     chosen: np.ndarray
+    ends: tuple[int, ...]
     schedule: FPSSchedule
 
     @property
@@ -198,8 +201,7 @@ class Calibration:
         errors = self.errors.mean(1)[np.arange(steps), self.chosen]
         errors = np.where([self.plans[c] == self.plans[c].dense() for c in self.chosen], 0, errors)
         lines, start = [], 0
-        for regime, plan in zip(self.schedule.regimes, self.schedule.plans(self.plans[0].grid), strict=True):
-            end = round(regime.until * steps)
+        for end, plan in zip(self.ends, self.schedule.plans(self.plans[0].grid), strict=True):
             lines.append(f"steps {start + 1} to {end}: {plan.brief()}, error {errors[start:end].max():.4f} at most")
             start = end
         lines.append(
@@ -235,12 +237,18 @@ def check_choice(error_budget: float, max_regimes: int) -> None:
 
 
 def choose_schedule(
-    plans: Sequence[AttentionPlan], errors: Float[np.ndarray, "n L C"], *, error_budget: float, max_regimes: int = 4
+    plans: Sequence[AttentionPlan],
+    errors: Float[np.ndarray, "n L C"],
+    *,
+    error_budget: float,
+    max_regimes: int = 4,
+    progress: Sequence[float] | None = None,
 ) -> Calibration:
     """The cheapest schedule of at most `max_regimes` regimes whose error, mean over layers, keeps to the budget at every step.
 
     Exact, by dynamic programming over where regimes end. Dense attention is always a candidate, so there is always an answer.
 
+    progress: of each step (`fps_jax.attention.schedule.progress`); None for a grid, where step i of n is at i / n.
     Raises: ValueError for a budget that isn't positive or fewer than one regime.
     """
     check_choice(error_budget, max_regimes)
@@ -284,9 +292,9 @@ def choose_schedule(
         chosen[first:end] = candidate = best(first, end)[1]
         plan = plans[candidate]
         window = None if plan.whole_grid else plan.windows[0]
-        until = 1.0 if end == steps else round(end / steps, 6)
+        until = 1.0 if end == steps else round(end / steps if progress is None else float(progress[end]), 6)
         scales, center_k = plan.scales_per_tile, plan.center_k
         regimes.append(Regime(until=until, scales_per_tile=scales, window=window, center_k=center_k))
     layout = plans[0].layout
     schedule = FPSSchedule(grid=layout.grid, tile=layout.tile, regimes=tuple(regimes))
-    return Calibration(plans, errors, costs, chosen, schedule)
+    return Calibration(plans, errors, costs, chosen, tuple(end for _, end in reversed(ends)), schedule)

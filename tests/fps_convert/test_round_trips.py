@@ -263,6 +263,19 @@ def test_a_flow_shift_that_a_layout_cannot_say_is_noted(source, tmp_path, source
     assert notes == ([] if words is None else [f"{words}; give it when you sample"])
 
 
+def test_fastwans_way_of_sampling_goes_along(source, tmp_path):
+    """`_class_name` is all that FastVideo's folders say of it; the official layout has no place for that."""
+    path = source("diffusers")
+    index = json.loads((path / "model_index.json").read_text())
+    (path / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanDMDPipeline"}))
+    to_flax(path, tmp_path / "ours")
+    assert open_checkpoint(path).config.preset == read_config(tmp_path / "ours").preset == "dmd"
+    assert not to_torch(tmp_path / "ours", tmp_path / "back", "diffusers")["notes"]
+    assert open_checkpoint(tmp_path / "back").config.preset == "dmd"
+    notes = to_torch(tmp_path / "ours", tmp_path / "official", "official")["notes"]
+    assert "preset='dmd' has no place in the official layout; give it when you sample" in notes
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_task_goes_by_the_tensors_and_not_by_names(source, layout):
     path = source(layout, "flf2v")

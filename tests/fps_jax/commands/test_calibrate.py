@@ -26,7 +26,7 @@ def test_the_command_writes_a_schedule_that_the_pipeline_takes(tmp_path, capsys)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat walks in the snow.\n\nA red panda.\n")
     out = tmp_path / "s.json"
-    code, said = run(capsys, "--prompts", prompts, "--output", out, "--error-budget", "0.5")
+    code, said = run(capsys, "--prompts", prompts, "--output", out, "--error-budget", "0.5", "--preset", "dmd")
     assert code == 0, said
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "prompts.txt", "s.choice.png", "s.errors.json", "s.errors.png", "s.json",
@@ -35,6 +35,8 @@ def test_the_command_writes_a_schedule_that_the_pipeline_takes(tmp_path, capsys)
     assert schedule.grid == (3, 4, 6)
     assert schedule.tile == (2, 2, 3)
     record = json.loads((tmp_path / "s.errors.json").read_text())
+    assert record["settings"]["timesteps"] == [1000, 757, 522]
+    assert {regime.until for regime in schedule.regimes} <= {0.72, 0.88, 1.0}  # where these steps are
     assert record["prompts"] == ["A cat walks in the snow.", "A red panda."]
     assert np.shape(record["errors"]) == (3, 3, len(record["candidates"]))
     assert "estimated by the cost formula" in said

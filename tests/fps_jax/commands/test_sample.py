@@ -1,12 +1,15 @@
 """fps-sample: what it writes, and one line on stderr with exit status 2 for anything wrong."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fps_jax.commands import sample
+from fps_convert.synthetic import tiny_config
+from fps_jax.commands import info, sample
 from tests.checkpoints import T2V, assemble
 from tests.lora_spellings import CASES
 
@@ -46,6 +49,37 @@ def test_sample_latents_in_and_out(tmp_path):
     assert np.load(out).shape == noise.shape
 
 
+def test_a_dmd_checkpoint_takes_its_preset_says_so_and_the_record_repeats_it(tmp_path, capsys):
+    from fps_jax.commands.options import read_request, run_record
+
+    model = shutil.copytree(T2V, tmp_path / "FastWan")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanDMDPipeline"}))
+    words = "preset dmd: solver lcm, timesteps 1000 757 522, flow shift 8, guidance 1"
+    out = tmp_path / "a.npy"
+    size = ["--height", "32", "--width", "48", "--num-frames", "5", "--dtype", "float32", "--output-type", "latent"]
+    assert run(model, "--prompt", "A cat", "--output", out, *size) == 0
+    assert f"this checkpoint is sampled by {words}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        info.main([str(model)])
+    assert f"sampled by {words}" in capsys.readouterr().out
+
+    settings = json.loads((tmp_path / "a.npy.json").read_text())["settings"]
+    want = {"preset": "dmd", "solver": "lcm", "num_inference_steps": 3, "guidance_scale": 1.0, "flow_shift": 8.0}
+    assert {name: settings[name] for name in want} == want
+    assert (settings["timesteps"], settings["sigmas"], settings["sigma_grid"]) == ([1000, 757, 522], None, None)
+    settings |= {"output": out, "timesteps": (1000.0, 757.0, 522.0), "lora": ()}
+    again = sample.Sample(**settings)
+    other = SimpleNamespace(config=tiny_config("t2v"), schedule=None)  # another preset, another shift
+    assert run_record(again, read_request(again), other)["settings"] == settings | {"output": str(out)}
+
+    # the same by hand, on the checkpoint that says nothing
+    levels = ["--solver", "lcm", "--timesteps", "1000", "757", "522", "--flow-shift", "8", "--guidance-scale", "1"]
+    assert run(T2V, "--prompt", "A cat", "--output", tmp_path / "b.npy", *size, *levels) == 0
+    assert "sampled by" not in capsys.readouterr().err
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), np.load(out))
+
+
 def test_a_lora_is_merged_at_its_scale_and_reported(tmp_path, capsys):
     from fps_jax import WanPipeline
 
@@ -82,10 +116,15 @@ BAD = [
     (["--prompt", "x", "--num-frames", "6"], "num_frames=6 is not 4k+1"),
     (["--prompt", "x", "--height", "40"], "height=40 is not a positive multiple of 16"),
     (["--prompt", "x", "--num-inference-steps", "0"], "num_inference_steps=0 is less than 1"),
+    (["--prompt", "x", "--sigmas", "1", "0.5", "0"], "sigmas=[1, 0.5, 0]: 0 is not in (0, 1]; leave it out"),
+    (
+        ["--prompt", "x", "--preset", "dmd", "--num-inference-steps", "4"],
+        "preset='dmd' has timesteps of its own, 3 of them",
+    ),
     (["--prompt", "x", "--solver", "dpm++", "--sigma-grid", "diffusers"], "use one of unipc/wan"),
     (
         ["--prompt", "x", "--solver", "heun"],
-        "error: invalid choice 'heun' for argument '--solver'. Expected one of ('unipc', 'dpm++', 'euler'). (see fps-sample",
+        "error: invalid choice 'heun' for argument '--solver'. Expected one of (",
     ),
     (["--prompt", "x", "--nope", "3"], "error: Unrecognized options: --nope, 3 (see fps-sample --help)"),
     ([], "error: Missing from fps-sample: --prompt STR"),

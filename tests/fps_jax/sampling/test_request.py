@@ -53,23 +53,36 @@ def test_other_commands_lack_only_what_they_decide_themselves(command):
     assert FIELDS.keys() - {field.name for field in dataclasses.fields(command)} == {"output_type"}
 
 
-def test_an_option_becomes_the_field_of_its_name(tmp_path):
+LEVELS = (
+    {"solver": "euler", "sigma_grid": "diffusers", "num_inference_steps": 7, "preset": "few-step"},
+    {"solver": "lcm", "sigmas": (1.0, 0.5), "num_inference_steps": 2, "preset": "dmd"},
+    {"solver": "dpm++", "timesteps": (900.0, 450.0, 3.0), "num_inference_steps": 3, "preset": "causvid"},
+)
+
+
+@pytest.mark.parametrize("levels", LEVELS, ids=lambda levels: levels["preset"])
+def test_an_option_becomes_the_field_of_its_name(tmp_path, levels):
     np.save(tmp_path / "noise.npy", noise := np.ones((1, 16, 2, 4, 6), np.float32))
     np.save(tmp_path / "tokens.npy", tokens := np.full((1, 257, 8), 2, np.float32))
     WHOLE.save(tmp_path / "schedule.json")
     given: dict[str, Any] = {
         "prompt": "a cat", "negative_prompt": "a dog", "image": tmp_path / "a.png", "last_image": tmp_path / "b.png",
-        "image_embeds": tmp_path / "tokens.npy", "height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 7,
-        "guidance_scale": 3.0, "flow_shift": 4.0, "solver": "euler", "sigma_grid": "diffusers", "seed": 9,
+        "image_embeds": tmp_path / "tokens.npy", "height": 32, "width": 48, "num_frames": 5,
+        "guidance_scale": 3.0, "flow_shift": 4.0, "seed": 9,
         "latents": tmp_path / "noise.npy", "output_type": "latent", "vae_tiling": True, "batch_guidance": True,
         "attention": "fps", "schedule": tmp_path / "schedule.json",
+        **levels,
     }  # fmt: skip
-    assert given.keys() == FIELDS.keys()
+    assert given.keys() | set().union(*LEVELS) == FIELDS.keys()  # a grid and levels exclude each other
     assert all(value != FIELDS[name].default for name, value in given.items())
     request = read_request(Sample(model="m", **given))
     np.testing.assert_array_equal(request.latents, noise)
     np.testing.assert_array_equal(request.image_embeds, tokens)
-    want = given | {"schedule": WHOLE, "latents": request.latents, "image_embeds": request.image_embeds}
+    want = (
+        dict.fromkeys(FIELDS)
+        | given
+        | {"schedule": WHOLE, "latents": request.latents, "image_embeds": request.image_embeds}
+    )
     assert {name: getattr(request, name) for name in FIELDS} == want
 
 
@@ -111,11 +124,55 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
         ({"guidance_scale": float("inf")}, "guidance_scale=inf is not a finite number"),
         ({"flow_shift": 0.0}, "flow_shift=0.0 is not a positive number"),
         ({"solver": "dpm++", "sigma_grid": "diffusers"}, "is not a valid pair"),
+        ({"solver": "ddim"}, "solver='ddim' is not one of 'unipc', 'dpm\\+\\+', 'euler', 'lcm'"),
+        ({"preset": "turbo"}, "preset='turbo' is not one of 'wan', 'few-step', 'dmd', 'causvid'"),
+        ({"sigmas": [1.0, 0.5], "timesteps": [1000, 500]}, "sigmas and timesteps are both given; give one of them"),
+        ({"sigmas": []}, r"sigmas=\[\] is not a non-empty list of numbers in \(0, 1\]"),
+        ({"sigmas": "1 0.5"}, r"sigmas='1 0.5' is not a non-empty list of numbers in \(0, 1\]"),
+        ({"sigmas": [[1.0], [0.5]]}, "is not a non-empty list of numbers"),
+        ({"sigmas": [[1.0, 0.5], [0.5]]}, "is not a non-empty list of numbers"),
+        ({"sigmas": 0.5}, "sigmas=0.5 is not a non-empty list of numbers"),
+        ({"sigmas": [True]}, "is not a non-empty list of numbers"),
+        (
+            {"sigmas": [1.0, 0.5, 0.0]},
+            r"sigmas=\[1, 0.5, 0\]: 0 is not in \(0, 1\]; leave it out: sampling ends there anyway",
+        ),
+        ({"sigmas": [1000, 500]}, r"1000 is not in \(0, 1\]; sigmas go from 1 down towards 0"),
+        ({"sigmas": [1.0, float("nan")]}, r"nan is not in \(0, 1\]"),
+        ({"sigmas": [1.0, 0.5, 0.5]}, r"sigmas=\[1, 0.5, 0.5\]: 0.5 and 0.5 don't fall; each must be below the last"),
+        ({"sigmas": [1.0, 0.5, 0.5 - 1e-12]}, "0.5 and 0.5 don't fall"),  # equal in float32
+        ({"sigmas": [1.0, 0.9999995]}, "1 and 1 don't fall"),  # unipc starts just below 1
+        ({"timesteps": [500, 750]}, r"timesteps=\[500, 750\]: 500 and 750 don't fall"),
+        ({"timesteps": [1001]}, r"1001 is not in \(0, 1000\]; timesteps go from 1000 down towards 0"),
+        (
+            {"timesteps": [1000, 3, 2], "flow_shift": 8.0},
+            "3 and 2 are the same noise level at flow_shift=8, which has 1000",
+        ),
+        ({"timesteps": [1000, 500], "flow_shift": 0.0}, "flow_shift=0.0 is not a positive number"),
+        ({"sigmas": [1.0, 0.5], "flow_shift": -1.0}, "flow_shift=-1.0 is not a positive number"),
+        (
+            {"sigmas": [1.0, 0.5], "sigma_grid": "wan"},
+            "sigma_grid='wan' has no place where sigmas are given; leave it out",
+        ),
+        (
+            {"sigmas": [1.0, 0.5], "num_inference_steps": 4},
+            "num_inference_steps=4 where sigmas are given, 2 of them; leave it out",
+        ),
+        (
+            {"preset": "dmd", "num_inference_steps": 4},
+            "4 where preset='dmd' has timesteps of its own, 3 of them; leave it out, or",
+        ),
+        (
+            {"preset": "causvid", "sigma_grid": "diffusers"},
+            "has no place where preset='causvid' has timesteps of its own",
+        ),
+        ({"preset": "few-step", "num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
         ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
         ({"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(3, 2, 3))}, "schedule is for a grid of"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
         ({"seed": [-1]}, "seed=-1 is not in"),
+        ({"seed": -1, "latents": np.zeros(1)}, "seed=-1 is not in"),  # solvers that add noise need it beside latents
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

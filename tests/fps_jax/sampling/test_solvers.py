@@ -25,7 +25,8 @@ def table_for(key: str):
 
 
 def integrate(table, x, model):
-    """The denoise loop in NumPy: what `fps_jax.sampling.denoise` does with a table."""
+    """The denoise loop in NumPy: what `fps_jax.sampling.denoise` does with a table. Noise that is added: Gaussian, seeded."""
+    rng = np.random.default_rng(0)
     previous = x0_last = x0_before = np.zeros_like(x)
     states = [x]
     for i in range(len(table.sigma)):
@@ -33,6 +34,8 @@ def integrate(table, x, model):
         c, p = table.corrector[i], table.predictor[i]
         corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
         x = p[0] * corrected + p[1] * x0 + p[2] * x0_last
+        if table.renoise is not None:
+            x = x + table.renoise[i] * rng.standard_normal(x.shape, np.float32)
         previous, x0_last, x0_before = corrected, x0, x0_last
         states.append(x)
     return np.stack(states)

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fps_jax import AttentionPlan, attend
+from fps_jax.attention.schedule import progress
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.models.dit import dit
 from fps_jax.sampling.denoise import denoise
+from fps_jax.sampling.flow import explicit_grid
 from fps_jax.sampling.guidance import Inputs
-from fps_jax.sampling.solvers import solver_table
+from fps_jax.sampling.solvers import coefficients, solver_table
 from fps_jax.tuning import calibration
 from tests.checkpoints import TINY, tiny_dit
 from tests.reference import rel_l2
@@ -46,7 +48,7 @@ def test_errors_are_those_of_the_attention_output_along_the_dense_trajectory():
     assert (errors[:, :, 1:] > 1e-4).all()
 
     # Step 2 again, by hand: the dense model's own q, k and v there, and the outputs of each plan on them.
-    short = table._replace(**{name: getattr(table, name)[:1] for name in table._fields})
+    short = jax.tree.map(lambda column: column[:1], table)
     x = denoise(TINY, params, inputs, short, guidance_scale=4.0)
     taps = {}
     dit(TINY, params, x, jnp.asarray(table.timestep[1:2]), text, taps=taps)
@@ -98,6 +100,23 @@ def test_the_choice_is_the_cheapest_that_fits(seed, steps, max_regimes):
     sigma = solver_table("unipc", "wan", steps, 5.0).sigma
     followed = [a.plan for count, a in result.schedule.segments(sigma, 5.0, GRID, 3) for _ in range(count)]
     assert followed == [PLANS[c] for c in result.chosen]
+
+
+def test_regimes_of_named_levels_end_where_their_noise_does(monkeypatch):
+    """DMD's three steps are at progress 0, 0.72 and 0.88, not at thirds."""
+    table = coefficients("lcm", explicit_grid("lcm", 8.0, timesteps=[1000, 757, 522]))
+    monkeypatch.setattr(calibration, "attention_cost", lambda plan: plan.density)
+    sparse = len(PLANS) - 1
+    errors = np.ones((3, 2, len(PLANS)))
+    errors[1, :, sparse] = 0  # only the second step may be sparse
+    at = progress(table.sigma.astype(np.float64), 8.0)
+    np.testing.assert_allclose(at, [0, 0.72, 0.88], atol=1e-6)
+    result = calibration.choose_schedule(PLANS, errors, error_budget=0.5, progress=at)
+    assert [regime.until for regime in result.schedule.regimes] == [0.72, 0.88, 1.0]
+    assert result.chosen.tolist() == [0, sparse, 0]
+    followed = [a.plan for count, a in result.schedule.segments(table.sigma, 8.0, GRID, 3) for _ in range(count)]
+    assert followed == [PLANS[c] for c in result.chosen]
+    assert "steps 2 to 2: " in result.summary(0.5)
 
 
 def test_a_budget_that_nothing_meets_leaves_attention_dense():
