@@ -8,7 +8,7 @@ import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fps_jax.checkpoints.placement import builds, place, restore
 from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
+
+if TYPE_CHECKING:
+    from fps_convert.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +107,33 @@ def _ours(directory: pathlib.Path) -> Model:
     )
 
 
+def open_model_files(
+    *,
+    dit: str | os.PathLike,
+    vae: str | os.PathLike,
+    text_encoder: str | os.PathLike,
+    image_encoder: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+) -> Model:
+    """Opens single files, such as ComfyUI's, one for each component; tokenizer: its folder, where no file holds it.
+
+    Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, something else, not Wan2.1.
+    """
+    from fps_convert import open_checkpoint
+    from fps_convert.single_files import Given
+
+    return _of_source(open_checkpoint(None, Given(dit, vae, text_encoder, image_encoder, tokenizer)))
+
+
 def _theirs(directory: pathlib.Path) -> Model:
     from fps_convert import open_checkpoint
 
-    source = open_checkpoint(directory)
+    return _of_source(open_checkpoint(directory))
+
+
+def _of_source(source: "Source") -> Model:
     return Model(
-        directory=directory,
+        directory=source.path,
         layout=source.layout,
         config=source.config,
         components=source.components,
@@ -138,7 +162,9 @@ def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
         return directory
     parts = str(path).split("/")
     if directory.exists():
-        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
+        raise NotADirectoryError(
+            f"checkpoint {str(path)!r} is a file; pass the directory that holds it, or files for all parts to from_files"
+        )
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise FileNotFoundError(
             f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
