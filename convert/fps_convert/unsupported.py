@@ -98,6 +98,8 @@ def check_directory(path: pathlib.Path, names: Iterable[str], index: dict) -> No
         raise _refuse(path, "a Wan2.2 checkpoint (it has a transformer_2)")
     if tops & set(_WAN22_FOLDERS):
         raise _refuse(path, f"a Wan2.2 checkpoint (it has a {min(tops & set(_WAN22_FOLDERS))})")
+    if any(top.lower().startswith("wan2.2_vae") for top in tops):
+        raise _refuse(path, "a Wan2.2 checkpoint (it has a Wan2.2 VAE)")
     if index.get("_class_name") in _PIPELINES:
         raise _refuse(path, _PIPELINES[index["_class_name"]])
 

@@ -112,6 +112,8 @@ class WanPipeline:
 
     @classmethod
     def _of(cls, model: Model, dtype: str) -> "WanPipeline":
+        for note in model.notes:
+            log.info("%s: %s", model.directory, note)
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
         return cls(
