@@ -81,7 +81,7 @@ def _check_kind(path: pathlib.Path, layout: Layout, dit: Reader | None) -> None:
 
 def _open_pths(path: pathlib.Path, layout: Layout, files: Files) -> None:
     """Adds the .pth files, each told by its name or by what it holds. Those of other names may be anything."""
-    named = {place.name: name for name, place in layout.places.items() if place.is_pth}
+    named: dict[str, Component] = {place.name: name for name, place in layout.places.items() if place.is_pth}
     for file in sorted(path.glob("*.pth")):
         try:
             reader = PthFile(file)
@@ -90,7 +90,7 @@ def _open_pths(path: pathlib.Path, layout: Layout, files: Files) -> None:
                 raise
             files.notes.append(f"{file.name} is left out: {error}")
             continue
-        kinds = [
+        kinds: list[Component] = [
             found.component
             for found in tell(reader)
             if (place := layout.places[found.component]).is_pth and found.naming == place.naming

@@ -90,9 +90,7 @@ def _of_stem(names: Sequence[str], layout: Layout, component: Component) -> list
 def _no_checkpoint(names: Sequence[str], repo: str) -> Exception:
     weights = [name for name in names if name.endswith(_WEIGHTS)]
     if weights and all(name.endswith(".gguf") for name in weights):
-        return NotImplementedError(
-            f"{repo} holds GGUF, which isn't supported; use a safetensors file, FP8 for the smallest"
-        )
+        return unsupported.gguf(repo)
     if any(name.endswith(".safetensors") for name in weights):
         return ValueError(
             f"{repo} is a collection of {len(weights)} single files, of which nothing was downloaded; download those that you want "

@@ -16,7 +16,7 @@ from fps_convert.files import Files, has_tokenizer
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights, read_json
 from fps_convert.infer import stated_by_shapes
-from fps_convert.layouts import COMFYUI
+from fps_convert.layouts import COMFYUI, DIFFUSERS, OFFICIAL
 from fps_convert.parts import Found, tell, tokenizer_bytes, told_apart
 from fps_jax.config import COMPONENTS, Component
 
@@ -65,11 +65,13 @@ class _Seen:
       candidates: by component, of models that are supported.
       refused: why others aren't.
       damaged: why files can't be read.
+      whole: folders in it that are checkpoints of their own, which are not looked into.
     """
 
     candidates: dict[Component, list[_Candidate]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
     refused: dict[Component, list[Exception]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
     damaged: list[Exception] = field(default_factory=list)
+    whole: list[pathlib.Path] = field(default_factory=list)
     tokenizers: list[pathlib.Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -115,6 +117,9 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
     """Looks through the tree; files that were given need no search, and what else they could be doesn't matter."""
     seen = _Seen()
     paths = sorted(path for path in folder.rglob("*") if not _hidden(path.relative_to(folder)))
+    seen.whole = [path for path in paths if path.is_dir() and _is_whole(path)]
+    seen.notes += [f"{path.relative_to(folder)} is a checkpoint of its own and is left out" for path in seen.whole]
+    paths = [path for path in paths if not any(path.is_relative_to(whole) for whole in seen.whole)]
     in_shards: set[pathlib.Path] = set()
     for index in (path for path in paths if re.search(r"\.safetensors\.index(\.\w+)?\.json$", path.name)):
         try:
@@ -128,7 +133,7 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
         if path.is_dir() and has_tokenizer(path):
             seen.tokenizers.append(path)
         elif path.suffix == ".gguf":
-            seen.refused["dit"].append(_refusal(path))
+            seen.refused["dit"].append(unsupported.gguf(path))
         elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
             try:
                 reader = _open(path)
@@ -148,17 +153,14 @@ def _hidden(path: pathlib.PurePath) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder is a checkpoint in a layout of its own, whose JSON files count and would be lost on the way."""
+    official = (folder / "config.json").is_file() and any(folder.glob("*.pth"))
+    return DIFFUSERS.marked(folder) or (official and any(folder.glob(f"{OFFICIAL.places['dit'].stem}*.safetensors")))
+
+
 def _open(file: pathlib.Path) -> Reader:
     return PthFile(file) if file.suffix == ".pth" else open_weights(file)
-
-
-def _refusal(file: pathlib.Path) -> Exception | None:
-    """Why a DiT of this name isn't supported; None if it may be."""
-    try:
-        unsupported.check_file(file)
-    except NotImplementedError as error:
-        return error
-    return None
 
 
 def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path) -> None:
@@ -200,6 +202,8 @@ def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candi
         raise seen.damaged[0]
     if name == "image_encoder":
         return None
+    if seen.whole:
+        raise ValueError(f"{folder} has no {name} of its own; give the checkpoint in it: {seen.whole[0]}")
     where = "the files given" if folder is None else folder
     raise FileNotFoundError(f"{where}: a {name} is missing; add its .safetensors file, or give it with {option} FILE")
 

@@ -52,12 +52,15 @@ def check_vae(keys: Iterable[str], config: dict, where: pathlib.Path) -> None:
         raise NotImplementedError(f"{where} is a Wan2.2 VAE (residual, patched); only Wan2.1's VAE is supported")
 
 
+def gguf(where: pathlib.Path | str) -> NotImplementedError:
+    """The error that says what GGUF is."""
+    return NotImplementedError(f"{where} is GGUF, which isn't supported; use a safetensors file, FP8 for the smallest")
+
+
 def check_file(file: pathlib.Path) -> None:
     """Raises NotImplementedError for a file whose name or first bytes say what it is: GGUF, a DiT of Wan2.2."""
     if file.suffix.lower() == ".gguf" or (file.is_file() and _begins(file, b"GGUF")):
-        raise NotImplementedError(
-            f"{file} is GGUF, which isn't supported; use a safetensors file, FP8 for the smallest"
-        )
+        raise gguf(file)
     if _WAN22_FILE.search(file.name) or file.parent.name in _WAN22_FOLDERS:
         raise _refuse(file, "a Wan2.2 model by its name")
 

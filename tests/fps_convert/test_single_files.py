@@ -209,7 +209,7 @@ def test_shards_with_their_index_are_one_file(tmp_path, pristine):
     for name in ("model_index.json", "scheduler"):
         path = tmp_path / "parts" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (tmp_path / "parts" / "transformer").rename(tmp_path / "parts" / "dit")
+    (tmp_path / "parts" / "transformer").rename(tmp_path / "parts" / "dit")  # no checkpoint of its own any more
     source, want = open_checkpoint(tmp_path), open_checkpoint(pristine("diffusers"))
     assert source.config == want.config
     assert same_arrays(source.load("dit"), want.load("dit"))
@@ -274,3 +274,16 @@ def test_a_tokenizer_that_comfyui_cannot_read_is_noted(pristine, tmp_path):
     (tmp_path / "a" / "tokenizer" / "spiece.model").unlink()
     assert "no spiece.model" in to_torch(tmp_path / "a", tmp_path / "comfy", "comfyui")["notes"][0]
     assert open_checkpoint(tmp_path / "comfy").tokenizer_dir == tmp_path / "comfy" / "tokenizer"
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_a_checkpoint_within_the_folder_is_not_taken_apart(pristine, comfy, layout):
+    """Its JSON files say what shapes don't: flow shift, heads."""
+    root, files = comfy()
+    shutil.copytree(pristine(layout), root / "other")
+    source = open_checkpoint(root)
+    assert source.parts["dit"].reader.tensors["head.modulation"].file == files["dit"]
+    assert "other is a checkpoint of its own and is left out" in source.audit["notes"]
+    files["dit"].unlink()
+    with pytest.raises(ValueError, match="has no dit of its own; give the checkpoint in it: .*other$"):
+        open_checkpoint(root)

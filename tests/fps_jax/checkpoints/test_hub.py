@@ -119,7 +119,7 @@ def sharded_fastwan(path):
         (change("model_index.json", _class_name="HunyuanVideoPipeline"), "is no Wan model"),
         (sharded_fastwan, "VSA"),
         (collection, "is a collection of 3 single files, of which nothing was downloaded"),
-        (gguf, "holds GGUF, which isn't supported"),
+        (gguf, "is GGUF, which isn't supported"),
         (lambda path: shutil.rmtree(path / "transformer"), "someone/model"),
     ],
 )
