@@ -285,5 +285,5 @@ def test_a_checkpoint_within_the_folder_is_not_taken_apart(pristine, comfy, layo
     assert source.parts["dit"].reader.tensors["head.modulation"].file == files["dit"]
     assert "other is a checkpoint of its own and is left out" in source.audit["notes"]
     files["dit"].unlink()
-    with pytest.raises(ValueError, match="has no dit of its own; give the checkpoint in it: .*other$"):
+    with pytest.raises(ValueError, match=r"has no dit of its own; give the checkpoint in it: .*other$"):
         open_checkpoint(root)
