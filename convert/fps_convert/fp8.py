@@ -24,6 +24,7 @@ _OF_ACTIVATIONS = ("scale_input", "input_scale")
 _FORMAT = "comfy_quant"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _CODES = np.arange(256, dtype=np.uint8)
+_CHUNK = 1 << 16
 _BF16 = FLOATS["BF16"]
 
 
@@ -76,7 +77,10 @@ def _multiply(values: np.ndarray, factor: np.float32, target: np.ndarray, info: 
             f"{info.file}: tensor {info.key!r} times its scale {factor:g} overflows bfloat16; download it again"
         )
     if fp8:
-        np.take(products.view(np.uint16), values.view(np.uint8), out=target.view(np.uint16))
+        table, bits, into = products.view(np.uint16), values.view(np.uint8), target.view(np.uint16)
+        for start in range(0, len(bits), _CHUNK):  # twice as fast: NumPy's 8-byte copy of the indices stays in cache
+            part = slice(start, start + _CHUNK)
+            np.take(table, bits[part], out=into[part], mode="clip")
     else:
         target[...] = products
 
