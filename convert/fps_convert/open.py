@@ -34,9 +34,7 @@ def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) 
         return _open(pathlib.Path(given.dit or ""), open_single_files(None, given))
     path = pathlib.Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} doesn't exist; give a Wan2.1 directory, official or diffusers or with single files"
-        )
+        raise FileNotFoundError(f"{path} doesn't exist; give a Wan2.1 directory, official or diffusers")
     if not path.is_dir():
         raise ValueError(
             f"{path} is a file; give the directory that holds the whole checkpoint, or the files of its parts with --dit, --vae "
