@@ -31,7 +31,8 @@ def check(component: Component, naming: Naming, reader: Reader, config: WanConfi
         more = f" and {len(extra) - 1} more" if extra[1:] else ""
         hint = f" (the nearest known name is {near[0]!r})" if near else ""
         raise ValueError(
-            f"{info.file} has tensor {extra[0]!r}{more}, which this {component} doesn't use{hint}; remove it"
+            f"{info.file} has tensor {extra[0]!r}{more}, which this {component} doesn't use{hint}; it is another model than "
+            "Wan2.1, or holds more than its weights"
         )
     for tensor in part.tensors:
         info = reader.tensors[tensor.key]

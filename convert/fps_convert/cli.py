@@ -17,13 +17,26 @@ from fps_jax.errors import parse, run_cli
 
 @dataclass(frozen=True, kw_only=True)
 class ToFlax:
-    """Convert an official or diffusers Wan2.1 directory to this project's format."""
+    """Convert a Wan2.1 checkpoint from PyTorch to this project's format: a directory, or single files."""
 
-    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """The official or diffusers directory; which one it is goes by its content."""
+    paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SRC] DST")]
+    """SRC: an official or diffusers directory, or one with single files in any tree; which it is goes by its content. Left out,
+    where --dit, --vae and --text-encoder give the files. DST: the directory to write; it appears when it is whole."""
 
-    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """The directory to write; it appears when it is whole."""
+    dit: str | None = None
+    """The diffusion transformer's .safetensors, such as ComfyUI's or Kijai's, FP8 or not; in place of SRC's."""
+
+    vae: str | None = None
+    """The VAE's file."""
+
+    text_encoder: str | None = None
+    """UMT5's file."""
+
+    image_encoder: str | None = None
+    """CLIP's file (I2V, FLF2V)."""
+
+    tokenizer: str | None = None
+    """The folder with UMT5's tokenizer.json or spiece.model; left out, what is in the text encoder's file, or in SRC."""
 
     dtype: Dtype | None = None
     """Cast the DiT, the text encoder and the image tower. Left out: each tensor keeps its dtype. The VAE always does."""
@@ -40,7 +53,7 @@ class ToFlax:
 
 @dataclass(frozen=True, kw_only=True)
 class ToTorch:
-    """Convert a checkpoint of this project to a directory that the official code or diffusers reads."""
+    """Convert a checkpoint of this project to a directory that the official code or diffusers reads, or to ComfyUI's files."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """A directory that `fps-convert to-flax` or `save_pretrained` wrote, or a run of fps-train."""
@@ -50,6 +63,10 @@ class ToTorch:
 
     layout: LayoutName | None = None
     """Whose file names and keys to write; not for --lora apart."""
+
+    dtype: Literal["bfloat16", "fp8_scaled"] | None = None
+    """With --layout comfyui: cast all but the VAE; fp8_scaled writes the matrices of the DiT's blocks in FP8 with a scale each.
+    Left out: as stored."""
 
     weights: Literal["ema", "raw"] | None = None
     """Of a run: the moving average, or the weights themselves; the average where there is one if left out."""
@@ -77,18 +94,38 @@ def _run(argv: list[str]) -> None:
         description="Wan2.1 checkpoints from PyTorch and back. --debug shows tracebacks.",
     )
     loras = [file_and_scale(text) for text in command.lora] if isinstance(command, ToFlax) else []
+    src, dst = _src_and_dst(command)
     # Late: until here, JAX isn't imported, and a wrong argument is told at once. The accelerator has no part in this.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from fps_convert.report import summary
+    from fps_convert.single_files import Given
     from fps_convert.torch_to_flax import to_flax
 
     if isinstance(command, ToFlax):
+        given = Given(command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
         report = to_flax(
-            command.src, command.dst, command.dtype, command.overwrite, loras=loras, lora_partial=command.lora_partial
+            src, dst, command.dtype, command.overwrite, given=given, loras=loras, lora_partial=command.lora_partial
         )
-        print(summary(report, f"report: {os.path.join(command.dst, 'audit.json')}"))
+        print(summary(report, f"report: {os.path.join(dst, 'audit.json')}"))
     else:
         _to_torch(command)
+
+
+def _src_and_dst(command: ToFlax | ToTorch) -> tuple[str | None, str]:
+    """Raises ValueError where one of them is missing."""
+    if isinstance(command, ToTorch):
+        return command.src, command.dst
+    if len(command.paths) == 2:
+        return command.paths[0], command.paths[1]
+    missing = [name for name in ("dit", "vae", "text_encoder") if getattr(command, name) is None]
+    if len(command.paths) != 1:
+        raise ValueError(
+            f"{len(command.paths)} paths were given; give SRC and DST, or DST alone with --dit, --vae and --text-encoder"
+        )
+    if missing:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ValueError(f"only one path was given, and no {options}; give SRC and DST, or DST and files for all parts")
+    return None, command.paths[0]
 
 
 def _to_torch(command: ToTorch) -> None:
@@ -102,16 +139,19 @@ def _to_torch(command: ToTorch) -> None:
         what = "weights" if command.weights is not None else "lora"
         raise ValueError(f"--{what} was given, but {command.src} is no run of fps-train; leave it out")
     if command.lora == "apart":
-        if command.layout is not None:
+        given = "layout" if command.layout is not None else "dtype" if command.dtype is not None else None
+        if given is not None:
             raise ValueError(
-                f"--layout {command.layout} was given with --lora apart, a file that all layouts share; leave it out"
+                f"--{given} {getattr(command, given)} was given with --lora apart, a file that all layouts share; leave it out"
             )
         print(f"wrote {write_run_lora(command.src, command.dst, command.weights, command.overwrite)}")
         return
     if command.layout is None:
-        raise ValueError("--layout is missing; whose file names and keys to write: official or diffusers")
+        raise ValueError(
+            "--layout is missing; whose file names and keys to write: official or diffusers, or comfyui for its single files"
+        )
     with run_as_checkpoint(command.src, command.dst, command.weights) if trained else nullcontext(command.src) as src:
-        report = to_torch(src, command.dst, command.layout, command.overwrite)
+        report = to_torch(src, command.dst, command.layout, command.overwrite, dtype=command.dtype)
     print(summary(report, f"report: {report['report']}"))
 
 

@@ -3,13 +3,15 @@
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 
-from fps_convert import mapping
+from fps_convert import comfyui, mapping
+from fps_convert.comfyui import COMFY_DTYPES, ComfyDtype
 from fps_convert.formats.array_files import ArrayFiles
 from fps_convert.formats.arrays import contiguous
 from fps_convert.formats.readers import FLOATS
@@ -18,19 +20,26 @@ from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, lost_flow_shift, lost_preset, progress_bar
 from fps_convert.spelling import spelled
-from fps_jax.checkpoints.format import SCHEDULE, read_config, read_manifest
+from fps_jax.checkpoints.format import SCHEDULE, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import check_space, new_directory, write_json
 
 
 def to_torch(
-    src: str | os.PathLike, dst: str | os.PathLike, layout: LayoutName, overwrite: bool = False
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    layout: LayoutName,
+    overwrite: bool = False,
+    *,
+    dtype: ComfyDtype | None = None,
 ) -> dict[str, Any]:
-    """Converts a checkpoint of this project to an official or a diffusers directory, with that layout's own file names.
+    """Converts a checkpoint of this project to a directory in a layout of `layouts.LAYOUTS`, with that layout's own file names.
 
-    Every tensor is bit-identical to what `to_flax` read at the same dtype. Parts that Wan never uses (CLIP's text tower) were
-    left out on the way in and stay out.
+    Without `dtype`, every tensor is bit-identical to what `to_flax` read at the same dtype. Parts that Wan never uses (CLIP's text
+    tower) were left out on the way in and stay out.
 
+    Args:
+      dtype: of the comfyui layout alone: 'bfloat16', or 'fp8_scaled' (see `comfyui.cast`); None as stored. Never the VAE.
     Returns: a report, also written beside `dst` as `<dst>.audit.json`: `dst` holds that layout's files,
       and `fps_schedule.json` where the checkpoint was trained with one.
     Raises: FileNotFoundError, ValueError or OSError in one line; `dst` is then as it was.
@@ -39,6 +48,10 @@ def to_torch(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     wanted = LAYOUTS[layout]
+    if dtype is not None and (dtype not in COMFY_DTYPES or not wanted.loose):
+        raise ValueError(
+            f"dtype={dtype!r} with layout={layout!r}: give {' or '.join(COMFY_DTYPES)} with comfyui, or none"
+        )
     with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
         root = pathlib.Path(src)
         manifest, config = read_manifest(root), read_config(root)
@@ -52,7 +65,7 @@ def to_torch(
         with progress_bar("converting", total) as progress:
             for name in components:
                 report["components"][name] = _write_component(
-                    root, fresh, name, config, wanted, manifest, progress, report["notes"]
+                    root, fresh, name, config, wanted, manifest, progress, report["notes"], dtype
                 )
         write_rest(fresh, config, wanted, tokenizer)
         if (root / SCHEDULE).is_file():  # what the weights were trained with goes with them
@@ -141,12 +154,19 @@ def _write_component(
     manifest: dict[str, Any],
     progress: Callable[[int], object],
     notes: list[str],
+    dtype: ComfyDtype | None,
 ) -> dict[str, Any]:
     arrays = _arrays(root / name, name, config)
     outputs, left_out = _outputs(name, config, layout, arrays, manifest.get("mixed_dtypes", {}).get(name, {}))
     notes.extend(left_out)
     if layout.places[name].naming == "diffusers":
         outputs = spelled(name, outputs, manifest.get("spelling", {}))
+    outputs = comfyui.cast(name, outputs, dtype)
+    if layout.loose and name == "text_encoder":
+        tokenizer = comfyui.tokenizer_output(root / "tokenizer")
+        if not tokenizer:
+            notes.append("the tokenizer has no spiece.model, which ComfyUI reads from the text encoder's file")
+        outputs += tokenizer
     write_weights(fresh, name, config, layout, outputs, progress)
     return {
         "tensors": len(outputs),
@@ -174,7 +194,8 @@ def write_weights(
         write_pth(folder / place.name, outputs, progress)
     else:
         metadata = _noted_with_the_dit(config, layout) if name == "dit" else {}
-        write_safetensors(folder, place.stem, outputs, metadata, progress, shard_bytes or SHARD_BYTES)
+        most = sys.maxsize if layout.loose else shard_bytes or SHARD_BYTES
+        write_safetensors(folder, place.stem, outputs, metadata, progress, most)
     if place.config is not None:
         dtypes = [output.dtype for output in outputs]
         common = FLOATS[max(set(dtypes), key=dtypes.count)].name
@@ -183,15 +204,17 @@ def write_weights(
 
 def _noted_with_the_dit(config: WanConfig, layout: Layout) -> dict[str, str]:
     """What no file of this layout holds: see `open_checkpoint`."""
-    tower = config.image_encoder
-    if tower is None or layout.places["image_encoder"].config is not None:
-        return {}
-    return {"image_encoder_num_heads": str(tower.num_heads)}
+    noted: dict[str, str] = {}
+    if layout.places["dit"].config is None:
+        noted["num_heads"] = str(config.dit.num_heads)
+    if config.image_encoder is not None and layout.places["image_encoder"].config is None:
+        noted["image_encoder_num_heads"] = str(config.image_encoder.num_heads)
+    return noted
 
 
 def write_rest(fresh: pathlib.Path, config: WanConfig, layout: Layout, tokenizer: pathlib.Path) -> None:
     """The tokenizer, and the JSON files beside the components."""
-    shutil.copytree(tokenizer, fresh / layout.tokenizer)
+    copy_tokenizer(tokenizer, fresh / layout.tokenizer)
     for name, content in layout.beside(config, tokenizer).items():
         (fresh / name).parent.mkdir(exist_ok=True)
         write_json(content, fresh / name)

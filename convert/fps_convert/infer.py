@@ -6,12 +6,14 @@ import pathlib
 import re
 from typing import Any, NamedTuple, cast
 
-from fps_convert import key_patterns
+from fps_convert import key_patterns, unsupported
 from fps_convert.formats.readers import Reader
 from fps_convert.layouts import Layout
+from fps_convert.mapping import Naming
 from fps_jax.choices import Preset
 from fps_jax.config import LATENTS_MEAN, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig
 
+_HEAD_DIM = 128
 _QK_NORM = "rms_norm_across_heads"
 
 
@@ -89,10 +91,7 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     """
     names = key_patterns.DIT[layout.places["dit"].naming]
     shapes = _Shapes(reader, f"a Wan DiT in the {layout.name} layout", where)
-    if config.get("model_type") == "vace" or shapes.any(r"^vace_"):
-        raise NotImplementedError(f"{where} is a VACE model; supported are Wan2.1 T2V, I2V and FLF2V")
-    if config.get("model_type") in ("s2v", "animate") or shapes.any(r"^(audio|casual_audio|face_|ref_conv|control_)"):
-        raise NotImplementedError(f"{where} has parts beyond Wan2.1 T2V, I2V and FLF2V, which are what is supported")
+    unsupported.check_dit(reader.tensors, config, where)
     if "qk_norm" in names.fields and config.get("qk_norm", _QK_NORM) != _QK_NORM:
         raise NotImplementedError(f"{where}: qk_norm={config['qk_norm']!r}; Wan2.1 models have {_QK_NORM!r}")
     text_dim = shapes.size(re.escape(names.text), 1)  # first: it tells a DiT of this layout from anything else
@@ -103,11 +102,7 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     ins, outs = (stated.number(name, int) for name in ("in_channels", "out_channels"))
     has_image, has_positions = shapes.any(names.has_image), names.positions in shapes.shapes
     task: Task = "flf2v" if has_image and has_positions else "i2v" if has_image else "t2v"
-    if ins != (2 * outs + 4 if has_image else outs):
-        raise NotImplementedError(
-            f"{where}: {ins} input and {outs} output channels {'with' if has_image else 'without'} image attention is "
-            "no Wan2.1 T2V (as many in as out), I2V or FLF2V model (2 x out + 4 in, with image attention)"
-        )
+    unsupported.check_channels(ins, outs, has_image, where)
     return DiTConfig(
         task=task,
         dim=dim,
@@ -127,13 +122,48 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     )
 
 
+def stated_by_shapes(naming: Naming, reader: Reader, where: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+    """What a DiT's config.json states, for a file that comes without one; and notes.
+
+    All but the number of heads is in the shapes. Wan's heads are 128 wide; `num_heads` in the file's metadata says otherwise, and
+    of a DiT that is narrower than one such head two are taken, which is a guess.
+    """
+    names = key_patterns.DIT[naming]
+    shapes = _Shapes(reader, "a Wan DiT", where)
+    dim, up = shapes.size(names.q, 0), shapes.size(names.up, 0)
+    sizes = [shapes.size(r"patch_embedding\.weight", axis) for axis in (1, 2, 3, 4)]
+    noted, notes = reader.metadata.get("num_heads", ""), []
+    if noted.isdecimal() and int(noted) > 0:
+        heads = int(noted)
+    elif dim % _HEAD_DIM == 0:
+        heads = dim // _HEAD_DIM
+    elif dim < _HEAD_DIM and dim % 4 == 0:
+        heads = 2
+        notes.append(
+            f"{where.name} is {dim} wide, less than one of Wan's heads, and doesn't say how many it has: 2 are taken"
+        )
+    else:
+        raise NotImplementedError(
+            f"{where} is {dim} wide, no multiple of Wan's heads of {_HEAD_DIM}; put its config.json beside it"
+        )
+    known = {
+        "dim": dim,
+        "head_dim": dim // heads,
+        "num_heads": heads,
+        "mlp_dim": up,
+        "num_layers": shapes.layers(r"blocks\.(\d+)\."),
+        "in_channels": sizes[0],
+        "out_channels": shapes.size(names.head, 0) // math.prod(sizes[1:]),
+        "patch_size": sizes[1:],
+    }
+    return {theirs: known[ours] for ours, theirs in names.fields.items() if ours in known}, notes
+
+
 def vae(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path) -> VAEConfig:
     """The VAE's config. Official files hold none: width and z_dim go by shapes, the rest is Wan2.1's."""
     names = key_patterns.VAE[layout.places["vae"].naming]
     shapes = _Shapes(reader, f"a Wan2.1 VAE in the {layout.name} layout", where)
-    wan22 = shapes.any(r"samples\.\d+\.(down|up)samples\.|avg_shortcut|down_blocks\.\d+\.(resnets|downsampler)")
-    if wan22 or config.get("is_residual") or config.get("patch_size") is not None:
-        raise NotImplementedError(f"{where} is a Wan2.2 VAE (residual, patched); only Wan2.1's VAE is supported")
+    unsupported.check_vae(reader.tensors, config, where)
     stated = _Stated(config, names.fields, where)
     base = shapes.size(names.base, 0)
     z_dim = stated.number("z_dim", int, shapes.size(names.z_dim, 0))

@@ -14,6 +14,9 @@ class DiTPatterns:
     """`text`, `time`, `positions`: keys. `has_image`, `has_norm`: for the beginning of keys of a model that has such a part."""
 
     fields: dict[str, str]
+    q: str
+    up: str
+    head: str
     text: str
     time: str
     image: str
@@ -65,6 +68,9 @@ DIT: dict[Naming, DiTPatterns] = {
             "text_len": "text_len",
             "eps": "eps",
         },
+        q=r"blocks\.\d+\.self_attn\.q\.weight",
+        up=r"blocks\.\d+\.ffn\.0\.weight",
+        head=r"head\.head\.(weight|bias)",
         text="text_embedding.0.weight",
         time="time_embedding.0.weight",
         image="img_emb.proj.0.(weight|bias)",
@@ -87,6 +93,9 @@ DIT: dict[Naming, DiTPatterns] = {
             "eps": "eps",
             "qk_norm": "qk_norm",
         },
+        q=r"blocks\.\d+\.attn1\.to_q\.weight",
+        up=r"blocks\.\d+\.ffn\.net\.0\.proj\.weight",
+        head=r"proj_out\.(weight|bias)",
         text="condition_embedder.text_embedder.linear_1.weight",
         time="condition_embedder.time_embedder.linear_1.weight",
         image="condition_embedder.image_embedder.norm1.(weight|bias)",

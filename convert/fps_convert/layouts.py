@@ -13,7 +13,7 @@ from fps_convert import torch_configs
 from fps_convert.mapping import Naming
 from fps_jax.config import Component, Task, WanConfig
 
-LayoutName = Literal["official", "diffusers"]
+LayoutName = Literal["official", "diffusers", "comfyui"]
 _MODEL = "diffusion_pytorch_model.safetensors"
 
 
@@ -24,14 +24,12 @@ class Place:
     Attributes:
       file: its file within the checkpoint; the suffix says the format. A .safetensors may be in shards of that stem.
       naming: whose names its tensors have.
-      told_by: prefixes of tensors that tell the component in a .pth of another name.
       config: what the config.json beside it holds, from our config of the component and the dtype that most of its tensors
         have ('float32'). None: it has no config.json, and sizes go by shapes.
     """
 
     file: str
     naming: Naming
-    told_by: tuple[str, ...] = ()
     config: Callable[[Any, str], dict[str, Any]] | None = None
 
     @property
@@ -65,6 +63,7 @@ class Layout:
       scheduler: the file that says the flow shift, if there is one.
       flow_shift: where there is none: by task, the shift that sampling with this layout means, and that up to 480 x 832.
       not_its_dit: prefixes of tensors that tell a DiT of elsewhere, and what such a directory is instead.
+      loose: files are told by content, whatever their name and place; each is one file, never shards.
       beside: the JSON files beside the components, by path, from our config and the tokenizer's folder.
     """
 
@@ -76,6 +75,7 @@ class Layout:
     scheduler: str | None = None
     flow_shift: dict[Task, tuple[float, float | None]] = field(default_factory=dict)
     not_its_dit: dict[str, str] = field(default_factory=dict)
+    loose: bool = False
     beside: Callable[[WanConfig, pathlib.Path], dict[str, dict[str, Any]]] = lambda config, tokenizer: {}
 
     def marked(self, path: pathlib.Path) -> bool:
@@ -96,13 +96,9 @@ OFFICIAL = Layout(
     name="official",
     places={
         "dit": Place(file=_MODEL, naming="official", config=torch_configs.official_dit),
-        "vae": Place(file="Wan2.1_VAE.pth", naming="official", told_by=("encoder.downsamples.", "decoder.upsamples.")),
-        "text_encoder": Place(
-            file="models_t5_umt5-xxl-enc-bf16.pth", naming="official", told_by=("token_embedding.", "blocks.")
-        ),
-        "image_encoder": Place(
-            file="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", naming="official", told_by=("visual.",)
-        ),
+        "vae": Place(file="Wan2.1_VAE.pth", naming="official"),
+        "text_encoder": Place(file="models_t5_umt5-xxl-enc-bf16.pth", naming="official"),
+        "image_encoder": Place(file="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", naming="official"),
     },
     tokenizer="google/umt5-xxl",
     # What the official code takes for a task; its files don't say.
@@ -127,9 +123,27 @@ DIFFUSERS = Layout(
     scheduler="scheduler/scheduler_config.json",
     beside=_beside_diffusers,
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS)}
+# Files of these names are written; what is read may have any name, lie anywhere, and have the names of either naming.
+COMFYUI = Layout(
+    name="comfyui",
+    places={
+        "dit": Place(file="diffusion_models/wan2.1_dit.safetensors", naming="official"),
+        "vae": Place(file="vae/wan_2.1_vae.safetensors", naming="official"),
+        "text_encoder": Place(file="text_encoders/umt5_xxl.safetensors", naming="diffusers"),
+        "image_encoder": Place(file="clip_vision/clip_vision_h.safetensors", naming="diffusers"),
+    },
+    tokenizer="tokenizer",
+    # The same models as the official ones; a workflow's shift is in the workflow.
+    flow_shift=OFFICIAL.flow_shift,
+    loose=True,
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS, COMFYUI)}
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 def layout_of(path: pathlib.Path) -> Layout:
-    """The layout of a directory, by its marks; the official one has none and is what is left."""
-    return next((layout for layout in LAYOUTS.values() if layout.marked(path)), OFFICIAL)
+    """The layout of a directory, by its marks; the official one has none, and without its DiT the weights are loose files."""
+    marked = next((layout for layout in LAYOUTS.values() if layout.marked(path)), None)
+    if marked is not None or any(path.glob(f"{OFFICIAL.places['dit'].stem}*.safetensors*")):
+        return marked or OFFICIAL
+    return COMFYUI if any(file.suffix in _WEIGHTS for file in path.rglob("*")) else OFFICIAL

@@ -26,7 +26,7 @@ NAMINGS: tuple[Naming, ...] = get_args(Naming)
 UNUSED: dict[Component, tuple[str, ...]] = {
     "dit": (),
     "vae": (),
-    "text_encoder": ("decoder.", "lm_head."),
+    "text_encoder": ("decoder.", "lm_head.", "logit_scale"),
     "image_encoder": (
         "textual.", "log_scale", "text_model.", "text_projection.", "visual_projection.", "logit_scale",
         "vision_model.embeddings.position_ids",

@@ -43,7 +43,7 @@ def audit(
             "notes": part.notes,
             "tensors": {
                 tensor.key: {
-                    "file": infos[tensor.key].file.relative_to(path).as_posix(),
+                    "file": _relative(infos[tensor.key].file, path),
                     "dtype": infos[tensor.key].dtype,
                     "shape": list(tensor.shape),
                     "to": [row.path if row.layer is None else f"{row.path}[{row.layer}]" for row in tensor.rows],
@@ -52,6 +52,10 @@ def audit(
             },
         }
     return {"source": str(path), "layout": layout, "task": config.task, "notes": notes, "components": components}
+
+
+def _relative(file: pathlib.Path, path: pathlib.Path) -> str:
+    return (file.relative_to(path) if path in file.parents else file).as_posix()
 
 
 def dtype_changes(source: Source, component: Component, dtype: np.dtype | None) -> list[dict[str, Any]]:
@@ -98,4 +102,6 @@ def summary(report: dict[str, Any], where: str) -> str:
     left_out = sum(len(part.get("left_out", [])) for part in parts.values())
     if left_out:
         lines.append(f"{left_out} source tensors that Wan never uses are left out (listed in the report)")
-    return "\n".join([*lines, *(f"note: {note}" for note in report["notes"]), where])
+    notes = [*report["notes"]]
+    notes += [f"{name}: {note}" for name, part in parts.items() for note in part.get("notes", [])]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes), where])

@@ -9,7 +9,7 @@ import numpy as np
 
 from fps_convert import mapping
 from fps_convert.formats import array_files
-from fps_convert.formats.arrays import contiguous, copy, in_threads
+from fps_convert.formats.arrays import contiguous, copy, in_threads, overflow
 from fps_convert.formats.readers import FLOATS, Reader
 from fps_convert.layouts import LayoutName
 from fps_convert.mapping import Row, SourceTensor
@@ -100,7 +100,7 @@ class Source:
         def place(row: Row, values: np.ndarray) -> None:
             copy(buffers[row.path] if row.layer is None else buffers[row.path][row.layer], values)
 
-        self.each(component, self._merging(component, place, dtypes), progress)
+        self.each(component, self._merging(component, place, dtypes), progress, dtypes)
         return unflatten(buffers)
 
     def _merging(
@@ -117,14 +117,29 @@ class Source:
 
         return merged
 
-    def each(self, component: Component, take: Callable[[Row, np.ndarray], None], progress: Progress | None) -> None:
-        """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape."""
+    def each(
+        self,
+        component: Component,
+        take: Callable[[Row, np.ndarray], None],
+        progress: Progress | None,
+        dtypes: dict[str, np.dtype],
+    ) -> None:
+        """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape.
+
+        dtypes: what each parameter will be cast to. Raises ValueError, naming the tensor, for a number that is too large for it.
+        """
         part = self.parts[component]
 
         def fill(tensor: SourceTensor) -> int:
             whole = part.reader.read(tensor.key)
             pieces = np.split(whole, len(tensor.rows)) if len(tensor.rows) > 1 else [whole]
             for row, piece in zip(tensor.rows, pieces, strict=True):
+                most = overflow(piece, dtypes[row.path])
+                if most is not None:
+                    raise ValueError(
+                        f"{part.reader.tensors[tensor.key].file}: tensor {tensor.key!r} holds {most:g}, which {dtypes[row.path]} "
+                        "can't; convert to bfloat16 or float32"
+                    )
                 take(row, mapping.to_ours(piece, row))
             return whole.nbytes
 
@@ -145,4 +160,4 @@ class Source:
             else:
                 files.write(row.path, row.layer, values[None])
 
-        self.each(component, self._merging(component, write, files.dtypes), progress)
+        self.each(component, self._merging(component, write, files.dtypes), progress, files.dtypes)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fps_convert import mapping
+from fps_convert.comfyui import tokenizer_output
 from fps_convert.flax_to_torch import write_rest, write_weights
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import Output
@@ -117,6 +118,8 @@ def write_checkpoint(
                 Output(tensor.key, tensor.shape, dtype, lambda t=tensor, d=dtype: weights(t, d, seed))
                 for tensor in mapping.tensors(mapping.rows(name, config), wanted.places[name].naming)
             ]
+            if wanted.loose and name == "text_encoder" and tokenizer_dir is not None:
+                outputs += tokenizer_output(pathlib.Path(tokenizer_dir))
             write_weights(fresh, name, config, wanted, outputs, lambda _: None, shard_bytes=shard_bytes)
         if tokenizer_dir is None:
             stand_in = fresh / "stand_in"

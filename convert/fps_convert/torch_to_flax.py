@@ -1,7 +1,7 @@
 """A torch directory to our format."""
 
+import dataclasses
 import os
-import pathlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,30 +14,33 @@ from fps_convert.formats.readers import DTYPES
 from fps_convert.lora.read import open_lora
 from fps_convert.open import open_checkpoint
 from fps_convert.report import dtype_changes, progress_bar
+from fps_convert.single_files import Given
 from fps_convert.source import Source
-from fps_jax.checkpoints.format import SCHEDULE, write_config
+from fps_jax.checkpoints.format import SCHEDULE, copy_tokenizer, write_config
 from fps_jax.checkpoints.lora import Scaled
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
 
 
 def to_flax(
-    src: str | os.PathLike,
+    src: str | os.PathLike | None,
     dst: str | os.PathLike,
     dtype: str | None = None,
     overwrite: bool = False,
     *,
+    given: Given | None = None,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     lora_partial: bool = False,
 ) -> dict[str, Any]:
-    """Converts an official or diffusers Wan2.1 directory to this project's format.
+    """Converts a torch checkpoint of Wan2.1 to this project's format: a directory, or single files.
 
     Args:
-      src: the directory; see `open_checkpoint` for what is read and which errors there are.
+      src: the directory; see `open_checkpoint` for what is read and which errors there are. None: `given` has all files.
       dst: where to write; must not overlap `src`.
       dtype: 'bfloat16', 'float16' or 'float32' casts DiT, text encoder and image tower (round to nearest even), never the
         VAE; None keeps each tensor's own.
       overwrite: replace a non-empty `dst`.
+      given: single files for a component each, in place of what the directory has.
       loras: LoRA files with their scales, merged into the DiT in float32 before it's cast; see `fps_convert.lora.read.open_lora`.
       lora_partial: leave out what of a LoRA this model has no place for, in place of an error.
     Returns: the audit, also written as `dst/audit.json`.
@@ -46,8 +49,10 @@ def to_flax(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
     kind = None if dtype is None else np.dtype(dtype)
-    with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
-        source = open_checkpoint(src)
+    given = given or Given()
+    sources = [file for file in (src, *dataclasses.astuple(given)) if file is not None]
+    with new_directory(dst, overwrite=overwrite, sources=tuple(sources)) as fresh:
+        source = open_checkpoint(src, given)
         opened = [open_lora(file, source.config, partial=lora_partial) for file, _ in loras]
         source.loras = [Scaled(lora, scale) for lora, (_, scale) in zip(opened, loras, strict=True)]
         nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}
@@ -60,9 +65,9 @@ def to_flax(
                 audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)
                 if kind is None or name == "vae":
                     mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
-        if (pathlib.Path(src) / SCHEDULE).is_file():
-            shutil.copyfile(pathlib.Path(src) / SCHEDULE, fresh / SCHEDULE)
-        shutil.copytree(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
+        if (source.path / SCHEDULE).is_file():
+            shutil.copyfile(source.path / SCHEDULE, fresh / SCHEDULE)
+        copy_tokenizer(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
         audit["loras"] = [{**scaled.lora.report, "scale": scaled.scale} for scaled in source.loras]
         audit["notes"] += [f"{scaled.lora.summary} at scale {scaled.scale:g}, merged" for scaled in source.loras]
         audit |= {"dtype": dtype, "destination": str(dst), "written_bytes": sum(nbytes.values())}

@@ -22,6 +22,8 @@ from fps_jax.models.params import Params, flatten, unflatten
 FORMAT = "fps_jax"
 VERSION = 1
 SCHEDULE = "fps_schedule.json"  # beside a checkpoint of any layout: the schedule that it was trained with
+_TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXTS = (".json", ".model", ".txt", ".md", "")
 _IN_FLIGHT_GB = 1  # orbax's default, 96 GB, would let a read double the component in memory
 
 
@@ -205,6 +207,18 @@ def load_component(
         raise ValueError(f"{path} can't be read ({_first_line(error)}); convert the checkpoint again") from error
 
 
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a tokenizer's folder whole; of one that holds other things too, as with ComfyUI's files, the tokenizer's files."""
+    alone = all(file.is_file() and file.suffix in _TEXTS for file in source.iterdir())
+    if alone and not (source / "config.json").exists():
+        shutil.copytree(source, target)  # of a Hugging Face cache's links, the content
+        return
+    target.mkdir()
+    for name in _TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def save_checkpoint(
     path: str | os.PathLike,
     config: WanConfig,
@@ -225,7 +239,7 @@ def save_checkpoint(
         for name, params in components.items():
             save_component(fresh / name, params)
         if tokenizer_dir is not None:
-            shutil.copytree(tokenizer_dir, fresh / "tokenizer")
+            copy_tokenizer(pathlib.Path(tokenizer_dir), fresh / "tokenizer")
         if schedule is not None:
             schedule.save(fresh / SCHEDULE)
         write_config(fresh, config, components=list(components))

@@ -8,17 +8,21 @@ import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints import hub
 from fps_jax.checkpoints.format import SCHEDULE, abstract_component, is_checkpoint, read_config
 from fps_jax.checkpoints.lora import LoRA
 from fps_jax.checkpoints.placement import builds, place, restore
 from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
+
+if TYPE_CHECKING:
+    from fps_convert.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Model:
       load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
         is that of the DiT and the text encoder.
       schedule: that it was trained with; None for dense.
+      notes: what a person should know of how it was read: files left out, FP8, a guess.
     """
 
     directory: pathlib.Path
@@ -45,6 +50,7 @@ class Model:
     stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
     load: Callable[[Component, Any], Params]
     schedule: FPSSchedule | None = None
+    notes: tuple[str, ...] = ()
 
 
 def open_model(path: str | os.PathLike) -> Model:
@@ -104,12 +110,35 @@ def _ours(directory: pathlib.Path) -> Model:
     )
 
 
+def open_model_files(
+    *,
+    dit: str | os.PathLike,
+    vae: str | os.PathLike,
+    text_encoder: str | os.PathLike,
+    image_encoder: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | None = None,
+) -> Model:
+    """Opens single files, such as ComfyUI's, one for each component; tokenizer: its folder, where no file holds it.
+
+    Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, something else, not Wan2.1.
+    """
+    from fps_convert import open_checkpoint
+    from fps_convert.single_files import Given
+
+    return _of_source(open_checkpoint(None, Given(dit, vae, text_encoder, image_encoder, tokenizer)))
+
+
 def _theirs(directory: pathlib.Path) -> Model:
     from fps_convert import open_checkpoint
 
-    source = open_checkpoint(directory)
+    return _of_source(open_checkpoint(directory))
+
+
+def _of_source(source: "Source") -> Model:
+    on_parts = [f"{name}: {note}" for name, part in source.parts.items() for note in part.notes]
     return Model(
-        directory=directory,
+        notes=(*source.audit["notes"], *on_parts),
+        directory=source.path,
         layout=source.layout,
         config=source.config,
         components=source.components,
@@ -132,25 +161,56 @@ def open_lora(path: str | os.PathLike, config: WanConfig, *, partial: bool = Fal
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> pathlib.Path:
-    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub (files of a Wan checkpoint only)."""
+    """A local directory as it is; 'owner/name' downloaded from the Hugging Face hub, the files of a Wan2.1 checkpoint only.
+
+    Raises: as `open_model`; of a repository that isn't supported, no weights are downloaded.
+    """
+    directory = _local(path)
+    if directory is not None:
+        return directory
+    from fps_convert.remote import judge
+
+    return hub.fetch(str(path), judge)
+
+
+def _local(path: str | os.PathLike) -> pathlib.Path | None:
+    """A local directory; None for 'owner/name'. Raises NotADirectoryError or FileNotFoundError for neither."""
     directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
         return directory
-    parts = str(path).split("/")
     if directory.exists():
-        raise NotADirectoryError(f"checkpoint {str(path)!r} is a file; pass the directory that holds it")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise NotADirectoryError(
+            f"checkpoint {str(path)!r} is a file; pass the directory that holds it, or files for all parts to from_files"
+        )
+    if not hub.is_repository(str(path)):
         raise FileNotFoundError(
             f"checkpoint {str(path)!r} doesn't exist; pass a directory, or 'owner/name' of a Hugging Face repository"
         )
-    from huggingface_hub import snapshot_download
+    return None
 
-    try:
-        return pathlib.Path(
-            snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])
-        )
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"checkpoint {str(path)!r} is no local directory, and downloading it from the Hugging Face hub failed: {first}"
-        ) from error
+
+def open_description(path: str | os.PathLike) -> Model:
+    """As `open_model`, for what is said of a checkpoint: of a repository, the JSON files are fetched and no weights.
+
+    Its `stored_dtypes` then has none, its config is what the JSON files say, and it can't be loaded.
+    """
+    if _local(path) is not None:
+        return open_model(path)
+    from fps_convert.remote import config_of, judge
+
+    folder, names = hub.listing(str(path))
+    repository = judge(folder, names, str(path))
+    config = config_of(folder, repository)
+
+    def load(name: Component, dtype: Any) -> Params:
+        raise ValueError(f"{path}: the weights of {name} were not downloaded; open it with open_model")
+
+    return Model(
+        directory=pathlib.Path(path),
+        layout=repository.layout,
+        config=config,
+        components=tuple(name for name in builds(config)),
+        tokenizer_dir=folder / "tokenizer",
+        stored_dtypes=dict,
+        load=load,
+    )

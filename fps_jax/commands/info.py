@@ -14,7 +14,8 @@ class Info:
     """Describe a Wan2.1 checkpoint without loading its weights."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A converted checkpoint, or an official or diffusers directory."""
+    """A converted checkpoint, an official or diffusers directory, one with single files, or a Hugging Face repo id, of which no
+    weights are downloaded."""
     height: int = 480
     """Frame height that the memory estimate is for."""
     width: int = 832

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.open import open_description
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import param_dtype
@@ -24,7 +24,7 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
 
     Raises: as `WanPipeline.from_pretrained`, and ValueError for a frame size that Wan can't make.
     """
-    opened = open_model(model)
+    opened = open_description(model)
     config = opened.config
     dtypes = {
         name: sorted({str(dtype) for dtype in stored.values()}) for name, stored in opened.stored_dtypes().items()
@@ -36,12 +36,12 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
         lines.append(f"sampled by preset {config.preset}: {PRESETS[config.preset].words()}")
     lines.append("")
     for name, build in builds(config).items():
-        if name in dtypes:
-            lines.append(
-                f"  {name:14} {_count(build):>9} parameters  {', '.join(dtypes[name]):18} {_sizes(config, name)}"
-            )
+        if name in opened.components:
+            kinds = ", ".join(dtypes.get(name, ["not downloaded"]))
+            lines.append(f"  {name:14} {_count(build):>9} parameters  {kinds:18} {_sizes(config, name)}")
         else:
             lines.append(f"  {name:14} not in this checkpoint: pass image_embeds to sample")
+    lines += ["", *(f"  note: {note}" for note in opened.notes)] if opened.notes else []
     tokens = math.prod(token_grid(shape[2:], config.dit.patch_size))
     lines += [
         "",

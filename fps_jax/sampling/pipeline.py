@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
-from fps_jax.checkpoints.open import open_lora, open_model
+from fps_jax.checkpoints.open import Model, open_lora, open_model, open_model_files
 from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver
 from fps_jax.config import WanConfig
@@ -73,17 +73,49 @@ class WanPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, *, dtype: str = "bfloat16") -> "WanPipeline":
-        """Load a checkpoint of ours, an official or diffusers directory (converted on the fly), or a Hugging Face repo id.
+        """Load a checkpoint of ours, one from PyTorch (converted on the fly), or a Hugging Face repo id.
 
         Args:
-          path: a directory, or 'owner/name' of a repository to download into the Hugging Face cache.
+          path: a directory (official, diffusers, or with ComfyUI's single files in any tree), or 'owner/name' of a repository to
+            download into the Hugging Face cache.
           dtype: 'bfloat16' or 'float32', for the DiT and the text encoder. The VAE and the image tower are float32 always.
         Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
+        check_dtype(dtype)
         enable_compilation_cache()
-        model = open_model(path)
+        return cls._of(open_model(path), dtype)
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        dit: str | os.PathLike,
+        vae: str | os.PathLike,
+        text_encoder: str | os.PathLike,
+        image_encoder: str | os.PathLike | None = None,
+        tokenizer: str | os.PathLike | None = None,
+        dtype: str = "bfloat16",
+    ) -> "WanPipeline":
+        """Load single files, such as ComfyUI's and Kijai's, bf16, fp16 or FP8 (docs/checkpoints.md).
+
+        Args:
+          dit, vae, text_encoder: a .safetensors each, or .pth.
+          image_encoder: CLIP, for i2v and flf2v; without it a call needs image_embeds.
+          tokenizer: the folder of UMT5's tokenizer; None where the text encoder's file holds it, as ComfyUI's do.
+          dtype: as of `from_pretrained`.
+        Raises: as `from_pretrained`.
+        """
+        check_dtype(dtype)
+        enable_compilation_cache()
+        model = open_model_files(
+            dit=dit, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder, tokenizer=tokenizer
+        )
+        return cls._of(model, dtype)
+
+    @classmethod
+    def _of(cls, model: Model, dtype: str) -> "WanPipeline":
+        for note in model.notes:
+            log.info("%s: %s", model.directory, note)
         if model.config.preset != "wan":
             log.info("sampled by preset %s: %s", model.config.preset, PRESETS[model.config.preset].words())
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
@@ -345,6 +377,12 @@ def _to_pil(video: np.ndarray) -> list[list[Any]]:
     from PIL import Image
 
     return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a dtype that no pipeline computes in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
 
 
 def enable_compilation_cache() -> None:

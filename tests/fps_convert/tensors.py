@@ -1,7 +1,9 @@
 """Every tensor of a torch directory, read by other means than the converter's own where there are any."""
 
+import json
 import pathlib
 
+import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -28,8 +30,30 @@ def read_all(path: pathlib.Path) -> dict[str, dict[str, tuple[str, tuple[int, ..
     return found
 
 
+_DTYPES = {
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BF16": ml_dtypes.bfloat16, "F16": np.float16,
+    "F32": np.float32, "I64": np.int64, "I8": np.int8, "U8": np.uint8,
+}  # fmt: skip
+
+
+def load(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """`safetensors.numpy.load_file` with FP8, which it can write and not read."""
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:start])
+    entries.pop("__metadata__", None)
+
+    def values(entry) -> np.ndarray:
+        begin, end = entry["data_offsets"]
+        return np.frombuffer(bytearray(data[start + begin : start + end]), _DTYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
+
+    return {key: values(entry) for key, entry in entries.items()}
+
+
 def rewrite(file: pathlib.Path, change) -> None:
     """Rewrites a safetensors file after `change(tensors)`."""
-    tensors = dict(load_file(file))
+    tensors = dict(load(file))
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})

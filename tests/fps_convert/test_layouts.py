@@ -20,7 +20,7 @@ MIXED = Layout(
         "dit": Place(file="wan.safetensors", naming="official", config=OFFICIAL.places["dit"].config),
         "vae": Place(file="autoencoder.safetensors", naming="diffusers"),
         "text_encoder": Place(file="text/umt5.safetensors", naming="diffusers"),
-        "image_encoder": Place(file="clip.pth", naming="official", told_by=("visual.",)),
+        "image_encoder": Place(file="clip.pth", naming="official"),
     },
     tokenizer="text/tokens",
     flow_shift={"t2v": (4.0, None), "flf2v": (7.0, 6.0)},

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 _scratch = threading.local()
@@ -34,6 +35,28 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
         return
     for start in range(0, target.shape[-1], 16):
         np.copyto(target[..., start : start + 16], source[..., start : start + 16], casting="unsafe")
+
+
+# Of a dtype that another can't hold all of: unsigned bits of magnitudes grow with them, so bits are compared.
+_LARGEST = {np.dtype(kind): float(ml_dtypes.finfo(kind).max) for kind in (np.float16, ml_dtypes.bfloat16, np.float32)}
+
+
+def overflow(values: np.ndarray, dtype: np.dtype) -> float | None:
+    """The largest finite magnitude in `values` (of 2 or 4 bytes each), if a cast to `dtype` would make it inf; else None."""
+    own = _LARGEST[values.dtype]
+    if own <= _LARGEST[np.dtype(dtype)] or not values.size:
+        return None
+    bits = np.dtype(f"u{values.itemsize}")
+    sign, infinity = bits.type(1 << (8 * values.itemsize - 1)), np.asarray(np.inf, values.dtype).view(bits)
+    most = 0.0
+    values = np.atleast_1d(values)
+    for rows in np.array_split(values.view(bits), max(1, min(len(values), values.size >> 20))):
+        magnitudes = rows & ~sign
+        finite = magnitudes.max(where=magnitudes < infinity, initial=0)
+        most = max(most, float(np.asarray(finite, bits).view(values.dtype)))
+    with np.errstate(over="ignore"):
+        lost = np.isinf(np.asarray(most, values.dtype).astype(dtype))
+    return most if lost else None
 
 
 def contiguous(pieces: list[np.ndarray], dtype: np.dtype) -> np.ndarray:

@@ -5,7 +5,8 @@ import json
 import math
 import mmap
 import pathlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 import ml_dtypes
@@ -19,12 +20,18 @@ FLOATS: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+FP8: dict[str, np.dtype] = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FN": 8, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8,
     "F8_E8M0": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+# What `read` gives: beside weights, what FP8 files and tokenizers consist of.
 _NUMBERS = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
+VIEWS = FLOATS | FP8 | _NUMBERS | {"U8": np.dtype(np.uint8)}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 
 
@@ -41,11 +48,9 @@ class TensorInfo:
         """The NumPy type. Raises NotImplementedError for what is no plain floating-point weight."""
         if self.dtype in FLOATS:
             return FLOATS[self.dtype]
-        fix = "use the original bf16 or float32 files"
-        if self.dtype.startswith("F8"):
-            fix = f"FP8 repacks carry scales that Wan's own code doesn't know; {fix}"
         raise NotImplementedError(
-            f"{self.file}: tensor {self.key!r} has dtype {self.dtype}; weights are F32, F16 or BF16: {fix}"
+            f"{self.file}: tensor {self.key!r} has dtype {self.dtype}; weights are F32, F16 or BF16, or FP8 (e4m3, e5m2) in a "
+            "model's safetensors: use one of those files"
         )
 
 
@@ -56,7 +61,7 @@ class Reader(Protocol):
     metadata: dict[str, str]
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, as a read-only view of the file."""
+        """The tensor, as a read-only view of the file; bytes, whole numbers and FP8 too. Else as `TensorInfo.check_dtype`."""
         ...
 
 
@@ -151,7 +156,7 @@ class SafetensorsFile:
     def read(self, key: str) -> np.ndarray:
         info = self.tensors[key]
         start, stop = self._places[key]
-        return self._bytes[start:stop].view(info.check_dtype()).reshape(info.shape)
+        return self._bytes[start:stop].view(VIEWS.get(info.dtype) or info.check_dtype()).reshape(info.shape)
 
     def number(self, key: str) -> float:
         """A tensor of one number, which unlike a weight may be whole or double. Raises NotImplementedError for another dtype."""
@@ -202,35 +207,82 @@ class ShardedSafetensors:
 
 
 class Renamed:
-    """A reader under other key names, for files that spell a prefix differently."""
+    """A reader under other key names, for files that spell a prefix differently. `only`: without the keys that keep theirs."""
 
-    def __init__(self, reader: Reader, names: dict[str, str]):
+    def __init__(self, reader: Reader, names: dict[str, str], *, only: bool = False):
         self._reader, self._names = reader, {new: old for old, new in names.items()}
         self.metadata = reader.metadata
         self.tensors = {
             names.get(key, key): dataclasses.replace(info, key=names.get(key, key))
             for key, info in reader.tensors.items()
+            if not only or key in names
         }
 
     def read(self, key: str) -> np.ndarray:
         return self._reader.read(self._names.get(key, key))
 
 
+@dataclass
+class _Named:
+    """The files of one stem and variant."""
+
+    single: pathlib.Path | None = None
+    index: pathlib.Path | None = None
+    shards: list[pathlib.Path] = field(default_factory=list)
+
+
+def _by_variant(directory: pathlib.Path, stem: str) -> dict[str, _Named]:
+    """The files of a stem by variant: '' without one, 'fp16' of `stem.fp16.safetensors`, wherever diffusers has put the word."""
+    word = r"(?:\.([A-Za-z]\w*))?"
+    weights = re.compile(rf"{re.escape(stem)}{word}(-\d+-of-\d+)?{word}\.safetensors")
+    index = re.compile(rf"{re.escape(stem)}{word}\.safetensors\.index{word}\.json")
+    found: dict[str, _Named] = {}
+    for path in sorted(directory.glob(f"{stem}*")):
+        if match := weights.fullmatch(path.name):
+            named = found.setdefault(match[1] or match[3] or "", _Named())
+            if match[2]:
+                named.shards.append(path)
+            else:
+                named.single = path
+        elif match := index.fullmatch(path.name):
+            found.setdefault(match[1] or match[2] or "", _Named()).index = path
+    return found
+
+
 def open_safetensors(directory: pathlib.Path, stem: str) -> Reader | None:
-    """`stem.safetensors`, or its shards by their index; None where the directory has neither."""
-    index = directory / f"{stem}.safetensors.index.json"
-    single = directory / f"{stem}.safetensors"
-    shards = sorted(path.name for path in directory.glob(f"{stem}-*-of-*.safetensors"))
-    if index.is_file():
-        reader = ShardedSafetensors(index)
-        unknown = set([*shards, single.name] if single.is_file() else shards) - {
+    """`stem.safetensors`, or its shards by their index; None where the directory has neither.
+
+    Only where there are none without it, files of a variant are taken: `stem.fp16.safetensors`.
+    Raises: ValueError for both whole and shards, or files of two variants; FileNotFoundError for shards without their index.
+    """
+    found = _by_variant(directory, stem)
+    if not found:
+        return None
+    if "" not in found and len(found) > 1:
+        variants = " and ".join(f"{stem}.{variant}" for variant in sorted(found))
+        raise ValueError(f"{directory} has {variants}; keep the one to be used")
+    variant = "" if "" in found else next(iter(found))
+    named = found[variant]
+    if named.index is not None:
+        reader = ShardedSafetensors(named.index)
+        unknown = {path.name for path in (*named.shards, named.single) if path is not None} - {
             info.file.name for info in reader.tensors.values()
         }
         if unknown:
-            raise ValueError(f"{directory / min(unknown)} is not named by {index.name}; remove the one that is stale")
+            raise ValueError(
+                f"{directory / min(unknown)} is not named by {named.index.name}; remove the one that is stale"
+            )
         return reader
-    if shards:
-        if single.is_file():
-            raise ValueError(f"{directory} has both {single.name} and {shards[0]}; remove the stale one")
-        raise FileNotFoundError(f"{index} is missing, and {shards[0]} is a shard; copy or download the index too")
-    return SafetensorsFile(single) if single.is_file() else None
+    if named.shards:
+        shard = named.shards[0].name
+        if named.single is not None:
+            raise ValueError(f"{directory} has both {named.single.name} and {shard}; remove the stale one")
+        dotted = f".{variant}" if variant else ""
+        index = directory / f"{stem}{dotted}.safetensors.index.json"
+        raise FileNotFoundError(f"{index} is missing, and {shard} is a shard; copy or download the index too")
+    return None if named.single is None else SafetensorsFile(named.single)
+
+
+def open_weights(file: pathlib.Path) -> Reader:
+    """A safetensors file, or the shards of a `.safetensors.index.json`. Raises ValueError: no whole file of these kinds."""
+    return ShardedSafetensors(file) if file.suffix == ".json" else SafetensorsFile(file)

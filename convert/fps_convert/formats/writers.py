@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fps_convert.formats.arrays import in_threads, write_at
-from fps_convert.formats.readers import FLOATS
+from fps_convert.formats.readers import VIEWS
 
 SHARD_BYTES = 10_000_000_000
 _ALIGN = 64
@@ -23,7 +23,8 @@ _STORAGE = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storag
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to write: `make()` gives its values, in `dtype` (F32, F16 or BF16) and, but for axes of 1, `shape`.
+    """A tensor to write: `make()` gives its values, in `dtype` (of `VIEWS`; in a .pth F32, F16 or BF16)
+    and, but for axes of 1, `shape`.
 
     It runs on the thread that writes them, so that they may lie in that thread's buffer; a list is the values in pieces.
     """
@@ -35,13 +36,13 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
+        return math.prod(self.shape) * VIEWS[self.dtype].itemsize
 
     def bytes(self) -> list[np.ndarray]:
         """The values as uint8, in pieces."""
         made = self.make()
         pieces = made if isinstance(made, list) else [made]
-        if sum(p.size for p in pieces) != math.prod(self.shape) or any(p.dtype != FLOATS[self.dtype] for p in pieces):
+        if sum(p.size for p in pieces) != math.prod(self.shape) or any(p.dtype != VIEWS[self.dtype] for p in pieces):
             made_of = [f"{p.dtype}{list(p.shape)}" for p in pieces]
             raise ValueError(f"{self.key}: made {', '.join(made_of)}, not {self.dtype}{list(self.shape)}")
         return [np.ascontiguousarray(piece).reshape(-1).view(np.uint8) for piece in pieces]
@@ -93,7 +94,7 @@ def write_safetensors_file(
     """Writes one safetensors file, in place. Raises OSError where the disk is full."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     # The order of the format's own writer; wide types first keeps every tensor aligned to its element.
-    outputs = sorted(outputs, key=lambda output: (-FLOATS[output.dtype].itemsize, output.key))
+    outputs = sorted(outputs, key=lambda output: (-VIEWS[output.dtype].itemsize, output.key))
     for output, offset in zip(outputs, _offsets(outputs), strict=True):
         end = offset + output.nbytes
         header[output.key] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [offset, end]}

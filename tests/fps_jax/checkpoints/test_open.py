@@ -1,6 +1,5 @@
 """`open_model`: one interface to a checkpoint of ours, one in each torch layout, and a Hugging Face repository."""
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from fps_convert import to_flax, to_torch
 from fps_jax.checkpoints.open import open_model
 from fps_jax.models.params import flatten
+from fps_jax.sampling.pipeline import WanPipeline
 from tests.checkpoints import T2V
 
 
@@ -17,10 +17,11 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     to_flax(T2V, folder / "ours")
     to_torch(folder / "ours", folder / "official", "official")
-    return {"ours": folder / "ours", "official": folder / "official", "diffusers": T2V}
+    to_torch(folder / "ours", folder / "comfyui", "comfyui")
+    return {"ours": folder / "ours", "official": folder / "official", "diffusers": T2V, "comfyui": folder / "comfyui"}
 
 
-@pytest.mark.parametrize("layout", ["ours", "official", "diffusers"])
+@pytest.mark.parametrize("layout", ["ours", "official", "diffusers", "comfyui"])
 def test_every_layout_gives_the_same_model(places, layout):
     want, got = open_model(places["diffusers"]), open_model(places[layout])
     assert (got.layout, got.directory) == (layout, places[layout])
@@ -46,25 +47,31 @@ def test_a_directory_that_only_looks_like_ours_gets_our_readers_error(tmp_path):
         open_model(tmp_path)
 
 
-def test_a_repository_is_downloaded_and_its_failure_told_in_one_line(monkeypatch):
-    asked = []
-
-    def download(name, *, allow_patterns):
-        asked.append((name, allow_patterns))
-        return str(T2V)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_model("Wan-AI/Wan2.1-T2V-1.3B-Diffusers").directory == T2V
-    assert asked == [("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", ["*.json", "*.safetensors", "*.pth", "*.model", "*.txt"])]
-
-    def fail(name, *, allow_patterns):
-        raise OSError("401 Client Error\nsecond line")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(
-        FileNotFoundError, match=r"'a/b' is no local directory, and downloading .* failed: 401 Client Error$"
-    ):
-        open_model("a/b")
+def test_only_a_path_of_two_parts_may_be_a_repository():
     for path in ("a", "a/b/c", "./b", "/b", "a/"):
         with pytest.raises(FileNotFoundError, match="doesn't exist; pass a directory, or 'owner/name'"):
             open_model(path)
+
+
+def test_files_one_by_one_are_the_model(places):
+    files = {
+        "dit": places["comfyui"] / "diffusion_models" / "wan2.1_dit.safetensors",
+        "vae": places["comfyui"] / "vae" / "wan_2.1_vae.safetensors",
+        "text_encoder": places["official"] / "models_t5_umt5-xxl-enc-bf16.pth",
+    }
+    with pytest.raises(FileNotFoundError, match="--tokenizer DIR"):
+        WanPipeline.from_files(**files)
+    with pytest.raises(ValueError, match="dtype='float8' is not one of"):
+        WanPipeline.from_files(**files, dtype="float8")
+    got = WanPipeline.from_files(**files, tokenizer=T2V / "tokenizer", dtype="float32")
+    want = WanPipeline.from_pretrained(T2V, dtype="float32")
+    assert (got.config.dit, got.tokenizer.source) == (want.config.dit, want.tokenizer.source)
+    for name, params in want.params.items():
+        theirs = dict(flatten(got.params[name]))
+        for path, leaf in flatten(params):
+            np.testing.assert_array_equal(np.asarray(theirs[path]), np.asarray(leaf), err_msg=path)
+
+
+def test_a_file_is_no_checkpoint_and_what_to_do_is_said(places):
+    with pytest.raises(NotADirectoryError, match="files for all parts to from_files"):
+        open_model(places["comfyui"] / "vae" / "wan_2.1_vae.safetensors")

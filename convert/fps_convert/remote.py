@@ -1,0 +1,171 @@
+"""A repository judged by its listing and its JSON files, before any of its weights are fetched."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fps_convert import key_patterns, unsupported
+from fps_convert.formats.readers import read_json
+from fps_convert.infer import flow_shift
+from fps_convert.layouts import DIFFUSERS, OFFICIAL, Layout, LayoutName
+from fps_jax.checkpoints.format import is_checkpoint, read_config
+from fps_jax.config import (
+    COMPONENTS,
+    Component,
+    DiTConfig,
+    ImageEncoderConfig,
+    Task,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
+
+_WEIGHTS = (".safetensors", ".gguf", ".pth")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What a repository holds.
+
+    Attributes:
+      layout: 'ours' or that of a torch checkpoint.
+      files: those to fetch, of all that are listed.
+    """
+
+    layout: LayoutName | str
+    files: list[str]
+
+
+def judge(folder: pathlib.Path, names: Sequence[str], repo: str) -> Repository:
+    """Which files of a repository are a checkpoint.
+
+    Args:
+      folder: where its JSON files lie.
+      names: of all its files.
+      repo: 'owner/name', for messages.
+    Raises: NotImplementedError or ValueError in one line where there is none: another model, or a collection of single files.
+    """
+    if is_checkpoint(folder):
+        return Repository("ours", list(names))
+    try:
+        unsupported.check_jsons(folder, names)
+    except NotImplementedError as error:
+        raise NotImplementedError(str(error).replace(str(folder), repo)) from None
+    layout = DIFFUSERS if "model_index.json" in names else OFFICIAL
+    _check_class(folder, repo)
+    chosen = {name: _of_stem(names, layout, name) for name in COMPONENTS}
+    if not chosen["dit"]:
+        raise _no_checkpoint(names, repo)
+    for index in (name for name in chosen["dit"] if name.endswith(".json")):
+        where = pathlib.Path(repo) / index
+        unsupported.check_dit(read_json(folder / index).get("weight_map", {}), {}, where)
+    files = [name for some in chosen.values() for name in some]
+    files += [name for name in names if name.endswith((".json", ".model", ".txt")) and name not in files]
+    if layout is OFFICIAL:  # a .pth may have any name
+        files += [name for name in names if name.endswith(".pth") and "/" not in name and name not in files]
+    return Repository(layout.name, files)
+
+
+def _check_class(folder: pathlib.Path, repo: str) -> None:
+    for name in ("model_index.json", "config.json", "transformer/config.json"):
+        kind = read_json(folder / name).get("_class_name", "Wan") if (folder / name).is_file() else "Wan"
+        if "Wan" not in str(kind):
+            raise NotImplementedError(f"{repo} is no Wan model: its {name} says {kind!r}; {unsupported.SUPPORTED}")
+
+
+def _of_stem(names: Sequence[str], layout: Layout, component: Component) -> list[str]:
+    """The files of a component: those of a variant (`.fp16.`) only where there are none without."""
+    place = layout.places[component]
+    folder = "" if place.folder == "." else f"{place.folder}/"
+    if place.is_pth:
+        return [name for name in names if name == place.file]
+    whole = re.compile(re.escape(folder + place.stem) + r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    variant = re.compile(re.escape(folder + place.stem) + r"[-.\w]*\.safetensors(\.index(\.\w+)?\.json)?")
+    return [name for name in names if whole.fullmatch(name)] or [name for name in names if variant.fullmatch(name)]
+
+
+def _no_checkpoint(names: Sequence[str], repo: str) -> Exception:
+    weights = [name for name in names if name.endswith(_WEIGHTS)]
+    if weights and all(name.endswith(".gguf") for name in weights):
+        return unsupported.gguf(repo)
+    if any(name.endswith(".safetensors") for name in weights):
+        return ValueError(
+            f"{repo} is a collection of {len(weights)} single files, of which nothing was downloaded; download those that you want "
+            "and give them with fps-convert to-flax --dit, --vae and --text-encoder (WanPipeline.from_files)"
+        )
+    return ValueError(
+        f"{repo} is not a Wan checkpoint: it has neither model_index.json nor diffusion_pytorch_model*.safetensors"
+    )
+
+
+def config_of(folder: pathlib.Path, repository: Repository) -> WanConfig:
+    """The config by JSON files alone: sizes that none states are Wan2.1's own. Raises ValueError for one that is no Wan's."""
+    if repository.layout == "ours":
+        return read_config(folder)
+    layout = DIFFUSERS if repository.layout == "diffusers" else OFFICIAL
+
+    def json_of(name: Component) -> dict[str, Any]:
+        place = layout.places[name]
+        file = folder / place.folder / "config.json"
+        return read_json(file) if place.config is not None and file.is_file() else {}
+
+    dit = _dit(json_of("dit"), layout, folder)
+    has_tower = bool(_of_stem(repository.files, layout, "image_encoder"))
+    shift, shift_480p = flow_shift(
+        layout,
+        dit.task,
+        read_json(folder / layout.scheduler) if layout.scheduler else {},
+        folder / (layout.scheduler or ""),
+    )
+    vae = _given(json_of("vae"), key_patterns.VAE["diffusers"].fields) if layout is DIFFUSERS else {}
+    return WanConfig(
+        dit=dit,
+        vae=VAEConfig(**vae),
+        text_encoder=TextEncoderConfig(**_given(json_of("text_encoder"), _TEXT_ENCODER)),
+        image_encoder=ImageEncoderConfig(**_given(json_of("image_encoder"), _IMAGE_ENCODER))
+        if has_tower and dit.task != "t2v"
+        else None,
+        flow_shift=shift,
+        flow_shift_480p=shift_480p,
+    )
+
+
+_TEXT_ENCODER = {
+    "vocab_size": "vocab_size", "dim": "d_model", "mlp_dim": "d_ff", "num_heads": "num_heads", "head_dim": "d_kv",
+    "num_layers": "num_layers",
+}  # fmt: skip
+_IMAGE_ENCODER = {
+    "image_size": "image_size", "patch_size": "patch_size", "dim": "hidden_size", "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads", "num_layers": "num_hidden_layers",
+}  # fmt: skip
+
+
+def _given(config: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+    """Our names of what a JSON states; lists as tuples."""
+    found = {ours: config.get(theirs) for ours, theirs in fields.items()}
+    return {ours: tuple(v) if isinstance(v, list) else v for ours, v in found.items() if v is not None}
+
+
+def _dit(config: dict[str, Any], layout: Layout, folder: pathlib.Path) -> DiTConfig:
+    known = {field.name for field in dataclasses.fields(DiTConfig)}
+    stated = _given(config, key_patterns.DIT[layout.places["dit"].naming].fields)
+    if layout is DIFFUSERS:
+        stated["dim"] = stated.get("num_heads", 0) * stated.get("head_dim", 0)
+        positions, image_dim = config.get("pos_embed_seq_len"), config.get("image_dim")
+        task = "t2v" if image_dim is None else "i2v" if positions is None else "flf2v"
+    else:
+        task = config.get("model_type", "t2v")
+        image_dim = None if task == "t2v" else ImageEncoderConfig().dim
+        positions = 2 * ImageEncoderConfig().num_tokens if task == "flf2v" else None
+    try:
+        sizes = {name: value for name, value in stated.items() if name in known}
+        made = DiTConfig(task=cast(Task, task), image_dim=image_dim, image_positions=positions, **sizes)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{folder}: the DiT's config.json is no Wan DiT's ({error}); restore the original file"
+        ) from None
+    unsupported.check_channels(made.in_channels, made.out_channels, image_dim is not None, folder)
+    return made

@@ -1,0 +1,268 @@
+"""Single files, as ComfyUI's and Kijai's repackagings are: named one by one, or lying anywhere in a folder, told by content."""
+
+import atexit
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from fps_convert import key_patterns, unsupported
+from fps_convert.files import Files, has_tokenizer
+from fps_convert.formats.pth import PthFile
+from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights, read_json
+from fps_convert.infer import stated_by_shapes
+from fps_convert.layouts import COMFYUI, DIFFUSERS, OFFICIAL
+from fps_convert.parts import Found, tell, tokenizer_bytes, told_apart
+from fps_jax.config import COMPONENTS, Component
+
+OPTIONS: dict[Component, str] = {name: f"--{name.replace('_', '-')}" for name in COMPONENTS}
+# A field that the config.json of just this component has: one that lies beside its file is read.
+_OF_ITS_JSON: dict[Component, tuple[str, ...]] = {
+    "dit": ("num_heads", "num_attention_heads"),
+    "vae": ("z_dim",),
+    "text_encoder": ("d_model",),
+    "image_encoder": ("hidden_size", "vision_config"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Files that were named: each a .safetensors, the .index.json of one in shards, or a .pth; and the tokenizer's folder."""
+
+    dit: str | os.PathLike | None = None
+    vae: str | os.PathLike | None = None
+    text_encoder: str | os.PathLike | None = None
+    image_encoder: str | os.PathLike | None = None
+    tokenizer: str | os.PathLike | None = None
+
+    def file(self, name: Component) -> pathlib.Path | None:
+        given = getattr(self, name)
+        return None if given is None else pathlib.Path(given).expanduser()
+
+    def any(self) -> bool:
+        return any(value is not None for value in dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A file that may be a component; `whole` is all that is in it."""
+
+    found: Found
+    file: pathlib.Path
+    whole: Reader
+
+
+@dataclass
+class _Seen:
+    """What a folder holds.
+
+    Attributes:
+      candidates: by component, of models that are supported.
+      refused: why others aren't.
+      damaged: why files can't be read.
+      whole: folders in it that are checkpoints of their own, which are not looked into.
+    """
+
+    candidates: dict[Component, list[_Candidate]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
+    refused: dict[Component, list[Exception]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
+    damaged: list[Exception] = field(default_factory=list)
+    whole: list[pathlib.Path] = field(default_factory=list)
+    tokenizers: list[pathlib.Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_single_files(folder: pathlib.Path | None, given: Given) -> Files:
+    """The files that were given, and for the rest those that lie anywhere in the folder.
+
+    Raises: FileNotFoundError for a part that is nowhere; ValueError for two candidates of one part, or a file that is something
+      else than it was given for; NotImplementedError for another model.
+    """
+    seen = _Seen() if folder is None else _look(folder, given)
+    chosen: dict[Component, _Candidate] = {}
+    for name in COMPONENTS:
+        if name == "image_encoder" and not _has_image(chosen["dit"]):
+            if given.image_encoder is not None:
+                seen.notes.append("the image tower is left out: a T2V model doesn't use it")
+            continue
+        file = given.file(name)
+        candidate = _choose(folder, name, seen) if file is None else _open_given(name, file)
+        if candidate is not None:
+            chosen[name] = candidate
+    namings = {name: candidate.found.naming for name, candidate in chosen.items()}
+    places = {
+        name: dataclasses.replace(place, naming=namings.get(name, place.naming), config=None)
+        for name, place in COMFYUI.places.items()
+    }
+    files = Files(dataclasses.replace(COMFYUI, places=places), notes=seen.notes)
+    for name, candidate in chosen.items():
+        files.readers[name], files.where[name] = candidate.found.reader, candidate.file
+        files.jsons[name] = _config_beside(name, candidate.file)
+        if candidate.found.prefix:
+            files.notes_on[name].append(f"keys have the prefix {candidate.found.prefix!r}, which is left out")
+    if not files.jsons["dit"]:
+        dit = chosen["dit"]
+        unsupported.check_dit(dit.found.reader.tensors, {}, dit.file)
+        files.jsons["dit"], notes = stated_by_shapes(dit.found.naming, dit.found.reader, dit.file)
+        files.notes_on["dit"] += notes
+    files.tokenizer = _tokenizer(folder, given, chosen["text_encoder"], seen.tokenizers)
+    return files
+
+
+def _look(folder: pathlib.Path, given: Given) -> _Seen:
+    """Looks through the tree; files that were given need no search, and what else they could be doesn't matter."""
+    seen = _Seen()
+    paths = sorted(path for path in folder.rglob("*") if not _hidden(path.relative_to(folder)))
+    seen.whole = [path for path in paths if path.is_dir() and _is_whole(path)]
+    seen.notes += [f"{path.relative_to(folder)} is a checkpoint of its own and is left out" for path in seen.whole]
+    paths = [path for path in paths if not any(path.is_relative_to(whole) for whole in seen.whole)]
+    in_shards: set[pathlib.Path] = set()
+    for index in (path for path in paths if re.search(r"\.safetensors\.index(\.\w+)?\.json$", path.name)):
+        try:
+            reader = ShardedSafetensors(index)
+        except (ValueError, FileNotFoundError) as error:
+            seen.damaged.append(error)
+            continue
+        in_shards |= {info.file for info in reader.tensors.values()}
+        _sort(reader, index, seen, given, folder)
+    for path in paths:
+        if path.is_dir() and has_tokenizer(path):
+            seen.tokenizers.append(path)
+        elif path.suffix == ".gguf":
+            seen.refused["dit"].append(unsupported.gguf(path))
+        elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
+            try:
+                reader = _open(path)
+            except ValueError as error:
+                if path.suffix == ".pth":
+                    seen.notes.append(f"{path.relative_to(folder)} is left out: {error}")
+                else:
+                    seen.damaged.append(error)
+                continue
+            _sort(reader, path, seen, given, folder)
+    if has_tokenizer(folder):
+        seen.tokenizers.append(folder)
+    return seen
+
+
+def _hidden(path: pathlib.PurePath) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Whether a folder is a checkpoint in a layout of its own, whose JSON files count and would be lost on the way."""
+    official = (folder / "config.json").is_file() and any(folder.glob("*.pth"))
+    return DIFFUSERS.marked(folder) or (official and any(folder.glob(f"{OFFICIAL.places['dit'].stem}*.safetensors")))
+
+
+def _open(file: pathlib.Path) -> Reader:
+    return PthFile(file) if file.suffix == ".pth" else open_weights(file)
+
+
+def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path) -> None:
+    """Puts a file where it belongs."""
+    told = tell(reader)
+    if not told:
+        what = told_apart(reader) or "no part of a Wan2.1 model"
+        seen.notes.append(f"{file.relative_to(folder)} is {what} and is left out")
+    for found in told:
+        if given.file(found.component) is not None:
+            continue
+        try:
+            if found.component == "dit":
+                unsupported.check_file(file)
+                unsupported.check_dit(found.reader.tensors, {}, file)
+            elif found.component == "vae":
+                unsupported.check_vae(found.reader.tensors, {}, file)
+        except NotImplementedError as error:
+            seen.refused[found.component].append(error)
+            continue
+        seen.candidates[found.component].append(_Candidate(found, file, reader))
+
+
+def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candidate | None:
+    """The only candidate. None for an image tower that isn't there, which sampling can do without."""
+    option, candidates = OPTIONS[name], seen.candidates[name]
+    if len(candidates) > 1:
+        names = " and ".join(str(candidate.file) for candidate in candidates)
+        raise ValueError(
+            f"{folder} has {len(candidates)} files that are a {name}: {names}; choose with fps-convert to-flax {option} FILE "
+            f"({name}= of WanPipeline.from_files)"
+        )
+    if candidates:
+        seen.notes += [str(error) for error in seen.refused[name]]
+        return candidates[0]
+    if seen.refused[name]:
+        raise seen.refused[name][0]
+    if seen.damaged:  # it may be the one
+        raise seen.damaged[0]
+    if name == "image_encoder":
+        return None
+    if seen.whole:
+        raise ValueError(f"{folder} has no {name} of its own; give the checkpoint in it: {seen.whole[0]}")
+    where = "the files given" if folder is None else folder
+    raise FileNotFoundError(f"{where}: a {name} is missing; add its .safetensors file, or give it with {option} FILE")
+
+
+def _open_given(name: Component, file: pathlib.Path) -> _Candidate:
+    if not file.is_file():
+        raise FileNotFoundError(f"{OPTIONS[name]} {file} is no file; give a .safetensors file")
+    if name == "dit":
+        unsupported.check_file(file)
+    reader = _open(file)
+    told = tell(reader)
+    for found in told:
+        if found.component == name:
+            return _Candidate(found, file, reader)
+    what = " and ".join(found.component for found in told) or told_apart(reader) or "no part of a Wan2.1 model"
+    raise ValueError(f"{OPTIONS[name]} {file} is {what}, not a {name} of Wan2.1; give another file")
+
+
+def _has_image(dit: _Candidate) -> bool:
+    pattern = re.compile(key_patterns.DIT[dit.found.naming].has_image)
+    return any(pattern.search(key) for key in dit.found.reader.tensors)
+
+
+def _config_beside(name: Component, file: pathlib.Path) -> dict[str, Any]:
+    beside = file.parent / "config.json"
+    config = read_json(beside) if beside.is_file() else {}
+    return config if any(field in config for field in _OF_ITS_JSON[name]) else {}
+
+
+def _tokenizer(
+    folder: pathlib.Path | None, given: Given, text_encoder: _Candidate, tokenizers: list[pathlib.Path]
+) -> pathlib.Path:
+    """The tokenizer's folder: the one given, else what is in the text encoder's file, else the only one in the tree."""
+    if given.tokenizer is not None:
+        path = pathlib.Path(given.tokenizer).expanduser()
+        path = path.parent if path.name in ("tokenizer.json", "spiece.model") else path
+        if not has_tokenizer(path):
+            raise FileNotFoundError(f"--tokenizer {given.tokenizer} has neither tokenizer.json nor spiece.model")
+        return path
+    inside = tokenizer_bytes(text_encoder.whole)
+    if inside is not None:
+        return _unpacked(inside)
+    if len(tokenizers) > 1:
+        names = " and ".join(map(str, tokenizers))
+        raise ValueError(
+            f"{folder} has {len(tokenizers)} tokenizers: {names}; choose with --tokenizer DIR (tokenizer=)"
+        )
+    if not tokenizers:
+        raise FileNotFoundError(
+            f"{text_encoder.file} holds no tokenizer (spiece_model); give the folder of UMT5's with --tokenizer DIR: it is "
+            "google/umt5-xxl in official directories, tokenizer in diffusers'"
+        )
+    return tokenizers[0]
+
+
+@functools.cache
+def _unpacked(content: bytes) -> pathlib.Path:
+    """A folder with a spiece.model of these bytes, for the time of the process."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fps_tokenizer_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "spiece.model").write_bytes(content)
+    return folder
