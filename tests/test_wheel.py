@@ -64,6 +64,7 @@ def test_the_wheel_is_whole_and_a_convert_py_or_train_py_of_the_users_is_never_r
         "fps-convert",
         "fps-precompute",
         "fps-train",
+        "fps-train-vae",
     }
     code = f"""
 import importlib, fps_convert, fps_jax, fps_train, pallas_kernels
