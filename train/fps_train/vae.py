@@ -9,7 +9,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,50 +23,10 @@ from fps_jax.files import write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.vae import decode_video, encode_moments
 from fps_train.precompute.memory import Stretches
+from fps_train.vae_options import VAETraining
 
 _DEAD = 1e-2  # a channel's deviation, as a share of the largest: below it a channel says nothing, and isn't divided by its own
 _MOST_MEASURED = 2048  # stretches, spread evenly over the clips, that statistics are of: more tell no more
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAETraining:
-    """What the training of a VAE does, apart from its clips and its start."""
-
-    steps: int = 2000
-    """Steps in all, those before a resume included."""
-    batch_size: int = 16
-    """Clips a step, drawn with replacement."""
-    lr: float = 1e-3
-    """Peak learning rate: linear warm-up, then a cosine down to a thirtieth."""
-    warmup_steps: int = 20
-    """Steps of warm-up."""
-    weight_decay: float = 1e-3
-    """AdamW's, on kernels alone."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    kl_weight: float = 1e-5
-    """Weight of the KL divergence from a unit Gaussian, in nats a latent value, beside L1 + MSE of pixels in [-1, 1]."""
-    latent_noise: float = 0.3
-    """Noise on latents beyond their own: uniform from 0 up to this share of a channel's deviation, one share a clip."""
-    seed: int = 0
-    """Of the batches and the noise."""
-    log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
-    save_every: int = 500
-    """Steps between two saved states."""
-
-    def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        for name in ("lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "kl_weight", "latent_noise", "seed", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}; use fewer")
 
 
 class State(NamedTuple):
@@ -103,9 +63,8 @@ def reconstruction_loss(
 
 def optimizer(options: VAETraining, *, images: bool) -> optax.GradientTransformation:
     """AdamW under a clipped gradient. images: the convolutions in time get no gradient and must not decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.lr, options.warmup_steps, options.steps, end_value=options.lr / 30
-    )
+    peak = options.peak(images=images)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.warmup_steps, options.steps, end_value=peak / 30)
 
     def decays(params: Params) -> Params:
         return unflatten({p: p.endswith("/kernel") and not (images and "/time_conv/" in p) for p, _ in flatten(params)})

@@ -10,13 +10,14 @@ from typing import Any
 from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
+from fps_train.vae_options import VAETraining
 
 _OPTIONS, _CHECKPOINT = "options.json", "checkpoint"
 _FREE = {"resume", "output", "log_every", "max_gib"}  # a resumed run may have others of these
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainVAE:
+class TrainVAE(VAETraining):
     """Train a small VAE on clips: on single frames first (--frames 1), then on stretches of clips from there (--init-from).
 
     Clips are decoded into memory once, as fps-precompute does it: at 16 frames a second, covering the size, cropped.
@@ -44,28 +45,6 @@ class TrainVAE:
     """1: every frame of every clip is an image. 4k + 1: every stretch of so many frames is a clip."""
     size: tuple[int, int] = (64, 64)
     """Height and width in pixels, multiples of 16."""
-    steps: int = 2000
-    """Steps in all."""
-    batch_size: int = 16
-    """Clips a step."""
-    lr: float | None = None
-    """Peak learning rate: 1e-3 for images and 4e-4 for clips where it isn't said."""
-    warmup_steps: int = 20
-    """Steps of warm-up."""
-    weight_decay: float = 1e-3
-    """AdamW's, on kernels alone."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    kl_weight: float = 1e-5
-    """Weight of the KL divergence, beside L1 + MSE of pixels in [-1, 1]."""
-    latent_noise: float = 0.3
-    """Noise on latents: up to this share of a channel's deviation."""
-    seed: int = 0
-    """Of the initial values, the batches and the noise."""
-    log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
-    save_every: int = 500
-    """Steps between two saved states."""
     max_gib: float = 4.0
     """The most memory that decoded frames may take."""
 
@@ -76,8 +55,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(given: TrainVAE) -> None:
-    if given.lr is None:
-        given = dataclasses.replace(given, lr=1e-3 if given.frames == 1 else 4e-4)
     _check_sizes(given)
     _check_output(given)
     from fps_jax.sampling.pipeline import enable_compilation_cache
@@ -85,8 +62,8 @@ def _train(given: TrainVAE) -> None:
     from fps_train.precompute.buckets import Size
     from fps_train.precompute.memory import load_stretches
 
-    names = [field.name for field in dataclasses.fields(vae.VAETraining)]
-    options = vae.VAETraining(**{name: getattr(given, name) for name in names})
+    names = [field.name for field in dataclasses.fields(VAETraining)]
+    options = VAETraining(**{name: getattr(given, name) for name in names})
     config, start = _start(given)
     enable_compilation_cache()
     max_bytes = int(given.max_gib * 2**30)
