@@ -113,6 +113,17 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tmp_path, video):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
+def test_a_decoder_trained_alone_leaves_latents_as_they_are(whole_run, video, tmp_path):
+    source, output = whole_run / "checkpoint", tmp_path / "decoder"
+    # A share of noise, so that the encoder would get a gradient from it too.
+    assert run(*video, "--init-from", source, "--train", "decoder", "--weight-decay", "0.1", "--output", output) == 0
+    assert read_config(output / "checkpoint").vae == read_config(source).vae
+    before, after = (dict(flatten(open_model(p).load("vae", "float32"))) for p in (source, output / "checkpoint"))
+    changed = {path for path in before if (before[path] != after[path]).any()}
+    encoder = {path for path in before if path.startswith(("encoder/", "quant_conv/"))}
+    assert changed == set(before) - encoder
+
+
 @pytest.mark.slow
 def test_images_train_a_vae_from_scratch_that_video_can_go_on_from(folder, tmp_path):
     new = ["--base-dim", "4", "--z-dim", "3", "--num-res-blocks", "1"]
@@ -165,6 +176,7 @@ def test_the_loss_has_its_parts():
         (["--lr", "0"], "lr=0.0 must be above 0"),
         (["--warmup-steps", "9"], "warmup_steps=9 leaves nothing of steps=4"),
         (["--z-dim", "0"], "z_dim=0 must be 1 or more"),
+        (["--train", "decoder"], "train='decoder' needs a VAE whose encoder stays; give it with --init-from"),
         (["--resume"], "holds no run to --resume"),
         (["--init-from", "nowhere"], "checkpoint 'nowhere' doesn't exist"),
         (["--nonsense"], "nonsense"),

@@ -25,6 +25,7 @@ from fps_jax.models.vae import decode_video, encode_moments
 from fps_train.precompute.memory import Stretches
 from fps_train.vae_options import VAETraining
 
+_ENCODER = ("encoder/", "quant_conv/")
 _DEAD = 1e-2  # a channel's deviation, as a share of the largest: below it a channel says nothing, and isn't divided by its own
 _MOST_MEASURED = 2048  # stretches, spread evenly over the clips, that statistics are of: more tell no more
 
@@ -48,6 +49,8 @@ def reconstruction_loss(
     """(L1 + MSE + kl_weight * KL, its parts): mean over pixels in [-1, 1], unclipped, and over latent values."""
     x = video.astype(jnp.float32) / 127.5 - 1
     mean, log_variance = encode_moments(config, params, x)
+    if options.train == "decoder":
+        mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
     own, share, extra = jax.random.split(key, 3)
     z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(own, mean.shape)
     # A share of the batch's deviation, through which gradients flow: larger latents must not escape the noise.
@@ -62,12 +65,17 @@ def reconstruction_loss(
 
 
 def optimizer(options: VAETraining, *, images: bool) -> optax.GradientTransformation:
-    """AdamW under a clipped gradient. images: the convolutions in time get no gradient and must not decay."""
+    """AdamW under a clipped gradient. What gets no gradient must not decay: the convolutions in time where there are only
+    images, and the encoder where the decoder alone is trained."""
     peak = options.peak(images=images)
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.warmup_steps, options.steps, end_value=peak / 30)
 
+    def trained(path: str) -> bool:
+        still = (images and "/time_conv/" in path) or (options.train == "decoder" and path.startswith(_ENCODER))
+        return not still
+
     def decays(params: Params) -> Params:
-        return unflatten({p: p.endswith("/kernel") and not (images and "/time_conv/" in p) for p, _ in flatten(params)})
+        return unflatten({path: path.endswith("/kernel") and trained(path) for path, _ in flatten(params)})
 
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm),

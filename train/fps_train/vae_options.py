@@ -1,12 +1,15 @@
 """What the training of a VAE is told, without jax: the command's options are these and its own."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
     """What the training of a VAE does, apart from its clips and its start."""
 
+    train: Literal["all", "decoder"] = "all"
+    """decoder: what makes latents stays as it is, so that precomputed latents, and a model trained on them, stay good."""
     steps: int = 2000
     """Steps in all, those before a resume included."""
     batch_size: int = 16

@@ -78,13 +78,13 @@ def _train(given: TrainVAE) -> None:
     from fps_jax.checkpoints.format import save_checkpoint
 
     found = vae.measure(config.vae, params, clips, given.batch_size)
-    trained = dataclasses.replace(
-        config, vae=dataclasses.replace(config.vae, latents_mean=found.mean, latents_std=found.std)
-    )
-    save_checkpoint(given.output / _CHECKPOINT, trained, {"vae": params}, overwrite=True)
+    if given.train == "all":  # else latents are what they were, and so must be what they are normalised by
+        statistics = dataclasses.replace(config.vae, latents_mean=found.mean, latents_std=found.std)
+        config = dataclasses.replace(config, vae=statistics)
+    save_checkpoint(given.output / _CHECKPOINT, config, {"vae": params}, overwrite=True)
     print(
         f"wrote {given.output / _CHECKPOINT}: {given.steps} steps, PSNR {found.psnr:.1f} dB without noise, latents_std "
-        f"{min(found.std):.2f} to {max(found.std):.2f}"
+        f"{min(config.vae.latents_std):.2f} to {max(config.vae.latents_std):.2f}"
     )
 
 
@@ -96,6 +96,8 @@ def _check_sizes(given: TrainVAE) -> None:
         if value < 16 or value % 16:
             nearest = max(16, round(value / 16) * 16)
             raise ValueError(f"size: {name} {value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
+    if given.train == "decoder" and given.init_from is None:
+        raise ValueError("train='decoder' needs a VAE whose encoder stays; give it with --init-from")
     for name in ("base_dim", "z_dim", "num_res_blocks"):
         value = getattr(given, name)
         if value is not None and value < 1:
