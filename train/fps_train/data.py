@@ -65,7 +65,7 @@ class Data:
       buckets: largest first.
       samples: those of each bucket, in an order of their own.
       empty_text: `[T, E]` bf16, the empty prompt's states.
-      vae, text_encoder, image_encoder: fingerprints (`fps_train.fingerprint.params_fingerprint`) of what encoded them;
+      vae, text_encoder, image_encoder: fingerprints (`fps_train.fingerprint.encoder_fingerprint`) of what encoded them;
         image_encoder is None for t2v.
     """
 

@@ -4,7 +4,15 @@ import hashlib
 
 import numpy as np
 
+from fps_jax.config import Component
 from fps_jax.models.params import Params, flatten
+
+VAE_ENCODER = ("encoder", "quant_conv")  # what of a VAE makes latents; the rest decodes them
+
+
+def encoder_fingerprint(name: Component, params: Params) -> str:
+    """Hash of what a component encodes with: of a VAE not its decoder, which may be trained further with latents as they are."""
+    return params_fingerprint({part: params[part] for part in VAE_ENCODER} if name == "vae" else params)
 
 
 def params_fingerprint(params: Params) -> str:

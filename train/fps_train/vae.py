@@ -22,10 +22,10 @@ from fps_jax.config import VAEConfig
 from fps_jax.files import write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.vae import decode_video, encode_moments
+from fps_train.fingerprint import VAE_ENCODER
 from fps_train.precompute.memory import Stretches
 from fps_train.vae_options import VAETraining
 
-_ENCODER = ("encoder/", "quant_conv/")
 _DEAD = 1e-2  # a channel's deviation, as a share of the largest: below it a channel says nothing, and isn't divided by its own
 _MOST_MEASURED = 2048  # stretches, spread evenly over the clips, that statistics are of: more tell no more
 
@@ -71,7 +71,7 @@ def optimizer(options: VAETraining, *, images: bool) -> optax.GradientTransforma
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, options.warmup_steps, options.steps, end_value=peak / 30)
 
     def trained(path: str) -> bool:
-        still = (images and "/time_conv/" in path) or (options.train == "decoder" and path.startswith(_ENCODER))
+        still = (images and "/time_conv/" in path) or (options.train == "decoder" and path.split("/")[0] in VAE_ENCODER)
         return not still
 
     def decays(params: Params) -> Params:

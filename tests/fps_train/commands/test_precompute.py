@@ -15,7 +15,7 @@ from fps_jax.config import VAEConfig
 from fps_jax.models.vae import encode
 from fps_train.commands import precompute
 from fps_train.data import open_data
-from fps_train.fingerprint import params_fingerprint
+from fps_train.fingerprint import encoder_fingerprint
 from fps_train.precompute import check
 from fps_train.precompute.frames import read_frames
 from tests.checkpoints import T2V
@@ -61,7 +61,7 @@ def test_a_model_is_trained_on_what_the_pipeline_would_give_it(i2v, tmp_path, mo
     data = open_data(data_dir)
     data.check(config)
     assert data.fingerprints == {
-        name: params_fingerprint(pipe.params[name]) for name in ("vae", "text_encoder", "image_encoder")
+        name: encoder_fingerprint(name, pipe.params[name]) for name in ("vae", "text_encoder", "image_encoder")
     }
     (samples,) = data.samples
     for sample in samples:
@@ -101,7 +101,7 @@ def test_a_model_is_trained_on_what_the_pipeline_would_give_it(i2v, tmp_path, mo
     assert all((z[0] == mine).all() for z, mine in zip(shown, latents, strict=True))
     code, _, err = run(capsys, CHECKPOINT, "--check", data_dir, "--contact-sheet", sheet)
     assert code == 2
-    assert "has another VAE than data" in err
+    assert "has a VAE with another encoder than data" in err
 
 
 def test_check_reads_every_record(tmp_path, capsys):

@@ -12,7 +12,7 @@ from fps_jax.checkpoints.open import open_model
 from fps_jax.media.plots import figure, save_png
 from fps_jax.models.vae import decode
 from fps_train.data import Data, open_data
-from fps_train.fingerprint import params_fingerprint
+from fps_train.fingerprint import encoder_fingerprint
 from fps_train.precompute.buckets import Size
 from fps_train.precompute.clips import IMAGES, ClipError
 from fps_train.precompute.frames import content_hash, read_frames
@@ -96,9 +96,9 @@ def contact_sheet(folder: pathlib.Path, model: str, path: pathlib.Path) -> None:
     data, manifest = open_data(folder), read_manifest(folder)
     opened = open_model(model)
     params = opened.load("vae", np.float32)
-    if params_fingerprint(params) != data.contents.vae:
+    if encoder_fingerprint("vae", params) != data.contents.vae:
         raise ValueError(
-            f"checkpoint {model!r} has another VAE than data {str(folder)!r} were made with; name that one"
+            f"checkpoint {model!r} has a VAE with another encoder than data {str(folder)!r} were made with; name that one"
         )
     roots = [pathlib.Path(root) for root in (manifest.root, manifest.made.get("videos")) if root]
     chosen = _chosen(data)

@@ -20,7 +20,7 @@ from fps_jax.models.params import Params
 from fps_jax.models.tokenizer import Tokenizer
 from fps_jax.models.vae import encode
 from fps_jax.sampling.encoding import GIVEN_FRAMES, condition_video, image_tokens, text_states
-from fps_train.fingerprint import params_fingerprint
+from fps_train.fingerprint import encoder_fingerprint
 from fps_train.precompute.buckets import Size
 from fps_train.precompute.shards import Tensors
 
@@ -53,11 +53,11 @@ class Encoders:
         self._params.clear()
 
     def fingerprint(self, name: Component) -> str:
-        """See `params_fingerprint`; without loading where it is noted."""
+        """See `encoder_fingerprint`; without loading where it is noted."""
         known = self._read_notes()
         mine = known.get(self._stamp, {})
         if name not in mine:
-            mine = {**mine, name: params_fingerprint(self.params(name))}
+            mine = {**mine, name: encoder_fingerprint(name, self.params(name))}
             write_json({**known, self._stamp: mine}, self._notes)
         return mine[name]
 
