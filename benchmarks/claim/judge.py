@@ -44,15 +44,15 @@ class Judged:
         motion_right = self.right[:, FACTS.index("motion")]
         return {
             "clips": len(self.facts),
-            "attributes": _share(self.right[:, :4].mean(1)),
-            "whole": _share(self.whole),
-            **{name: _share(self.right[:, i]) for i, name in enumerate(FACTS)},
+            "attributes": share(self.right[:, :4].mean(1)),
+            "whole": share(self.whole),
+            **{name: share(self.right[:, i]) for i, name in enumerate(FACTS)},
             "motions": {name: round(float(motion_right[motions == name].mean()), 4) for name in world.MOTIONS
                         if (motions == name).any()},
         }  # fmt: skip
 
 
-def _share(right: np.ndarray) -> dict[str, Any]:
+def share(right: np.ndarray) -> dict[str, Any]:
     """Mean and its interval."""
     right = np.asarray(right, np.float64)
     picks = np.random.default_rng(0).integers(len(right), size=(_RESAMPLES, len(right)))

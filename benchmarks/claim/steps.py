@@ -4,8 +4,10 @@ import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.claim.rows import FLAT, ROWS, STEPAWARE
+
 RECIPES = pathlib.Path(__file__).parent / "recipes"
-STAGES = ("data", "vae", "dit")
+STAGES = ("data", "vae", "dit", "recover", "measure", "report")
 CLIPS, HELD_OUT = 6000, 300
 
 _TRAIN = ("fps_train.commands.train", "main")
@@ -35,6 +37,11 @@ def _exists(name: str) -> Callable[[pathlib.Path], bool]:
     return lambda output: (output / name).exists()
 
 
+def _never(output: pathlib.Path) -> bool:
+    """Seconds of work, and what it reads may have changed."""
+    return False
+
+
 def _has_steps(recipe: str) -> Callable[[pathlib.Path], bool]:
     def done(output: pathlib.Path) -> bool:
         from fps_jax.checkpoints.runs import is_run, read_run
@@ -51,19 +58,37 @@ def _vae(output: str, *arguments: str) -> Step:
     return Step("vae", entry, (*common, *arguments), output, _exists("checkpoint/config.json"), resumes=True)
 
 
-def _train(output: str, recipe: str, data: str, *arguments: str) -> Step:
+def _train(output: str, recipe: str, data: str, *arguments: str, stage: str = "dit") -> Step:
     common = ("@base", "--config", str(RECIPES / recipe), "--data", f"@{data}", "--output", f"@{output}")
-    return Step("dit", _TRAIN, (*common, *arguments), output, _has_steps(recipe), resumes=True)
+    return Step(stage, _TRAIN, (*common, *arguments), output, _has_steps(recipe), resumes=True)
+
+
+def _recover(output: str, seed: int, schedule: pathlib.Path | None) -> Step:
+    attention = ("--attention", "dense") if schedule is None else ("--attention", "fps", "--schedule", str(schedule))
+    arguments = ("--init-from", "@dense", "--seed", str(seed), *attention)
+    return _train(output, "recover.toml", "data_clips", *arguments, stage="recover")
+
+
+def _measure() -> tuple[Step, ...]:
+    found = []
+    for row in ROWS:
+        schedule = () if row.schedule is None else ("--schedule", str(row.schedule))
+        for name, model in row.places():
+            given = (f"@{model}", "--data", "@data_held_out", "--output", f"@measured/{name}")
+            arguments = (*given, "--attention", row.attention, *schedule)
+            entry = ("benchmarks.claim.measure", "main")
+            found.append(Step("measure", entry, arguments, f"measured/{name}", _exists("losses.json")))
+    return tuple(found)
 
 
 def _clips(output: str, *arguments: str) -> Step:
     return Step("data", ("benchmarks.claim.world", "main"), (f"@{output}", *arguments), output, _exists("metadata.csv"))
 
 
-def _encoded(output: str, frames: int) -> Step:
+def _encoded(output: str, frames: int, clips: str = "clips", stage: str = "dit") -> Step:
     size = ("--height", "48", "--width", "64", "--num-frames", str(frames), "--min-frames", str(frames))
-    arguments = ("@base", "--videos", "@clips", "--output", f"@{output}", *size)
-    return Step("dit", ("fps_train.commands.precompute", "main"), arguments, output, _exists("manifest.json"))
+    arguments = ("@base", "--videos", f"@{clips}", "--output", f"@{output}", *size)
+    return Step(stage, ("fps_train.commands.precompute", "main"), arguments, output, _exists("manifest.json"))
 
 
 STEPS = (
@@ -80,4 +105,10 @@ STEPS = (
     _train("images", "images.toml", "data_images"),
     _train("long", "clips.toml", "data_clips", "--init-from", "@images"),
     _train("dense", "settle.toml", "data_clips", "--init-from", "@long"),
+    *(_recover(f"recover_e{seed}", seed, STEPAWARE) for seed in (0, 1)),
+    *(_recover(f"recover_f{seed}", seed, None) for seed in (0, 1)),
+    _recover("recover_g", 0, FLAT),
+    _encoded("data_held_out", 17, "held_out", "measure"),
+    *_measure(),
+    Step("report", ("benchmarks.claim.report", "main"), ("@",), "report", _never),
 )  # fmt: skip

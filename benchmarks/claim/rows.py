@@ -1,0 +1,49 @@
+"""What the claim compares: models, and how each is sampled.
+
+The schedule has the paper's three regimes (coarse and sparse, fine and wider, between) on 12 tiles of 20 tokens. `flat` is one
+regime of the same mean density over the steps.
+"""
+
+import pathlib
+from dataclasses import dataclass
+
+from fps_jax.choices import Setting
+
+SCHEDULES = pathlib.Path(__file__).parent / "schedules"
+STEPAWARE, FLAT = SCHEDULES / "fps.json", SCHEDULES / "flat.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+      letter: its name.
+      words: what it is, for a person.
+      models: runs inside the claim's folder, one for each training seed.
+      attention: in sampling.
+      schedule: None for dense.
+    """
+
+    letter: str
+    words: str
+    models: tuple[str, ...]
+    attention: Setting
+    schedule: pathlib.Path | None = STEPAWARE
+
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """(what is measured of one model, that model), for each training seed."""
+        several = len(self.models) > 1
+        return tuple((f"{self.letter}{i}" if several else self.letter, model) for i, model in enumerate(self.models))
+
+
+ROWS = (
+    Row("a", "dense", ("dense",), "dense", None),
+    Row("b", "FP8 only, untrained", ("dense",), "fp8"),
+    Row("c", "sparse only, untrained", ("dense",), "sparse"),
+    Row("d", "FP8 + sparse, untrained", ("dense",), "fps"),
+    Row("e", "FP8 + sparse, trained under it", ("recover_e0", "recover_e1"), "fps"),
+    Row("f", "dense, trained as long", ("recover_f0", "recover_f1"), "dense", None),
+    Row("g", "FP8 + sparse, one regime, trained under it", ("recover_g",), "fps", FLAT),
+    Row("h", "e, sampled dense", ("recover_e0",), "dense", None),
+)
