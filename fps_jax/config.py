@@ -130,6 +130,42 @@ class ImageEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """What a video is where a call says nothing: Wan's own, unless a model was trained for something else.
+
+    Attributes:
+      height, width: pixels.
+      num_inference_steps, guidance_scale: None for the preset's.
+      negative_prompt: None for Wan's, by the task.
+    """
+
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self):
+        for name in ("height", "width", "num_frames", "num_inference_steps"):
+            value = getattr(self, name)
+            optional = name == "num_inference_steps" and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} is not a whole number of 1 or more")
+        scale = self.guidance_scale
+        if scale is not None and (
+            isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < 1e3
+        ):
+            raise ValueError(f"guidance_scale={scale!r} is not a number in [0, 1000)")
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt={self.negative_prompt!r} is not a text")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from Wan's own, by name."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+@dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """A whole checkpoint."""
 
@@ -140,6 +176,7 @@ class WanConfig:
     flow_shift: float = 5.0
     flow_shift_480p: float | None = None  # official I2V code: 3.0 up to 480 x 832 pixels, `flow_shift` above
     preset: Preset = "wan"  # how it is sampled where nothing else is said (`fps_jax.sampling.presets`)
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
     def __post_init__(self):
         check_choice("preset", self.preset, Preset)
@@ -159,6 +196,9 @@ class WanConfig:
         record = dataclasses.asdict(self)
         if self.preset == "wan":
             del record["preset"]  # so that releases that don't know it read the checkpoints that don't need it
+        record["sampling"] = self.sampling.to_dict()
+        if not record["sampling"]:
+            del record["sampling"]
         return record
 
     @classmethod
@@ -173,6 +213,7 @@ class WanConfig:
             "vae": VAEConfig,
             "text_encoder": TextEncoderConfig,
             "image_encoder": ImageEncoderConfig,
+            "sampling": SamplingDefaults,
         }
         fields: dict[str, Any] = {k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()}
         return cls(**fields)

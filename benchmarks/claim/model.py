@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 
 from benchmarks.claim import world
-from fps_jax.config import DiTConfig, TextEncoderConfig, VAEConfig, WanConfig
+from fps_jax.config import DiTConfig, SamplingDefaults, TextEncoderConfig, VAEConfig, WanConfig
 from fps_jax.errors import parse, run_cli
 
 TEXT_LEN = 20
@@ -34,7 +34,15 @@ DIT = DiTConfig(
 )
 TEXT_ENCODER = TextEncoderConfig(vocab_size=128, dim=64, mlp_dim=128, num_heads=2, head_dim=32, num_layers=1)
 VAE = VAEConfig(base_dim=8, z_dim=Z_DIM, num_res_blocks=1, latents_mean=(0.0,) * Z_DIM, latents_std=(1.0,) * Z_DIM)
-CONFIG = WanConfig(dit=DIT, vae=VAE, text_encoder=TEXT_ENCODER, flow_shift=5.0)
+SAMPLING = SamplingDefaults(
+    height=world.HEIGHT,
+    width=world.WIDTH,
+    num_frames=world.FRAMES,
+    num_inference_steps=12,
+    guidance_scale=2.5,
+    negative_prompt="",
+)
+CONFIG = WanConfig(dit=DIT, vae=VAE, text_encoder=TEXT_ENCODER, flow_shift=5.0, sampling=SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)

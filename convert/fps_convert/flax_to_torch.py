@@ -20,7 +20,7 @@ from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, lost_flow_shift, lost_preset, progress_bar
 from fps_convert.spelling import spelled
-from fps_jax.checkpoints.format import SCHEDULE, copy_tokenizer, read_config, read_manifest
+from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import check_space, new_directory, write_json
 
@@ -41,7 +41,7 @@ def to_torch(
     Args:
       dtype: of the comfyui layout alone: 'bfloat16', or 'fp8_scaled' (see `comfyui.cast`); None as stored. Never the VAE.
     Returns: a report, also written beside `dst` as `<dst>.audit.json`: `dst` holds that layout's files,
-      and `fps_schedule.json` where the checkpoint was trained with one.
+      `fps_schedule.json` where the checkpoint was trained with one, `fps_sampling.json` where it has sizes of its own.
     Raises: FileNotFoundError, ValueError or OSError in one line; `dst` is then as it was.
     """
     began = time.monotonic()
@@ -218,3 +218,5 @@ def write_rest(fresh: pathlib.Path, config: WanConfig, layout: Layout, tokenizer
     for name, content in layout.beside(config, tokenizer).items():
         (fresh / name).parent.mkdir(exist_ok=True)
         write_json(content, fresh / name)
+    if own := config.sampling.to_dict():
+        write_json(own, fresh / SAMPLING)

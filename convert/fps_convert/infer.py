@@ -7,11 +7,20 @@ import re
 from typing import Any, NamedTuple, cast
 
 from fps_convert import key_patterns, unsupported
-from fps_convert.formats.readers import Reader
+from fps_convert.formats.readers import Reader, read_json
 from fps_convert.layouts import Layout
 from fps_convert.mapping import Naming
+from fps_jax.checkpoints.format import SAMPLING
 from fps_jax.choices import Preset
-from fps_jax.config import LATENTS_MEAN, DiTConfig, ImageEncoderConfig, Task, TextEncoderConfig, VAEConfig
+from fps_jax.config import (
+    LATENTS_MEAN,
+    DiTConfig,
+    ImageEncoderConfig,
+    SamplingDefaults,
+    Task,
+    TextEncoderConfig,
+    VAEConfig,
+)
 
 _HEAD_DIM = 128
 _QK_NORM = "rms_norm_across_heads"
@@ -258,6 +267,21 @@ _PRESETS: dict[str, Preset] = {"WanDMDPipeline": "dmd"}
 def preset(index: dict[str, Any]) -> Preset:
     """How a checkpoint is sampled by default, from model_index.json."""
     return _PRESETS.get(str(index.get("_class_name")), "wan")
+
+
+def sampling(directory: pathlib.Path) -> SamplingDefaults:
+    """What a checkpoint is sampled with where a call says nothing: its fps_sampling.json, or Wan's own.
+
+    Raises: ValueError for a file that isn't one.
+    """
+    file = directory / SAMPLING
+    if not file.is_file():
+        return SamplingDefaults()
+    given = read_json(file)
+    try:
+        return SamplingDefaults(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); take it out, or write it anew") from None
 
 
 def flow_shift(

@@ -93,6 +93,7 @@ def _open(path: pathlib.Path, files: Files) -> Source:
             flow_shift=flow_shift,
             flow_shift_480p=flow_shift_480p,
             preset=infer.preset(read_json(index) if layout.index and index.is_file() else {}),
+            sampling=infer.sampling(path),
         )
     except ValueError as error:  # a DiT and a VAE of two models
         raise ValueError(f"{path}: {error}") from None

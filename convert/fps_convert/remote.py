@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fps_convert import key_patterns, unsupported
 from fps_convert.formats.readers import read_json
-from fps_convert.infer import flow_shift
+from fps_convert.infer import flow_shift, sampling
 from fps_convert.layouts import DIFFUSERS, OFFICIAL, Layout, LayoutName
 from fps_jax.checkpoints.format import is_checkpoint, read_config
 from fps_jax.config import (
@@ -130,6 +130,7 @@ def config_of(folder: pathlib.Path, repository: Repository) -> WanConfig:
         else None,
         flow_shift=shift,
         flow_shift_480p=shift_480p,
+        sampling=sampling(folder),
     )
 
 

@@ -49,6 +49,8 @@ def diffusers_dit(config: DiTConfig, dtype: str) -> dict[str, Any]:
         "qk_norm": "rms_norm_across_heads",
         "rope_max_seq_len": 1024,
         "text_dim": config.text_dim,
+        # diffusers has it as an argument of its pipelines, 512; where it isn't that, no file of theirs would say so
+        **({} if config.text_len == 512 else {"text_len": config.text_len}),
     }
 
 

@@ -21,6 +21,7 @@ from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
 VERSION = 1
+SAMPLING = "fps_sampling.json"  # beside one of a torch layout: `SamplingDefaults`, where they aren't Wan's
 SCHEDULE = "fps_schedule.json"  # beside a checkpoint of any layout: the schedule that it was trained with
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXTS = (".json", ".model", ".txt", ".md", "")

@@ -14,7 +14,6 @@ from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, 
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 from fps_jax.progress import progress_bar
-from fps_jax.sizes import latent_grid, token_grid
 
 if TYPE_CHECKING:
     from fps_jax.sampling.request import Request
@@ -67,10 +66,11 @@ def _calibrate(options: Calibrate) -> None:
     prompts = _read_prompts(options.prompts)
     request = read_request(dataclasses.replace(options, prompt=prompts[0]))
     from fps_jax.attention.plan import AttentionPlan
+    from fps_jax.checkpoints.open import open_model
     from fps_jax.tuning import calibration
     from pallas_kernels.sm90 import tuned
 
-    grid = token_grid(latent_grid(options.height, options.width, options.num_frames))
+    grid = request.resolve(open_model(options.model).config).grid
     centerings = {"no": (False,), "yes": (True,), "both": (False, True)}[options.center_k]
     plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities, centerings)
     calibration.check_choice(options.error_budget, options.max_regimes)
@@ -113,7 +113,7 @@ def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: 
 
     from fps_jax.tuning import calibration
 
-    pipe = load_pipeline(options)
+    pipe = load_pipeline(options, request)
     pipe.show_progress = True
     errors = []
     for number, prompt in enumerate(prompts, 1):

@@ -12,6 +12,7 @@ from fps_jax.files import new_directory, write_json
 
 if TYPE_CHECKING:
     from fps_jax.sampling.presets import Settings
+    from fps_jax.sampling.request import Request
 
 WRITTEN = {"dense.mp4", "fps.mp4", "fp8.mp4", "sparse.mp4", "side_by_side.mp4", "quality.png", "quality.json"}
 
@@ -56,10 +57,10 @@ def _compare(options: Compare) -> None:
         _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 
-        pipe = load_pipeline(options)
+        pipe = load_pipeline(options, request)
         pipe.show_progress = True
         comparison = compare(pipe, request, tell=_tell)
-        write(comparison, folder, fps=options.fps, subtitle=_subtitle(options, resolved.settings))
+        write(comparison, folder, fps=options.fps, subtitle=_subtitle(request.filled(model.config), resolved.settings))
         write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")
     print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
 
@@ -79,9 +80,9 @@ def _check_output(options: Compare) -> None:
         )
 
 
-def _subtitle(options: Compare, settings: "Settings") -> str:
-    size = f"{options.width} x {options.height}, {options.num_frames} frames"
-    return f"{size}, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seed {options.seed}"
+def _subtitle(request: "Request", settings: "Settings") -> str:
+    size = f"{request.width} x {request.height}, {request.num_frames} frames"
+    return f"{size}, {settings.num_inference_steps} steps, guidance {settings.guidance_scale:g}, seed {request.seed}"
 
 
 def _tell(line: str) -> None:

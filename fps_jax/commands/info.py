@@ -16,12 +16,12 @@ class Info:
     model: Annotated[str, tyro.conf.Positional]
     """A converted checkpoint, an official or diffusers directory, one with single files, or a Hugging Face repo id, of which no
     weights are downloaded."""
-    height: int = 480
-    """Frame height that the memory estimate is for."""
-    width: int = 832
-    """Frame width that the memory estimate is for."""
-    num_frames: int = 81
-    """Frames that the memory estimate is for."""
+    height: int | None = None
+    """Frame height that the memory estimate is for; the checkpoint's own if left out, 480 for all of Wan's."""
+    width: int | None = None
+    """Frame width that the memory estimate is for; the checkpoint's own if left out, 832 for Wan's."""
+    num_frames: int | None = None
+    """Frames that the memory estimate is for; the checkpoint's own if left out, 81 for Wan's."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,19 +26,19 @@ class VideoOptions:
     prompt: str
     """What the video shows."""
     negative_prompt: str | None = None
-    """What it should not show; Wan's own default for the model if left out, '' for nothing."""
+    """What it should not show; the checkpoint's own default if left out, '' for nothing."""
     image: pathlib.Path | None = None
     """First frame (I2V, FLF2V): an image file, or .npy with floats in [0, 1] or uint8."""
     last_image: pathlib.Path | None = None
     """Last frame (FLF2V)."""
     image_embeds: pathlib.Path | None = None
     """Image-tower tokens as .npy, in place of those computed from the images."""
-    height: int = 480
-    """Pixels, a multiple of 16."""
-    width: int = 832
-    """Pixels, a multiple of 16."""
-    num_frames: int = 81
-    """4k + 1."""
+    height: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
+    width: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
+    num_frames: int | None = None
+    """4k + 1; the checkpoint's own if left out, 81 for Wan's."""
     preset: Preset | None = None
     """How to sample where the next seven are left out. wan: 50 steps of unipc, guidance 5, the checkpoint's shift. few-step: for
     step-distilled checkpoints and LoRAs, 4 steps of lcm, shift 5, no guidance. dmd, causvid: FastWan's and CausVid's 3 steps. Left
@@ -105,12 +105,15 @@ def lora_files(options: VideoOptions) -> list[tuple[pathlib.Path, float]]:
     return files
 
 
-def load_pipeline(options: VideoOptions) -> "WanPipeline":
-    """The checkpoint with the LoRAs merged; these are checked in full before its weights are read, which can take minutes."""
+def load_pipeline(options: VideoOptions, request: "Request") -> "WanPipeline":
+    """The checkpoint with the LoRAs merged; these and the request are checked in full before its weights are read, which can take
+    minutes.
+    """
     from fps_jax.checkpoints.open import open_lora, open_model
     from fps_jax.sampling.pipeline import WanPipeline
 
     model = open_model(options.model)
+    request.resolve(model.config, model.schedule)
     opened = [
         (open_lora(file, model.config, partial=options.lora_partial), scale) for file, scale in lora_files(options)
     ]
@@ -155,6 +158,8 @@ def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str
 
     resolved = request.resolve(pipe.config, pipe.schedule)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
+    filled = request.filled(pipe.config)
+    settings |= {name: getattr(filled, name) for name in ("height", "width", "num_frames")}
     settings |= dataclasses.asdict(resolved.settings) | {
         "preset": resolved.preset,
         "flow_shift": resolved.flow_shift,

@@ -32,7 +32,7 @@ def _sample(options: Sample) -> None:
     _check_output(options)
     request = read_request(options)
     start = time.time()
-    pipe = load_pipeline(options)
+    pipe = load_pipeline(options, request)
     pipe.show_progress = True
     result = pipe.sample(request)
     if options.output_type == "latent":

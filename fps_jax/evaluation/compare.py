@@ -99,7 +99,8 @@ def compare(pipe: WanPipeline, request: Request, *, tell: Callable[[str], Any] =
     if not isinstance(request.prompt, str):
         raise ValueError(f"prompt={request.prompt!r} is not one text; compare one video at a time")
     # Decided once: tiles change the numbers a little, and must not in one of the two only.
-    tiling = request.vae_tiling or pipe.needs_tiling(request.height, request.width)
+    *_, rows, columns = request.resolve(pipe.config, pipe.schedule).latent_shape
+    tiling = request.vae_tiling or pipe.needs_tiling(8 * rows, 8 * columns)
     request = dataclasses.replace(request, vae_tiling=tiling, output_type="latent")
     tell("1 of 2: dense attention")
     dense = _sample(pipe, dataclasses.replace(request, attention="dense", schedule=None))

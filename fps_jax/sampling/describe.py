@@ -19,9 +19,12 @@ from fps_jax.sampling.request import latent_shape
 from fps_jax.sizes import token_grid
 
 
-def describe(model: str | os.PathLike, height: int, width: int, num_frames: int) -> str:
+def describe(
+    model: str | os.PathLike, height: int | None = None, width: int | None = None, num_frames: int | None = None
+) -> str:
     """A page of text for people: task, layout, sizes, dtypes, parameters, and estimated bytes on one device in bf16.
 
+    height, width, num_frames: of the estimate; None for the checkpoint's own.
     Raises: as `WanPipeline.from_pretrained`, and ValueError for a frame size that Wan can't make.
     """
     opened = open_description(model)
@@ -29,6 +32,11 @@ def describe(model: str | os.PathLike, height: int, width: int, num_frames: int)
     dtypes = {
         name: sorted({str(dtype) for dtype in stored.values()}) for name, stored in opened.stored_dtypes().items()
     }
+    own = config.sampling
+    height, width, num_frames = (
+        mine if given is None else given
+        for given, mine in ((height, own.height), (width, own.width), (num_frames, own.num_frames))
+    )
     shape = latent_shape(1, height, width, num_frames, config)
     kind = f"Wan2.1 {config.task.upper()}, {opened.layout} layout, flow shift {_shift(config)}"
     lines = [f"{opened.directory}", kind]

@@ -193,9 +193,9 @@ class WanPipeline:
         image: Any = None,
         last_image: Any = None,
         image_embeds: Any = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         flow_shift: float | None = None,
@@ -217,13 +217,13 @@ class WanPipeline:
 
         Args:
           prompt: a text, or B texts.
-          negative_prompt: None for Wan's own default of this model, a text ('' is empty), or B texts.
+          negative_prompt: None for the checkpoint's own default, a text ('' is empty), or B texts.
           image: first frame, for i2v and flf2v: a path, PIL image, uint8 [H, W, 3], or float in [0, 1] [H, W, 3] or [B, H, W, 3];
             of another size it is resized to cover the frame and centre-cropped.
           last_image: last frame, for flf2v.
           image_embeds: [B, 257, E] (flf2v [B, 514, E]) image-tower tokens in place of those computed from the images.
-          height, width: pixels, multiples of 16.
-          num_frames: 4k + 1.
+          height, width: pixels, multiples of 16; None for the checkpoint's own, 480 x 832 for all of Wan's.
+          num_frames: 4k + 1; None for the checkpoint's own, 81 for Wan's.
           num_inference_steps: steps on `sigma_grid`. None here and in the next four: what the preset says.
           guidance_scale: classifier-free guidance weight; at 1 or below the negative prompt isn't evaluated.
           flow_shift: shift of the noise levels; by the preset 'wan' the checkpoint's own.
@@ -307,6 +307,7 @@ class WanPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
+        request = request.filled(self.config)
         resolved = request.resolve(self.config, self.schedule)
         noise = request.noise(resolved.latent_shape)
         step_noise = None
@@ -325,7 +326,7 @@ class WanPipeline:
             embeds = jnp.array(np.asarray(embeds), jnp.float32)
         if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
             raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
-        tiling = request.vae_tiling or self.needs_tiling(request.height, request.width)
+        tiling = request.vae_tiling or self.needs_tiling(*(8 * size for size in resolved.latent_shape[-2:]))
 
         text = self._encode_prompts(resolved.prompts)
         negative = self._encode_prompts(resolved.negatives) if guidance_scale > 1 else None

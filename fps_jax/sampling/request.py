@@ -1,5 +1,6 @@
 """What a call of the pipeline asks for: checked as far as no checkpoint is needed, then held against a model's config."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver, check_choice
-from fps_jax.config import NEGATIVE_PROMPTS, WanConfig
+from fps_jax.config import NEGATIVE_PROMPTS, SamplingDefaults, WanConfig
 from fps_jax.media.images import load_image
 from fps_jax.sampling.denoise import Segments
 from fps_jax.sampling.flow import check_levels
@@ -62,9 +63,9 @@ class Request:
     image: Any = None
     last_image: Any = None
     image_embeds: Any = None
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     flow_shift: float | None = None
@@ -84,22 +85,44 @@ class Request:
     def __post_init__(self):
         check_choice("output_type", self.output_type, OutputType)
         self._texts(default_negative="")
-        check_frame(self.height, self.width, self.num_frames)
+        check_frame(*self._size(SamplingDefaults()))  # a size that is left out can't be wrong
         self._check_walk()
         object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
-        self._attention(None, token_grid(latent_grid(self.height, self.width, self.num_frames)))
         self._seeds()
+
+    def filled(self, config: WanConfig) -> "Request":
+        """The same, with what this model has where the request says nothing: sizes, negative prompt, steps and guidance."""
+        own = config.sampling
+        names = ["negative_prompt"]
+        if self.preset is None and config.preset == "wan":  # the other presets' steps and guidance are their point
+            names += ["guidance_scale"] + ["num_inference_steps"] * (self.sigmas is None and self.timesteps is None)
+        mine = {name: getattr(own, name) for name in names if getattr(self, name) is None}
+        height, width, num_frames = self._size(own)
+        return dataclasses.replace(self, height=height, width=width, num_frames=num_frames, **mine)
+
+    def _size(self, own: SamplingDefaults) -> Shape3:
+        """(height, width, num_frames)."""
+        return (
+            own.height if self.height is None else self.height,
+            own.width if self.width is None else self.width,
+            own.num_frames if self.num_frames is None else self.num_frames,
+        )
 
     def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
         """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
+        return self.filled(config)._resolve(config, trained)
+
+    def _resolve(self, config: WanConfig, trained: FPSSchedule | None) -> Resolved:
+        """Of a request that is filled."""
+        height, width, num_frames = self._size(config.sampling)
         prompts, negatives = self._texts(NEGATIVE_PROMPTS[config.task])
-        shape = latent_shape(len(prompts), self.height, self.width, self.num_frames, config)
+        shape = latent_shape(len(prompts), height, width, num_frames, config)
         grid = token_grid(shape[2:], config.dit.patch_size)
         preset = self.preset or config.preset
         settings = self._settings(preset)
         shift = settings.flow_shift
         if shift is None:
-            shift = default_flow_shift(config, self.height, self.width)
+            shift = default_flow_shift(config, height, width)
         table = coefficients(settings.solver, settings.levels(shift))
         attention, schedule = self._attention(trained, grid)
         segments = None
@@ -132,8 +155,8 @@ class Request:
 
         Raises: as `fps_jax.media.images.load_image`.
         """
-        names = _IMAGES[config.task]
-        return [load_image(getattr(self, name), self.height, self.width, name=name) for name in names]
+        height, width, _ = self._size(config.sampling)
+        return [load_image(getattr(self, name), height, width, name=name) for name in _IMAGES[config.task]]
 
     def _check_walk(self) -> None:
         """The steps and what goes with them, as far as no checkpoint is needed: its preset and its shift aren't known yet."""

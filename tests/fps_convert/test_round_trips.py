@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from fps_convert import open_checkpoint, to_flax, to_torch
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.writers import Output, write_pth
-from fps_convert.synthetic import tiny_config
-from fps_jax.checkpoints.format import abstract_component, load_component, read_config, read_manifest
+from fps_convert.synthetic import tiny_config, write_checkpoint
+from fps_jax.checkpoints.format import SAMPLING, abstract_component, load_component, read_config, read_manifest
+from fps_jax.config import SamplingDefaults
 from fps_jax.models.params import flatten
 from tests.checkpoints import T2V
 from tests.fps_convert.tensors import read_all, rewrite
@@ -47,12 +48,34 @@ def test_each_layout_comes_back_bit_for_bit(pristine, tmp_path, layout, task):
     assert json.loads((tmp_path / "ours" / "audit.json").read_text()) == audit
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_of_a_model_s_own_go_along(tmp_path, layout):
+    """What its videos are by default, and how many tokens it reads, which diffusers leaves to a pipeline's argument."""
+    own = SamplingDefaults(height=48, width=64, num_frames=17, negative_prompt="")
+    config = tiny_config()
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, text_len=20), sampling=own)
+    write_checkpoint(tmp_path / "torch", config, layout=layout)
+    to_flax(tmp_path / "torch", tmp_path / "ours")
+    assert read_config(tmp_path / "ours") == config
+    to_torch(tmp_path / "ours", tmp_path / "back", layout)
+    assert open_checkpoint(tmp_path / "back").config == config
+
+
+@pytest.mark.parametrize("text", ['{"height": 0}', '{"depth": 3}', "[]", "{"])
+def test_sizes_that_are_damaged_are_refused(pristine, tmp_path, text):
+    shutil.copytree(pristine("official", "t2v"), tmp_path / "torch")
+    (tmp_path / "torch" / SAMPLING).write_text(text)
+    with pytest.raises(ValueError, match=SAMPLING):
+        open_checkpoint(tmp_path / "torch")
+
+
 @pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v"])
 def test_layouts_convert_into_each_other(pristine, tmp_path, task):
     """Official -> ours -> diffusers -> ours -> official, and the parameters are the same all the way."""
     source = pristine("official", task, dtypes=BF16)
     to_flax(source, tmp_path / "a")
     to_torch(tmp_path / "a", tmp_path / "diffusers", "diffusers")
+    assert not (tmp_path / "diffusers" / SAMPLING).exists()  # Wan's own sizes need no file
     to_flax(tmp_path / "diffusers", tmp_path / "b")
     to_torch(tmp_path / "b", tmp_path / "official", "official")
     assert read_all(tmp_path / "official") == read_all(source)

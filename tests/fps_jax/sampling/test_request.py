@@ -14,7 +14,7 @@ from fps_jax.commands.calibrate import Calibrate
 from fps_jax.commands.compare import Compare
 from fps_jax.commands.options import read_request
 from fps_jax.commands.sample import Sample
-from fps_jax.config import NEGATIVE_PROMPTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_14B
+from fps_jax.config import NEGATIVE_PROMPTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_14B, SamplingDefaults
 from fps_jax.evaluation.compare import compare
 from fps_jax.sampling import pipeline
 from fps_jax.sampling.request import Request
@@ -106,6 +106,7 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
     monkeypatch.setattr(WanPipeline, "prepare", prepare)
     monkeypatch.setattr(WanPipeline, "needs_tiling", lambda *_: False)
     pipe, request = object.__new__(WanPipeline), Extended(prompt="x", strength=0.5)
+    pipe.config, pipe.schedule = WAN_T2V_14B, None
     for run in (pipe.sample, lambda request: compare(pipe, request)):
         with pytest.raises(SeenError):
             run(request)
@@ -169,7 +170,6 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
         ({"preset": "few-step", "num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
         ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
-        ({"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(3, 2, 3))}, "schedule is for a grid of"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
         ({"seed": [-1]}, "seed=-1 is not in"),
         ({"seed": -1, "latents": np.zeros(1)}, "seed=-1 is not in"),  # solvers that add noise need it beside latents
@@ -216,6 +216,27 @@ def test_a_model_fills_in_what_the_request_leaves_open():
         assert dataclasses.replace(request, flow_shift=7.0).resolve(WAN_I2V_14B).flow_shift == 7.0
 
 
+def test_a_model_s_own_sizes_and_walk_hold_where_nothing_is_said():
+    own = SamplingDefaults(
+        height=48, width=64, num_frames=17, num_inference_steps=12, guidance_scale=2.5, negative_prompt=""
+    )
+    dit = dataclasses.replace(WAN_T2V_14B.dit, patch_size=(1, 1, 1))
+    config = dataclasses.replace(WAN_T2V_14B, dit=dit, sampling=own)
+    of_the_grid = dataclasses.replace(WHOLE, grid=(5, 6, 8), tile=None)  # of this model's patches, not of Wan's
+    resolved = Request(prompt="a", attention="fps", schedule=of_the_grid).resolve(config)
+    assert (resolved.latent_shape, resolved.grid) == ((1, 16, 5, 6, 8), (5, 6, 8))
+    assert resolved.negatives == [""]
+    assert (resolved.settings.num_inference_steps, resolved.settings.guidance_scale) == (12, 2.5)
+    given = Request(prompt="a", height=96, num_inference_steps=3, guidance_scale=4.0, negative_prompt="b")
+    resolved = given.resolve(config)
+    assert (resolved.latent_shape, resolved.negatives) == ((1, 16, 5, 12, 8), ["b"])
+    assert (resolved.settings.num_inference_steps, resolved.settings.guidance_scale) == (3, 4.0)
+    # A preset that is asked for is that preset; levels have their own number of steps, and the model's guidance.
+    for arguments, steps, guidance in (({"preset": "few-step"}, 4, 1.0), ({"sigmas": (1.0, 0.5)}, 2, 2.5)):
+        settings = Request(prompt="a", **arguments).resolve(config).settings
+        assert (settings.num_inference_steps, settings.guidance_scale) == (steps, guidance)
+
+
 def test_a_model_refuses_what_others_could_do():
     image = pathlib.Path("a.png")
     for config, arguments, message in (
@@ -227,6 +248,11 @@ def test_a_model_refuses_what_others_could_do():
             WAN_T2V_14B,
             {"attention": "fps", "schedule": dataclasses.replace(WHOLE, dense_layers=(40,))},
             "names layer 40",
+        ),
+        (
+            WAN_T2V_14B,
+            {"attention": "fps", "schedule": dataclasses.replace(WHOLE, grid=(3, 2, 3))},
+            "schedule is for a grid of",
         ),
     ):
         request = Request(prompt="x", **arguments)
