@@ -1,6 +1,6 @@
 """What taking the mean off K before it is rounded (`center_k`) gains in the output of FP8 attention.
 
-    python -m benchmarks.center_k [MODEL]     # about two minutes on 2 cores; the demo checkpoint where MODEL is left out
+    python -m benchmarks.center_k [MODEL]     # about two minutes on 2 cores; random weights where MODEL is left out
 
 1. Synthetic: 7 x 18 x 18 tokens, tile (7, 6, 6), 2 heads of 128, Gaussian q, k and v, logits of deviation 2 but for what all keys
    share: a component of a given size, in deviations. Whole-grid attention; relative L2 from unrounded attention.
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import write
+from fps_convert.small import write_small_checkpoint
 from fps_jax import AttentionPlan, WanPipeline
 from fps_jax.attention.tiles import TileLayout, propose_tiles
 from fps_jax.sampling.request import Request
@@ -31,7 +33,6 @@ from pallas_kernels import reference
 GRID, TILE, HEADS, HEAD_DIM, SEEDS = (7, 18, 18), (7, 6, 6), 2, 128, 4
 COMMON = (0.0, 0.5, 1.0, 2.0, 4.0, 16.0)
 PLAN = AttentionPlan.build(GRID, TILE)
-DEMO = pathlib.Path(__file__).parents[1] / "fps_jax" / "demo_checkpoint"
 
 
 @functools.partial(jax.jit, static_argnames=("tokens_per_scale", "center_k"))
@@ -75,14 +76,18 @@ def model(path: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    path = sys.argv[1] if len(sys.argv) > 1 else str(DEMO)
+    with tempfile.TemporaryDirectory() as folder:
+        path = sys.argv[1] if len(sys.argv) > 1 else f"{folder}/small"
+        if len(sys.argv) < 2:
+            write_small_checkpoint(pathlib.Path(path))
+        measured = model(path)
     write(
         "center_k",
         {
             "claim": "center_k costs nothing where keys share nothing, and spares what rounding of the shared part would cost",
             "case": f"grid {GRID}, tile {TILE}, one scale a tile, {HEADS} heads of {HEAD_DIM}, {SEEDS} seeds",
             "common_component_in_deviations": synthetic(),
-            "model": {"checkpoint": pathlib.Path(path).name, "size": "64 x 96, 9 frames, 4 steps", **model(path)},
+            "model": {"checkpoint": pathlib.Path(path).name, "size": "64 x 96, 9 frames, 4 steps", **measured},
         },
     )
 

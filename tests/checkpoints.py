@@ -1,15 +1,18 @@
 """The tiny checkpoints of tests/data, as parameters of ours."""
 
+import atexit
 import dataclasses
 import functools
 import json
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fps_convert import mapping
+from fps_convert.small import write_small_checkpoint
 from fps_jax.config import Component, DiTConfig, WanConfig
 from fps_jax.models.params import Params, flatten, unflatten
 from tests.reference import DATA
@@ -21,6 +24,15 @@ TINY_FLF2V = DiTConfig(
 )  # fmt: skip
 TINY_I2V = dataclasses.replace(TINY_FLF2V, task="i2v", image_positions=None)
 FLF2V_TRANSFORMER = DATA / "Wan2.1-FLF2V-tiny-transformer"
+
+
+@functools.cache
+def small_checkpoint() -> pathlib.Path:
+    """Our small checkpoint with random weights (`fps_convert.small`), written once a process."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="fps_jax_small_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_small_checkpoint(folder / "small")
+    return folder / "small"
 
 
 def params_from(component: Component, config: WanConfig, tensors: dict[str, np.ndarray], layout) -> Params:

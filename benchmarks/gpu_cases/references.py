@@ -11,12 +11,12 @@ from benchmarks.gpu_cases.correct import write_references
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     write_references(folder)
-    from benchmarks.gpu_cases.whole import demo_latents
+    from benchmarks.gpu_cases.whole import small_latents
 
     for attention in ("dense", "fps"):
         for dtype in ("float32", "bfloat16"):
             part = folder / f".pipeline {attention} {dtype}.npy"
-            np.save(part, demo_latents(attention, dtype))
+            np.save(part, small_latents(attention, dtype))
             part.rename(folder / f"pipeline {attention} {dtype}.npy")
 
 

@@ -1,6 +1,8 @@
 """A whole diffusion transformer with random weights: one velocity by each regime, and a denoising loop with guidance."""
 
 import functools
+import pathlib
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -141,9 +143,9 @@ def video(toy: bool, *, model: str, steps: int, attention: str) -> Iterator[dict
 
 
 def pipeline(toy: bool, *, attention: str, dtype: str) -> Iterator[dict[str, Any] | None]:
-    """The demo checkpoint's latents here beside those of a CPU, from one seed. In float32 they differ by rounding only."""
+    """The small checkpoint's latents here beside those of a CPU, from one seed. In float32 they differ by rounding only."""
     if toy:
-        latents = demo_latents(attention, dtype)
+        latents = small_latents(attention, dtype)
     else:
         path = reference_file(f"pipeline {attention} {dtype}.npy", _PATIENCE)
         latents = None if path is None else np.load(path)
@@ -152,17 +154,19 @@ def pipeline(toy: bool, *, attention: str, dtype: str) -> Iterator[dict[str, Any
     if latents is None:
         yield {"not available": "the CPU hasn't finished"}
         return
-    got = demo_latents(attention, dtype)
+    got = small_latents(attention, dtype)
     error = float(np.linalg.norm(got - latents) / np.linalg.norm(latents))
     yield {"part": f"{attention} {dtype}", "ok": bool(np.isfinite(got).all()) and error < 0.1, "rel_l2_to_cpu": error}
 
 
-def demo_latents(attention: str, dtype: str) -> np.ndarray:
-    """Four steps of the demo checkpoint."""
-    from fps_jax.commands.demo import CHECKPOINT
+def small_latents(attention: str, dtype: str) -> np.ndarray:
+    """Four steps of the small checkpoint with random weights."""
+    from fps_convert.small import write_small_checkpoint
     from fps_jax.sampling.pipeline import WanPipeline
 
-    pipe = WanPipeline.from_pretrained(CHECKPOINT, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        write_small_checkpoint(pathlib.Path(folder) / "small")
+        pipe = WanPipeline.from_pretrained(pathlib.Path(folder) / "small", dtype=dtype)
     pipe.show_progress = False
     return pipe(
         "A cat walks in the snow.", height=128, width=256, num_frames=17, num_inference_steps=4, output_type="latent",

@@ -10,7 +10,6 @@ from PIL import Image
 
 from fps_convert.synthetic import tiny_config, write_checkpoint
 from fps_jax import WanPipeline
-from fps_jax.commands.demo import CHECKPOINT
 from fps_jax.config import VAEConfig
 from fps_jax.models.vae import encode
 from fps_train.commands import precompute
@@ -18,7 +17,7 @@ from fps_train.data import open_data
 from fps_train.fingerprint import encoder_fingerprint
 from fps_train.precompute import check
 from fps_train.precompute.frames import read_frames
-from tests.checkpoints import T2V
+from tests.checkpoints import T2V, small_checkpoint
 from tests.fps_train.clip_files import folder_of_clips, numbered
 from tests.fps_train.sample_data import write_data
 from tests.reference import rel_l2
@@ -99,7 +98,7 @@ def test_a_model_is_trained_on_what_the_pipeline_would_give_it(i2v, tmp_path, mo
         assert image.size[0] == 9 * 160
     latents = [data.read(sample)[0]["latents"].astype(np.float32) for sample in samples]
     assert all((z[0] == mine).all() for z, mine in zip(shown, latents, strict=True))
-    code, _, err = run(capsys, CHECKPOINT, "--check", data_dir, "--contact-sheet", sheet)
+    code, _, err = run(capsys, small_checkpoint(), "--check", data_dir, "--contact-sheet", sheet)
     assert code == 2
     assert "has a VAE with another encoder than data" in err
 
@@ -173,7 +172,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(arguments, message, clips,
     (tmp_path / "blank.txt").write_text("\n")
     (tmp_path / "tab.txt").write_text("A cat.\ta.png\n")
     shutil.copytree(clips, tmp_path / "clips")
-    code, _, err = run(capsys, *(str(CHECKPOINT) if a == "MODEL" else a for a in arguments))
+    code, _, err = run(capsys, *(str(small_checkpoint()) if a == "MODEL" else a for a in arguments))
     assert code == 2
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line

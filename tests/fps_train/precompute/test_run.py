@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from fps_jax.checkpoints import open as checkpoints
-from fps_jax.commands.demo import CHECKPOINT
 from fps_train.data import open_data
 from fps_train.precompute import encode, run
 from fps_train.precompute.buckets import Size
 from fps_train.precompute.run import Recipe, precompute
+from tests.checkpoints import small_checkpoint
 from tests.fps_train.clip_files import folder_of_clips
 
 LENGTHS = {"a": 9, "b": 9, "c": 13, "d": 9, "e": 20, "f": 3}
@@ -55,8 +55,8 @@ def clips(tmp_path):
 def make(tmp_path, clips, name="data", **changes) -> list[str]:
     said = []
     fields = {
-        "model": str(CHECKPOINT), "videos": clips, "captions": None, "output": tmp_path / name, "sizes": (Size(32, 48, 13),),
-        "exact": False, **changes,
+        "model": str(small_checkpoint()), "videos": clips, "captions": None, "output": tmp_path / name,
+        "sizes": (Size(32, 48, 13),), "exact": False, **changes,
     }  # fmt: skip
     precompute(Recipe(**fields), said.append)
     return said
@@ -230,7 +230,7 @@ def test_long_captions_are_cut_with_their_end_token_and_counted(tmp_path, clips,
 
     (clips / "a.txt").write_text("cat " * 600)
     assert "captions longer than 512 tokens, cut there: 1" in make(tmp_path, clips)[0]
-    tokenizer = Tokenizer.from_directory(CHECKPOINT / "tokenizer")
+    tokenizer = Tokenizer.from_directory(small_checkpoint() / "tokenizer")
     texts = ["cat " * 600, "cat", ""]
     ids, cut = encode.token_ids(tokenizer, texts, 512)
     want, mask = tokenizer(texts, max_length=512)
@@ -249,7 +249,7 @@ def test_flf2v_clips_come_with_their_first_and_last_frame(tmp_path, clips, encod
 
     monkeypatch.setattr(encode, "image_tokens", image_tokens)
     config = tiny_config("flf2v")
-    write_checkpoint(tmp_path / "model", config, layout="diffusers", tokenizer_dir=CHECKPOINT / "tokenizer")
+    write_checkpoint(tmp_path / "model", config, layout="diffusers", tokenizer_dir=small_checkpoint() / "tokenizer")
     (clips / "f.mp4").unlink()
     make(tmp_path, clips, model=str(tmp_path / "model"))
     assert len(seen) == 10  # of each clip the video, then what it is given
