@@ -95,7 +95,11 @@ STEPS = (
     _clips("clips", "--clips", str(CLIPS), "--seed", "0"),
     _clips("held_out", "--clips", str(HELD_OUT), "--seed", "1", "--held-out"),
     _vae("vae_images", "--base-dim", "8", "--z-dim", "6", "--num-res-blocks", "1", "--steps", "1500"),
-    _vae("vae", "--init-from", "@vae_images", "--frames", "17", "--batch-size", "4", "--steps", "900"),
+    _vae("vae_clips", "--init-from", "@vae_images", "--frames", "17", "--batch-size", "4", "--steps", "1600"),
+    _vae(
+        "vae", "--init-from", "@vae_clips", "--train", "decoder", "--frames", "17", "--batch-size", "4", "--steps", "800",
+        "--lr", "6e-4",
+    ),
     Step(
         "dit", ("benchmarks.claim.model", "main"), ("--output", "@base", "--vae", "@vae/checkpoint"), "base",
         _exists("config.json"),

@@ -87,12 +87,19 @@ class Comparison:
         return words
 
 
-def compare(pipe: WanPipeline, request: Request, *, tell: Callable[[str], Any] = lambda line: None) -> Comparison:
+def compare(
+    pipe: WanPipeline,
+    request: Request,
+    *,
+    other: WanPipeline | None = None,
+    tell: Callable[[str], Any] = lambda line: None,
+) -> Comparison:
     """Sample twice, dense first, and measure.
 
     Args:
       pipe: the model.
       request: one prompt; its attention and schedule are the second video's.
+      other: the model of the second video, one that was trained with its attention say; `pipe` if left out.
       tell: called with a line about each stage.
     Raises: as `WanPipeline.__call__`, and ValueError for more than one prompt.
     """
@@ -104,17 +111,18 @@ def compare(pipe: WanPipeline, request: Request, *, tell: Callable[[str], Any] =
     request = dataclasses.replace(request, vae_tiling=tiling, output_type="latent")
     tell("1 of 2: dense attention")
     dense = _sample(pipe, dataclasses.replace(request, attention="dense", schedule=None))
-    attention = request.setting(pipe.schedule)
+    second = other or pipe
+    attention = request.setting(second.schedule)
     tell(f"2 of 2: {attention}")
-    other = _sample(pipe, request)
+    run = _sample(second, request)
     tell("PSNR and SSIM")
     return Comparison(
         attention=attention,
         dense=dense,
-        other=other,
-        psnr=psnr(other.video, dense.video),
-        ssim=ssim(other.video, dense.video),
-        latents_relative_l2=relative_l2(other.latents, dense.latents),
+        other=run,
+        psnr=psnr(run.video, dense.video),
+        ssim=ssim(run.video, dense.video),
+        latents_relative_l2=relative_l2(run.latents, dense.latents),
     )
 
 
