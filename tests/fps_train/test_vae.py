@@ -220,24 +220,16 @@ def test_a_loss_that_is_nan_stops_the_run_and_is_not_saved(tmp_path):
 
 @pytest.mark.slow
 def test_a_few_clips_are_learned(tmp_path):
-    """32 x 32, 9 frames: images, then video from there, to 24 dB. That is above the best still picture of each clip."""
-    moves = [moving(9, 32, 32, seed) for seed in range(3)]
+    """Images, then video from there, to 22 dB with the noise: well above the best still picture of each clip."""
+    moves = [moving(5, 16, 16, seed) for seed in range(3)]
     still = np.stack([clip - clip.mean(0) for clip in moves])
-    bar = 24
-    assert 10 * np.log10(255**2 / np.square(still).mean()) < bar
-    config = VAEConfig(base_dim=8, z_dim=6, latents_mean=(0.0,) * 6, latents_std=(1.0,) * 6, num_res_blocks=1)
+    assert 10 * np.log10(255**2 / np.square(still).mean()) < 19
+    config = replace(SMALL, base_dim=8, z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
     options = vae.VAETraining(
-        steps=300,
-        batch_size=16,
-        lr=1e-3,
-        warmup_steps=10,
-        latent_noise=0.1,
-        kl_weight=1e-6,
-        log_every=50,
-        save_every=300,
-    )
+        steps=150, batch_size=8, lr=2e-3, warmup_steps=10, latent_noise=0.1, kl_weight=1e-6, log_every=50, save_every=150
+    )  # fmt: skip
     params = init_vae_for_training(config, jax.random.key(0))
     params = vae.train(config, options, params, stretches(list(moves), 1), tmp_path / "images")
-    options = replace(options, steps=150, batch_size=3, lr=4e-4)
-    vae.train(config, options, params, stretches(list(moves), 9), tmp_path / "video")
-    assert metrics(tmp_path / "video")[-1]["psnr"] > bar  # with the noise
+    options = replace(options, steps=120, batch_size=3, lr=1e-3)
+    vae.train(config, options, params, stretches(list(moves), 5), tmp_path / "video")
+    assert metrics(tmp_path / "video")[-1]["psnr"] > 22
