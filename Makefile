@@ -14,8 +14,9 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' 'jax==0.11.2'
 	@touch $(STAMP)
 
+# PROMPT="a red circle moves left" says another one.
 demo: $(STAMP)
-	@$(BIN)/python -m fps_jax.commands.demo
+	@$(BIN)/python -m benchmarks.claim.demo $${PROMPT:+--prompt "$$PROMPT"}
 
 test: lint types unit
 
