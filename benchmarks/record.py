@@ -32,7 +32,9 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     # Whole paths belong to one machine: their last part is enough to run it again.
-    script, *arguments = (os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv)
+    arguments = (os.path.basename(word) if os.path.isabs(word) else word for word in sys.argv[1:])
+    script, home = pathlib.Path(sys.argv[0]).absolute(), pathlib.Path(__file__).parent
+    script = script.relative_to(home) if script.is_relative_to(home) else script.name
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -40,7 +42,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "command": " ".join(["python", os.path.join("benchmarks", os.path.basename(script)), *arguments]),
+        "command": " ".join(["python", os.path.join("benchmarks", script), *arguments]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 

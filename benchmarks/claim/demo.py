@@ -16,7 +16,7 @@ from fps_jax.choices import Dtype
 from fps_jax.errors import parse, run_cli
 
 MODELS = pathlib.Path(__file__).parents[2] / "fps_jax" / "demo_models"
-PROMPT = "a red circle moves left on a white background"
+PROMPT = "a blue triangle moves right on a white background"  # a combination that training never saw
 NAMES = {"dense": "dense", "fps": "FPSAttention"}  # folder -> words
 
 
@@ -45,6 +45,11 @@ def _main(arguments: list[str]) -> None:
     options = parse(Demo, arguments, prog="make demo")
     if not options.prompt.strip():
         raise ValueError("prompt='' is empty; leave PROMPT out for the default one")
+    for name in NAMES:
+        if not (options.models / name).is_dir():
+            raise FileNotFoundError(
+                f"models={str(options.models)!r} holds no {name!r}; benchmarks.claim.export writes it"
+            )
     start = time.monotonic()
     _tell("importing jax")
     from fps_jax.evaluation.compare import compare, side_by_side

@@ -17,6 +17,7 @@ import tyro
 from jaxtyping import Bool, UInt8
 
 from benchmarks.claim import checker, world
+from benchmarks.record import write
 from fps_jax.choices import Setting
 from fps_jax.errors import parse, run_cli
 
@@ -130,6 +131,8 @@ class Judge:
     """As for fps-sample."""
     dtype: str = "float32"
     """Compute dtype."""
+    publish: str | None = None
+    """Name of a file in benchmarks/results that gets the numbers too."""
 
 
 def sample(options: Judge, facts: Sequence[world.Facts], texts: Sequence[str], pipe: Any = None) -> Judged:
@@ -171,6 +174,11 @@ def _main(arguments: list[str]) -> None:
     record = judged.record()
     write_json(dataclasses.asdict(options) | {"output": str(options.output)} | record, options.output / "judged.json")
     strips(judged, options.output / "strips.png")
+    if options.publish:
+        write(
+            options.publish,
+            {"model": pathlib.Path(options.model).name, "attention": options.attention or "own", **record},
+        )
     shares = ", ".join(f"{name} {record[name]['right']:.3f}" for name in ("attributes", "whole", *FACTS))
     print(f"{options.clips} clips: {shares}; motions {record['motions']}")
 

@@ -12,7 +12,7 @@ from fps_jax.files import write_bytes
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 
 _ZOOM, _GAP, _HEAD = 2, 2, 28  # pixels a pixel; between frames; a line of text
-_WORDS, _VERDICT = 110, 190  # pixels at the left and at the right of a strip
+_WORDS = 110  # pixels at the left of a strip
 _EVERY = 4  # frames
 
 
@@ -98,8 +98,10 @@ def strips(blocks: list[tuple[str, list[Strip]]], path: pathlib.Path) -> None:
     columns = len(blocks[0][1][0].frames[::_EVERY])
     strip = columns * (width + _GAP)
     tops = np.cumsum([0, *(_HEAD + len(rows) * (height + _GAP) + _HEAD // 2 for _, rows in blocks)])
-    sheet = Image.new("RGB", (_WORDS + strip + _VERDICT, int(tops[-1])), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    font = ImageFont.load_default(size=13)
+    verdicts = max(font.getlength(row.verdict) for _, rows in blocks for row in rows)
+    sheet = Image.new("RGB", (_WORDS + strip + int(verdicts) + 18, int(tops[-1])), "white")
+    draw = ImageDraw.Draw(sheet)
     for top, (text, rows) in zip(tops, blocks, strict=False):
         draw.text((_WORDS, top + _HEAD / 2), text, fill="black", font=font, anchor="lm")
         for line, row in enumerate(rows):

@@ -15,6 +15,7 @@ import tyro
 
 from benchmarks.claim import world
 from benchmarks.claim.judge import FACTS, judge, strips
+from benchmarks.record import write
 from fps_jax.errors import parse, run_cli
 
 NOISE = (0.0, 0.3)
@@ -35,6 +36,8 @@ class Gate:
     """Of clips and noise."""
     batch_size: int = 8
     """Clips at a time."""
+    publish: str | None = None
+    """Name of a file in benchmarks/results that gets the numbers too."""
 
 
 def _main(arguments: list[str]) -> None:
@@ -77,6 +80,8 @@ def _main(arguments: list[str]) -> None:
         print(f"noise {share}: PSNR {psnr:.1f} dB, {shares}, whole {judged.whole.mean():.3f}")
     record["passed"] = bool(passed)
     write_json(record, options.output / "vae_gate.json")
+    if options.publish:
+        write(options.publish, record | {"model": options.model.parent.name})
     print(f"{'passed' if passed else 'not passed'}: each fact right in {LEAST:.0%} of clips or more")
 
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fps_jax.attention.schedule import FPSSchedule, Regime
+from fps_jax.config import WAN_T2V_14B
 from fps_jax.evaluation import compare
 from fps_jax.evaluation.compare import Comparison, Run, plot, side_by_side
 from fps_jax.evaluation.quality import psnr, ssim
@@ -21,27 +24,40 @@ def comparison(dense: np.ndarray, other: np.ndarray, **changes) -> Comparison:
     return Comparison(attention="fps", dense=runs[0], other=runs[1], **measured | changes)
 
 
+class Pipe:
+    """Notes what it is asked for; its videos have one brightness."""
+
+    config = WAN_T2V_14B
+
+    def __init__(self, brightness=0.0, schedule=None):
+        self.brightness, self.schedule, self.seen = brightness, schedule, []
+        self.free = iter([True, False, False])
+
+    def needs_tiling(self, *_):
+        return next(self.free)
+
+    def sample(self, request, callback):
+        self.seen.append((request.setting(self.schedule), request.vae_tiling))
+        return np.ones((1, 16, 1, 4, 4), np.float32)
+
+    def decode(self, latents, *, tiling):
+        self.seen.append(tiling)
+        return np.full((1, 1, 32, 32, 3), self.brightness, np.float32)
+
+
 def test_both_videos_are_decoded_alike_whatever_memory_is_free():
-    free = iter([True, False, False])
-    seen = []
+    pipe: Any = Pipe()
+    compare.compare(pipe, Request(prompt="x", height=32, width=32, attention="fp8"))
+    assert pipe.seen == [("dense", True), True, ("fp8", True), True]
 
-    class Pipe:
-        schedule = None
 
-        def needs_tiling(self, *_):
-            return next(free)
-
-        def sample(self, request, callback):
-            seen.append(request.vae_tiling)
-            return np.ones((1, 16, 1, 4, 4), np.float32)
-
-        def decode(self, latents, *, tiling):
-            seen.append(tiling)
-            return np.zeros((1, 1, 32, 32, 3), np.float32)
-
-    request = Request(prompt="x", height=32, width=32)
-    compare.compare(Pipe(), request)  # pyright: ignore[reportArgumentType]
-    assert seen == [True] * 4
+def test_the_second_video_may_be_another_model_s_by_its_own_schedule():
+    first: Any = Pipe()
+    second: Any = Pipe(0.5, FPSSchedule(regimes=(Regime(until=1.0),)))
+    found = compare.compare(first, Request(prompt="x", height=32, width=32), other=second)
+    assert first.seen == [("dense", True), True]
+    assert second.seen == [("fps", True), True]
+    assert (found.attention, found.other.video.max(), found.dense.video.max()) == ("fps", 0.5, 0.0)
 
 
 def test_one_prompt_at_a_time():
