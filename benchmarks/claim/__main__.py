@@ -59,6 +59,8 @@ def _main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         command = f"from {module} import {function}; {function}()"
         subprocess.run([sys.executable, "-c", command, *given], check=True, env=os.environ)
+        if step.resumes and not step.is_done(folder / step.output):
+            raise InterruptedError(f"{step.output} was stopped before its end; the same command goes on with it")
 
 
 if __name__ == "__main__":

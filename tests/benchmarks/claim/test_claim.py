@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from benchmarks.claim import __main__ as chain
 from benchmarks.claim import judge, world
 from benchmarks.claim.__main__ import _arguments
 from benchmarks.claim.model import CONFIG, TEXT_LEN, write_tokenizer
@@ -34,6 +35,15 @@ def test_a_run_that_was_stopped_is_resumed_without_a_start(tmp_path):
     again = _arguments(long, tmp_path)
     assert again[-1] == "--resume"
     assert "--init-from" not in again
+
+
+def test_a_run_that_stops_early_ends_the_chain(tmp_path, monkeypatch):
+    """A run that is told to stop saves and exits with 0; what comes after it must not start from a part of it."""
+    ran = []
+    monkeypatch.setattr(chain.subprocess, "run", lambda command, **_: ran.append(command))
+    with pytest.raises(InterruptedError, match="images was stopped before its end; the same command goes on with it"):
+        chain._main(["--folder", str(tmp_path), "--stages", "dit"])
+    assert "images.toml" in " ".join(ran[-1])
 
 
 def test_all_of_the_grammar_is_in_the_vocabulary(tmp_path):
