@@ -52,6 +52,7 @@ def _main(arguments: list[str]) -> None:
             )
     start = time.monotonic()
     _tell("importing jax")
+    from benchmarks.claim.rows import mean_density
     from fps_jax.evaluation.compare import compare, side_by_side
     from fps_jax.files import write_json
     from fps_jax.media.video import save_video
@@ -72,7 +73,8 @@ def _main(arguments: list[str]) -> None:
     verdicts = {name: verdict(options.prompt, video) for name, video in videos.items()}
     save_video(side_by_side(comparison), options.output / "demo.mp4", fps=world.FPS)
     sheet(options.prompt, videos, verdicts, options.output / "demo.png")
-    density = _density(resolved)
+    assert resolved.schedule is not None  # attention="fps" has one
+    density = mean_density(resolved.schedule, len(resolved.table.sigma))
     took = time.monotonic() - start
     record = {
         "prompt": options.prompt,
@@ -104,8 +106,7 @@ def known() -> str:
 
 def verdict(prompt: str, video: Any) -> str:
     """What the checker finds: "right", or the facts that aren't as the prompt says; of a prompt outside the world what it sees."""
-    from benchmarks.claim import checker
-    from benchmarks.claim.judge import FACTS
+    from benchmarks.claim import checker, strips
     from fps_jax.media.video import video_to_uint8
 
     seen = checker.read(video_to_uint8(video))
@@ -114,23 +115,16 @@ def verdict(prompt: str, video: Any) -> str:
         values = [f"{name} {value or 'unclear'}" for name, value in seen._asdict().items() if name != "one_object"]
         return f"the checker sees {', '.join(values)}"
     score = checker.score(facts, seen)
-    wrong = [fact.replace("_", " ") for fact in FACTS if not score[fact]]
-    return f"wrong: {', '.join(wrong)}" if wrong else "right"
+    return strips.verdict([score[fact] for fact in strips.FACTS])
 
 
 def sheet(prompt: str, videos: dict[str, Any], verdicts: dict[str, str], path: pathlib.Path) -> None:
     """A png: a strip of frames of each video under the prompt, with its verdict."""
-    from benchmarks.claim.pictures import Strip, strips
+    from benchmarks.claim.strips import Strip, strips
     from fps_jax.media.video import video_to_uint8
 
     rows = [Strip(NAMES[name], video_to_uint8(video), verdicts[name]) for name, video in videos.items()]
     strips([(prompt, rows)], path)
-
-
-def _density(resolved: Any) -> float:
-    """Mean over the steps."""
-    steps = [(count, attention.plan.density) for count, attention in resolved.segments]
-    return sum(count * density for count, density in steps) / sum(count for count, _ in steps)
 
 
 def _tell(line: str) -> None:

@@ -17,11 +17,11 @@ import tyro
 from jaxtyping import Bool, UInt8
 
 from benchmarks.claim import checker, world
+from benchmarks.claim.strips import FACTS, Strip, strips, verdict
 from benchmarks.record import write
 from fps_jax.choices import Setting
 from fps_jax.errors import parse, run_cli
 
-FACTS = ("colour", "shape", "motion", "background", "one_object")
 _RESAMPLES = 2000
 
 
@@ -56,9 +56,13 @@ class Judged:
 def share(right: np.ndarray) -> dict[str, Any]:
     """Mean and its interval."""
     right = np.asarray(right, np.float64)
-    picks = np.random.default_rng(0).integers(len(right), size=(_RESAMPLES, len(right)))
-    low, high = np.quantile(right[picks].mean(1), [0.025, 0.975])
-    return {"right": round(float(right.mean()), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+    return {"right": round(float(right.mean()), 4), "interval": interval(right, 4)}
+
+
+def interval(values: np.ndarray, digits: int) -> list[float]:
+    """95% interval of the mean, by the bootstrap over the first axis."""
+    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    return [round(float(q), digits) for q in np.quantile(values[picks].mean(1), [0.025, 0.975])]
 
 
 def captions(count: int, seed: int, held_out: bool = True) -> tuple[tuple[world.Facts, ...], tuple[str, ...]]:
@@ -83,26 +87,10 @@ def judge(facts: Sequence[world.Facts], texts: Sequence[str], videos: Any) -> Ju
     return Judged(tuple(told), tuple(texts), videos, right)
 
 
-def strips(judged: Judged, path: pathlib.Path, count: int = 16) -> None:
-    """A png: a row a clip, every fourth frame, its caption and what is wrong with it."""
-    from PIL import Image, ImageDraw
-
-    zoom, words = 2, 360
-    rows = min(count, len(judged.facts))
-    frames = judged.videos[:rows, ::4]
-    _, shown, height, width, _ = frames.shape
-    height, width = zoom * height, zoom * width
-    sheet = Image.new("RGB", (shown * (width + 2) + words, rows * (height + 2)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row in range(rows):
-        for column in range(shown):
-            frame = Image.fromarray(frames[row, column]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(frame, (column * (width + 2), row * (height + 2)))
-        wrong = [name for name, right in zip(FACTS, judged.right[row], strict=True) if not right]
-        place = (shown * (width + 2) + 8, row * (height + 2) + height // 3)
-        draw.text(place, judged.captions[row], fill="black")
-        draw.text((place[0], place[1] + 16), f"wrong: {', '.join(wrong)}" if wrong else "right", fill="#804000")
-    sheet.save(path)
+def write_strips(judged: Judged, path: pathlib.Path, count: int = 16) -> None:
+    """A png of the first clips: a strip each under its caption."""
+    shown = zip(judged.captions[:count], judged.videos[:count], judged.right[:count], strict=True)
+    strips([(text, [Strip("", video, verdict(right))]) for text, video, right in shown], path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +161,7 @@ def _main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     record = judged.record()
     write_json(dataclasses.asdict(options) | {"output": str(options.output)} | record, options.output / "judged.json")
-    strips(judged, options.output / "strips.png")
+    write_strips(judged, options.output / "strips.png")
     if options.publish:
         write(
             options.publish,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.claim.judge import Judge, captions, sample, strips
+from benchmarks.claim.judge import Judge, captions, sample, write_strips
 from benchmarks.claim.losses import DRAWS, paired_losses
 from benchmarks.claim.rows import STEPAWARE
 from fps_jax.errors import parse, run_cli
@@ -62,7 +62,7 @@ def _main(arguments: list[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     given = json_options(options)
     write_json(given | judged.record() | {"right": judged.right.astype(int).tolist()}, options.output / "judged.json")
-    strips(judged, options.output / "strips.png")
+    write_strips(judged, options.output / "strips.png")
     np.save(buffer := io.BytesIO(), judged.videos)
     write_bytes(options.output / "clips.npy", buffer.getvalue())
     write_json({"draws": DRAWS, "losses": {k: v.tolist() for k, v in losses.items()}}, options.output / LAST)

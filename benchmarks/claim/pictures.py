@@ -1,19 +1,12 @@
 """The pictures of docs/claim.md: quality over density, recovery over training steps, and strips of the same prompts."""
 
-import io
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
-from benchmarks.claim.judge import FACTS
-from fps_jax.files import write_bytes
+from benchmarks.claim.strips import Strip, strips, verdict
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
-
-_ZOOM, _GAP, _HEAD = 2, 2, 28  # pixels a pixel; between frames; a line of text
-_WORDS = 110  # pixels at the left of a strip
-_EVERY = 4  # frames
 
 
 def over_density(rows: dict[str, Any], path: pathlib.Path) -> None:
@@ -61,14 +54,6 @@ def _run_words(name: str, rows: dict[str, Any]) -> str:
     return f"{letter}  {words}" + (f", seed {seed}" if seed else "")
 
 
-class Strip(NamedTuple):
-    """A video as a row of frames. label: at its left. verdict: at its right, "right" or what is wrong."""
-
-    label: str
-    frames: UInt8[np.ndarray, "F H W 3"]
-    verdict: str
-
-
 def side_by_side(shown: dict[str, dict[str, Any]], path: pathlib.Path, *, prompts: int = 8) -> None:
     """A png: for each prompt a strip of every row, the same noise in all, and what the checker finds wrong in it."""
     from benchmarks.claim.judge import captions
@@ -80,43 +65,9 @@ def side_by_side(shown: dict[str, dict[str, Any]], path: pathlib.Path, *, prompt
     for index in _of_every_kind([f.motion for f in facts], prompts):
         rows = []
         for words, row in shown.items():
-            wrong = [
-                fact.replace("_", " ") for fact, right in zip(FACTS, row["right"][index], strict=True) if not right
-            ]
-            verdict = f"wrong: {', '.join(wrong)}" if wrong else "right"
-            rows.append(Strip(words, np.asarray(clips[words][index]), verdict))
+            rows.append(Strip(words, np.asarray(clips[words][index]), verdict(row["right"][index])))
         blocks.append((texts[index], rows))
     strips(blocks, path)
-
-
-def strips(blocks: list[tuple[str, list[Strip]]], path: pathlib.Path) -> None:
-    """A png: under each text its strips, every fourth frame of each, the first and the last included."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    _, height, width, _ = blocks[0][1][0].frames.shape
-    height, width = _ZOOM * height, _ZOOM * width
-    columns = len(blocks[0][1][0].frames[::_EVERY])
-    strip = columns * (width + _GAP)
-    tops = np.cumsum([0, *(_HEAD + len(rows) * (height + _GAP) + _HEAD // 2 for _, rows in blocks)])
-    font = ImageFont.load_default(size=13)
-    verdicts = max(font.getlength(row.verdict) for _, rows in blocks for row in rows)
-    sheet = Image.new("RGB", (_WORDS + strip + int(verdicts) + 18, int(tops[-1])), "white")
-    draw = ImageDraw.Draw(sheet)
-    for top, (text, rows) in zip(tops, blocks, strict=False):
-        draw.text((_WORDS, top + _HEAD / 2), text, fill="black", font=font, anchor="lm")
-        for line, row in enumerate(rows):
-            y = int(top) + _HEAD + line * (height + _GAP)
-            draw.text((6, y + height / 2), row.label, fill="black", font=font, anchor="lm")
-            for column, frame in enumerate(row.frames[::_EVERY]):
-                image = Image.fromarray(np.asarray(frame)).resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(image, (_WORDS + column * (width + _GAP), y))
-            place = (_WORDS + strip + 6, y + height / 2)
-            draw.text(
-                place, row.verdict, fill="#406040" if row.verdict == "right" else "#804000", font=font, anchor="lm"
-            )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(path, buffer.getvalue())
 
 
 def _of_every_kind(kinds: list[str], count: int) -> list[int]:

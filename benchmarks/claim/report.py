@@ -14,16 +14,14 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from benchmarks.claim.judge import FACTS, share
+from benchmarks.claim.judge import FACTS, interval, share
 from benchmarks.claim.measure import LAST
 from benchmarks.claim.pictures import over_density, over_steps, side_by_side
-from benchmarks.claim.rows import ROWS, Row
+from benchmarks.claim.rows import ROWS
 from benchmarks.record import write
-from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 
-_RESAMPLES = 2000
 STRIPS = {"a": "a dense", "d": "d untrained", "e0": "e trained", "f0": "f control"}
 
 
@@ -37,12 +35,6 @@ class Report:
     """Folder for plots and strips; FOLDER/report if left out."""
     publish: bool = False
     """Write benchmarks/results/claim.json too."""
-
-
-def interval(values: np.ndarray) -> list[float]:
-    """95% interval of the mean, by the bootstrap over the first axis."""
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    return [round(float(q), 5) for q in np.quantile(values[picks].mean(1), [0.025, 0.975])]
 
 
 def read(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -80,7 +72,7 @@ def summary(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         right = np.concatenate([part["right"] for part in parts])
         record: dict[str, Any] = {
             "words": row.words,
-            "density": round(density(row, base["judged"]["steps"]), 4),
+            "density": round(row.density(base["judged"]["steps"]), 4),
             **share(right[:, :4].mean(1)),
             "whole": share(right.all(1)),
             **{fact: share(right[:, i]) for i, fact in enumerate(FACTS)},
@@ -96,21 +88,11 @@ def summary(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
             mine = np.mean([part["losses"][regime] for part in parts], axis=0)
             record["loss"][regime] = round(float(mine.mean()), 5)
             over = mine - values
-            record["loss_over_a"][regime] = {"mean": round(float(over.mean()), 5), "interval": interval(over)}
+            record["loss_over_a"][regime] = {"mean": round(float(over.mean()), 5), "interval": interval(over, 5)}
         if row.letter != "a":
             record["quality"] = _quality(parts, base)
         rows[row.letter] = record
     return rows
-
-
-def density(row: Row, steps: int) -> float:
-    """Share of token pairs that self-attention keeps, mean over the steps of sampling."""
-    if row.schedule is None or row.attention == "fp8":
-        return 1.0
-    schedule = FPSSchedule.load(row.schedule)
-    assert schedule.grid is not None
-    plans = schedule.plans(schedule.grid)
-    return float(np.mean([plans[int(schedule.regime_at(np.float64(i / steps)))].density for i in range(steps)]))
 
 
 def _quality(parts: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +106,8 @@ def _quality(parts: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any
             decibels.append(np.minimum(psnr(other, clip), 100).mean())  # 100 dB: equal
             similar.append(ssim(other, clip).mean())
     return {
-        "psnr": {"mean": round(float(np.mean(decibels)), 3), "interval": interval(np.array(decibels))},
-        "ssim": {"mean": round(float(np.mean(similar)), 4), "interval": interval(np.array(similar))},
+        "psnr": {"mean": round(float(np.mean(decibels)), 3), "interval": interval(np.array(decibels), 3)},
+        "ssim": {"mean": round(float(np.mean(similar)), 4), "interval": interval(np.array(similar), 4)},
     }
 
 

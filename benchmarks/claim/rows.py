@@ -8,6 +8,9 @@ narrowest, and it is wider than the three are on the mean.
 import pathlib
 from dataclasses import dataclass
 
+import numpy as np
+
+from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.choices import Setting
 
 SCHEDULES = pathlib.Path(__file__).parent / "schedules"
@@ -36,6 +39,19 @@ class Row:
         """(what is measured of one model, that model), for each training seed."""
         several = len(self.models) > 1
         return tuple((f"{self.letter}{i}" if several else self.letter, model) for i, model in enumerate(self.models))
+
+    def density(self, steps: int) -> float:
+        """Share of token pairs that self-attention keeps, mean over the steps of sampling."""
+        if self.schedule is None:
+            return 1.0
+        return mean_density(FPSSchedule.load(self.schedule).setting(self.attention), steps)
+
+
+def mean_density(schedule: FPSSchedule, steps: int) -> float:
+    """Of a schedule that names its grid, over that many steps."""
+    assert schedule.grid is not None
+    plans = schedule.plans(schedule.grid)
+    return float(np.mean([plans[int(i)].density for i in schedule.regime_at(np.arange(steps) / steps)]))
 
 
 ROWS = (

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks.claim import world
-from benchmarks.claim.judge import FACTS, judge, strips
+from benchmarks.claim.judge import FACTS, judge, write_strips
 from benchmarks.record import write
 from fps_jax.errors import parse, run_cli
 
@@ -74,7 +74,7 @@ def _main(arguments: list[str]) -> None:
         judged = judge([facts for facts, *_ in drawn], [text for _, text, _ in drawn], found)
         psnr = float(10 * np.log10(1 / np.square(found - clips / 255.0).mean()))
         record[f"noise {share}"] = {"psnr": round(psnr, 2), **judged.record()}
-        strips(judged, options.output / f"noise_{share}.png")
+        write_strips(judged, options.output / f"noise_{share}.png")
         shares = {name: judged.record()[name]["right"] for name in FACTS}
         passed &= min(shares.values()) >= LEAST
         print(f"noise {share}: PSNR {psnr:.1f} dB, {shares}, whole {judged.whole.mean():.3f}")

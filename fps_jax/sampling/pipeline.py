@@ -307,7 +307,6 @@ class WanPipeline:
 
     def prepare(self, request: Request) -> Prepared:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
-        request = request.filled(self.config)
         resolved = request.resolve(self.config, self.schedule)
         noise = request.noise(resolved.latent_shape)
         step_noise = None

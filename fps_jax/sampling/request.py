@@ -110,16 +110,12 @@ class Request:
 
     def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
         """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
-        return self.filled(config)._resolve(config, trained)
-
-    def _resolve(self, config: WanConfig, trained: FPSSchedule | None) -> Resolved:
-        """Of a request that is filled."""
-        height, width, num_frames = self._size(config.sampling)
-        prompts, negatives = self._texts(NEGATIVE_PROMPTS[config.task])
+        given, (height, width, num_frames) = self.filled(config), self._size(config.sampling)
+        prompts, negatives = given._texts(NEGATIVE_PROMPTS[config.task])
         shape = latent_shape(len(prompts), height, width, num_frames, config)
         grid = token_grid(shape[2:], config.dit.patch_size)
         preset = self.preset or config.preset
-        settings = self._settings(preset)
+        settings = given._settings(preset)
         shift = settings.flow_shift
         if shift is None:
             shift = default_flow_shift(config, height, width)

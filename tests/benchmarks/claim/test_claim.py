@@ -74,5 +74,5 @@ def test_true_clips_are_judged_right_and_others_not(tmp_path):
     reversed_ = judge.judge(facts, texts, [video[::-1] for video in videos])
     wrong = {f.motion for f, ok in zip(facts, reversed_.right[:, judge.FACTS.index("motion")], strict=True) if not ok}
     assert wrong == {f.motion for f in facts} - {"stays still"}
-    judge.strips(right, tmp_path / "strips.png", count=3)
+    judge.write_strips(right, tmp_path / "strips.png", count=3)
     assert (tmp_path / "strips.png").stat().st_size > 0

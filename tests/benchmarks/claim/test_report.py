@@ -43,7 +43,7 @@ def test_windows_meet_along_every_axis_in_some_regime():
 
 
 def test_one_regime_is_no_narrower_than_three_are_on_the_mean():
-    three, one = (report.density(next(r for r in ROWS if r.letter == letter), 12) for letter in "dg")
+    three, one = (next(r for r in ROWS if r.letter == letter).density(12) for letter in "dg")
     assert (round(three, 3), round(one, 3)) == (0.475, 0.6)
 
 
