@@ -24,14 +24,14 @@ def main() -> None:
     import jax.numpy as jnp
 
     from fps_convert import to_flax
-    from fps_convert.make_demo import DEMO, write_tokenizer
+    from fps_convert.small import SMALL, write_tokenizer
     from fps_convert.synthetic import write_checkpoint
     from fps_jax import WanPipeline
     from fps_jax.config import WAN_T2V_1_3B
     from fps_jax.models.dit import dit
 
-    # The DiT alone is of real size: the text encoder is the demo's but for its width, which the DiT has to agree with.
-    text_encoder = dataclasses.replace(DEMO.text_encoder, dim=4096)
+    # The DiT alone is of real size: the text encoder is a small one but for its width, which the DiT has to agree with.
+    text_encoder = dataclasses.replace(SMALL.text_encoder, dim=4096)
     config = dataclasses.replace(WAN_T2V_1_3B, text_encoder=text_encoder)
     seconds = {}
     with tempfile.TemporaryDirectory() as name:
