@@ -3,6 +3,9 @@
 For each query tile, its key tiles are gathered and reduced a chunk at a time with a running maximum (FlashAttention's
 recurrence, arXiv 2205.14135), so no scores are ever held but those of one query tile and one chunk of keys, a head.
 
+A head of few tokens is taken whole instead, all its pairs in one product and the tiles that aren't listed masked: the steps of
+the loop would cost more than the pairs that it leaves out.
+
 Padding is masked as data, at no pass over the scores: a padded key repeats a valid key of its tile, so that it can't move a
 maximum, its V is 0, and a weight of 0 keeps it out of the row sums. (Exact for scores below about 1e8: beyond, float32 sums
 of the copy and of its source, taken in another order, may differ by more than exp can bear, and the row is NaN.)
@@ -16,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.padding import key_sources
 from pallas_kernels.pattern import TilePattern
@@ -25,6 +28,8 @@ from pallas_kernels.reference import FP8_MAX, centered_keys, nearest_fp8, quanti
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
+# Pairs of tokens of a head up to which it is taken whole: 512 x 512, 1 MiB of scores, which a CPU's cache holds too.
+_WHOLE_HEAD_PAIRS = 2**18
 # Un-rounded P by the sum of rounded P: at most 1, but for the largest one's own rounding, a half step of e4m3. Scores that are
 # computed again may differ in their last bits, which is a lot where they are large, and must not make more of it.
 _LARGEST_LOG_P = math.log(17 / 16)
@@ -76,6 +81,8 @@ def forward(
 def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale: float) -> tuple[Array, Array]:
     tile_size, head_dim = head.q.shape[1:]
     quantized = head.q_scale is not None
+    if _taken_whole(head):
+        return _forward_whole_head(head, table, weights=weights, scale=scale)
 
     def row(inputs):
         q, q_scale, tiles, count = inputs
@@ -84,7 +91,7 @@ def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale
         def step(i, carry):
             top, total, acc = carry
             key_index, value_index = _slots(tiles, count, i, chunk, weights.shape[0] - 1)
-            scores = _scores(q, q_scale, head, key_index, scale_left)
+            scores = _scores(head, q, q_scale, key_index, scale_left)
             new_top = jnp.maximum(top, row_top(scores.max(1)))
             p = jnp.exp(scores - new_top[:, None])
             if quantized:
@@ -105,6 +112,28 @@ def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale
         return out, top + jnp.log(total)
 
     return lax.map(row, (head.q, head.q_scale, *table))
+
+
+def _taken_whole(head: Head) -> bool:
+    return math.prod(head.q.shape[:2]) * math.prod(head.k.shape[:2]) <= _WHOLE_HEAD_PAIRS
+
+
+def _forward_whole_head(head: Head, table: Table, *, weights: Array, scale: float) -> tuple[Array, Array]:
+    (num_tiles, tile_size, head_dim), num_keys = head.q.shape, head.k.shape[0]
+    q, scale_left = _prescaled(head.q.reshape(-1, head_dim), head.q_scale, scale)
+    scores = _scores(head, q, head.q_scale, None, scale_left)
+    scores = jnp.where(_listed(table, num_keys, tile_size), scores, -jnp.inf)
+    top = row_top(scores.max(1))
+    p = jnp.exp(scores - top[:, None])
+    if head.q_scale is not None:
+        p = nearest_fp8(p * FP8_MAX)
+    values = head.v[:num_keys].reshape(-1, head_dim)
+    out = jnp.matmul(p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    total = (p * weights[:num_keys].reshape(1, -1)).sum(1)
+    out = out / total[:, None]
+    if head.v_scale is not None:
+        out, total = out * head.v_scale[None], total / FP8_MAX
+    return out.reshape(num_tiles, tile_size, head_dim), (top + jnp.log(total)).reshape(num_tiles, tile_size)
 
 
 def backward(
@@ -151,9 +180,8 @@ def _backward_head(
     # products that are linear in those take them. rows: dO, log-sum-exp and delta of each query tile.
     head, codes, rows = operands
     num_tiles, tile_size, head_dim = head.k.shape
-
-    def matmul(a, b, contract):
-        return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+    if _taken_whole(head):
+        return _backward_whole_head(operands, table, weights=weights, scale=scale)
 
     def row(grads, inputs):
         q, q_codes, q_scale, tiles, count, d_out, lse, delta = inputs
@@ -163,19 +191,19 @@ def _backward_head(
             dq, dk, dv = carry
             key_index, value_index = _slots(tiles, count, i, chunk, num_tiles)
             keys, values = head.k[key_index].reshape(-1, head_dim), head.v[value_index].reshape(-1, head_dim)
-            scores = _scores(scaled_q, q_scale, codes, key_index, scale_left)
+            scores = _scores(codes, scaled_q, q_scale, key_index, scale_left)
             p = jnp.exp(jnp.minimum(scores - lse[:, None], _LARGEST_LOG_P)) * weights[value_index].reshape(1, -1)
-            dp = matmul(d_out, values, ((1,), (1,)))
+            dp = _matmul(d_out, values, ((1,), (1,)))
             ds = (p * (dp - delta[:, None])).astype(q.dtype)
             p = p.astype(q.dtype)
             # Tiles of a row are distinct, and unused slots point past the end and are dropped: sums in a fixed order.
             dk = dk.at[value_index].add(
-                matmul(ds, q, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
+                _matmul(ds, q, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
             )
             dv = dv.at[value_index].add(
-                matmul(p, d_out, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
+                _matmul(p, d_out, ((0,), (0,))).reshape(chunk, tile_size, head_dim), mode="drop", unique_indices=True
             )
-            return dq + matmul(ds, keys, ((1,), (0,))), dk, dv
+            return dq + _matmul(ds, keys, ((1,), (0,))), dk, dv
 
         start = (_varying_as((head, rows), jnp.zeros((tile_size, head_dim))), *grads)
         dq, dk, dv = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
@@ -184,6 +212,28 @@ def _backward_head(
     zeros = _varying_as((head, rows), jnp.zeros((num_tiles, tile_size, head_dim)))
     (dk, dv), dq = lax.scan(row, (zeros, zeros), (head.q, codes.q, codes.q_scale, *table, *rows))
     return dq, dk * scale, dv
+
+
+def _backward_whole_head(
+    operands: tuple[Head, Head, tuple[Array, Array, Array]], table: Table, *, weights: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    head, codes, rows = operands
+    num_keys, tile_size, head_dim = head.k.shape
+    d_out, lse, delta = (x.reshape(-1, *x.shape[2:]) for x in rows)
+    q, k, v = (x.reshape(-1, head_dim) for x in (head.q, head.k, head.v[:num_keys]))
+    scaled_q, scale_left = _prescaled(codes.q.reshape(-1, head_dim), codes.q_scale, scale)
+    scores = _scores(codes, scaled_q, codes.q_scale, None, scale_left)
+    p = jnp.exp(jnp.minimum(scores - lse[:, None], _LARGEST_LOG_P)) * weights[:num_keys].reshape(1, -1)
+    p = jnp.where(_listed(table, num_keys, tile_size), p, 0)
+    ds = (p * (_matmul(d_out, v, ((1,), (1,))) - delta[:, None])).astype(q.dtype)
+    dv = _matmul(p.astype(q.dtype), d_out, ((0,), (0,)))
+    grads = _matmul(ds, k, ((1,), (0,))) * scale, _matmul(ds, q, ((0,), (0,))) * scale, dv
+    dq, dk, dv = (x.reshape(-1, tile_size, head_dim) for x in grads)
+    return dq, dk, dv
+
+
+def _matmul(a: Array, b: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
 
 def _varying_as(operands: Any, start: Any) -> Any:
@@ -212,14 +262,22 @@ def _prescaled(q: Array, q_scale: Array | None, scale: float) -> tuple[Array, fl
     return q, scale
 
 
-def _scores(q: Array, q_scale: Array | None, head: Head, index: Array, scale: float) -> Array:
-    """float32 `[tile, chunk * tile]` of a query tile and the key tiles at `index`."""
-    keys = head.k[index].reshape(-1, q.shape[-1])
-    scores = lax.dot_general(q, keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    if q_scale is None or head.k_scale is None:
+def _listed(table: Table, num_keys: int, tile_size: int) -> Bool[Array, "Sq Sk"]:
+    """Which query of a head attends which key, a tile at a time: padding in a listed tile is listed."""
+    used = jnp.arange(table.tiles.shape[1])[None] < table.counts[:, None]
+    tiles = ((table.tiles[:, :, None] == jnp.arange(num_keys)[None, None]) & used[:, :, None]).any(1)
+    return jnp.repeat(jnp.repeat(tiles, tile_size, axis=0), tile_size, axis=1)
+
+
+def _scores(head: Head, q: Array, q_scale: Array | None, index: Array | None, scale: float) -> Float[Array, "Sq Sk"]:
+    """float32 scores of queries and the key tiles at `index`, or all: q `[Sq, H]` prescaled, its scales of as many equal groups."""
+    keys, k_scale = (x if x is None or index is None else x[index] for x in (head.k, head.k_scale))
+    keys = keys.reshape(-1, q.shape[-1])
+    scores = _matmul(q, keys, ((1,), (1,)))
+    if q_scale is None or k_scale is None:
         return scores if scale == 1 else scores * scale
-    rows = jnp.repeat(q_scale * scale, q.shape[0] // q_scale.shape[0])
-    columns = jnp.repeat(head.k_scale[index].reshape(-1), q.shape[0] // head.k_scale.shape[-1])
+    rows = jnp.repeat(q_scale.reshape(-1) * scale, q.shape[0] // q_scale.size)
+    columns = jnp.repeat(k_scale.reshape(-1), keys.shape[0] // k_scale.size)
     return (scores * rows[:, None]) * columns[None]  # in turn: the product of two large scales alone could overflow
 
 

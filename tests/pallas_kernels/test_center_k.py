@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.testing import Shape, make_call
 from tests.reference import rel_l2
+from tests.tile_by_tile import portable_takes
 
 SHAPE = Shape(tile=64, tiles=4, head_dim=16, padding="scattered", table="per_head", dtype="float32")
 
@@ -72,14 +73,17 @@ def test_it_rounds_keys_with_a_common_component_better():
     assert centred < 0.5 * plain
 
 
+@pytest.mark.parametrize("heads", ["whole", "tile by tile"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_portable_agrees_with_the_specification(dtype):
+def test_portable_agrees_with_the_specification(dtype, heads):
     """Output, log-sum-exp and gradients, with padding and a table a head."""
     x, pattern = call(common=4.0, dtype=dtype)
     bar = (
         2e-6 if dtype == "float32" else 1e-2
     )  # one chunk of keys: float32's sums; the rounding of a bf16 output and gradient
-    for got, want in zip(jax.jit(portable.forward)(*x, pattern), attention(*x, pattern), strict=True):
+    with portable_takes(heads):
+        outs = jax.jit(lambda *x: portable.forward(*x))(*x, pattern)
+    for got, want in zip(outs, attention(*x, pattern), strict=True):
         assert rel_l2(got, want) <= bar
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(x[0].shape), dtype)
 
@@ -89,7 +93,8 @@ def test_portable_agrees_with_the_specification(dtype):
         out = block_sparse_attention(q, k, v, pattern, implementation=implementation)
         return (out * weights).astype(jnp.float32).sum()
 
-    got, want = (gradients(name, *x) for name in ("portable", "reference"))
+    with portable_takes(heads):
+        got, want = (gradients(name, *x) for name in ("portable", "reference"))
     for a, b in zip(got, want, strict=True):
         assert rel_l2(a, b) <= (5e-6 if dtype == "float32" else 1e-2)
     dk = np.asarray(got[1], np.float32)
