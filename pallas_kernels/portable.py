@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain XLA, for any device: work and memory are those of the listed tiles.
+"""Block-sparse attention in plain XLA, for any device: work and memory are those of the listed tiles, but for short heads.
 
 For each query tile, its key tiles are gathered and reduced a chunk at a time with a running maximum (FlashAttention's
 recurrence, arXiv 2205.14135), so no scores are ever held but those of one query tile and one chunk of keys, a head.
