@@ -1,8 +1,8 @@
 """What the claim compares: models, and how each is sampled.
 
-The schedule has three regimes, the widest in the middle as the paper's: while layout is decided every frame of one half, then three
-frames whole, then each frame by itself. `flat` is one regime, the middle one: of those windows that reach everywhere it is the
-narrowest, and it is wider than the three are on the mean.
+The schedule has three regimes: whole pictures of three frames while layout is decided and in the middle, of two in the last quarter
+of the steps. `flat` is one regime, the wider of the two windows: of those that reach everywhere it is the narrowest, and it is
+wider than the three are on the mean.
 """
 
 import pathlib
