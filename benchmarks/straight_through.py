@@ -33,6 +33,7 @@ import numpy as np
 import optax
 
 from benchmarks.record import write
+from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import dit
 from fps_jax.models.init import init_dit_for_training
@@ -145,7 +146,7 @@ BATCH, STEPS, BIASES, TRAINING_SEEDS = 16, 300, (0.0, 4.0), 2
 
 
 @dataclass(frozen=True)
-class Ruled:
+class Ruled(TokenAttention):
     """A DiT's self-attention by a rule; None: exact."""
 
     rule: str | None

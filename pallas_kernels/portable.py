@@ -271,7 +271,9 @@ def _listed(table: Table, num_keys: int, tile_size: int) -> Bool[Array, "Sq Sk"]
 
 def _scores(head: Head, q: Array, q_scale: Array | None, index: Array | None, scale: float) -> Float[Array, "Sq Sk"]:
     """float32 scores of queries and the key tiles at `index`, or all: q `[Sq, H]` prescaled, its scales of as many equal groups."""
-    keys, k_scale = (x if x is None or index is None else x[index] for x in (head.k, head.k_scale))
+    keys, k_scale = head.k, head.k_scale
+    if index is not None:
+        keys, k_scale = keys[index], None if k_scale is None else k_scale[index]
     keys = keys.reshape(-1, q.shape[-1])
     scores = _matmul(q, keys, ((1,), (1,)))
     if q_scale is None or k_scale is None:

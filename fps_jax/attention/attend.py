@@ -13,6 +13,7 @@ from fps_jax.attention.chunked import chunked_attention
 from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.tiles import TileLayout
 from pallas_kernels.block_sparse import SAVED, block_sparse_attention, check_operands
+from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 
 Implementation = Literal["auto", "dense", "reference", "portable", "sm90"]
@@ -21,7 +22,7 @@ log = logging.getLogger("fps_jax")
 
 
 class TokenAttention(Protocol):
-    """The self-attention of a DiT: the token order it wants, and what a block calls.
+    """The attention of a DiT: the token order that it wants, what a block calls, and where activations lie.
 
     layout: tokens come in this tile order, padded; None for raster order. Called with q, k, v `[B, S, N, H]`, softmax scale
     H**-0.5, output in q's dtype; `layer` is the block's index (int32, traced); `taps` takes named intermediates, or is None.
@@ -32,9 +33,17 @@ class TokenAttention(Protocol):
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array: ...
 
+    def cross(self, q: Array, k: Array, v: Array) -> Array:
+        """Attention to text or image tokens, which have no order: q `[B, S, N, H]`, k and v `[B, T, N, H]`."""
+        return dense_attention(q, k, v)
+
+    def place(self, x: Array, *, tokens: bool = True) -> Array:
+        """Activations `[B, S, ...]` where they should lie on a mesh. tokens: they are the video's, which may be shared out."""
+        return x
+
 
 @dataclass(frozen=True)
-class DenseAttention:
+class DenseAttention(TokenAttention):
     """Every token attends every token, in raster order."""
 
     layout: TileLayout | None = None
@@ -44,7 +53,7 @@ class DenseAttention:
 
 
 @dataclass(frozen=True)
-class PlannedAttention:
+class PlannedAttention(TokenAttention):
     """`attend` with one plan in every layer, apart from `dense_layers`, which attend everything without rounding."""
 
     plan: AttentionPlan
@@ -56,10 +65,15 @@ class PlannedAttention:
         return self.plan.layout
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
-        planned = functools.partial(attend, plan=self.plan, implementation=self.implementation)
+        _check_tokens(q, k, self.layout)
+        return self.rows(q, k, v, self.plan.pattern, layer=layer)
+
+    def rows(self, q: Array, k: Array, v: Array, pattern: TilePattern, *, layer: Array) -> Array:
+        """The same for some of the query tiles, those of `pattern`; k and v are whole."""
+        planned = functools.partial(_attend, plan=self.plan, pattern=pattern, implementation=self.implementation)
         if not self.dense_layers:
             return planned(q, k, v)
-        dense = functools.partial(attend, plan=self.plan.dense())
+        dense = functools.partial(_attend, plan=self.plan.dense(), pattern=pattern)
         is_dense = (jnp.array(self.dense_layers, jnp.int32) == layer[None]).any()
         return jax.lax.cond(is_dense, dense, planned, q, k, v)
 
@@ -86,13 +100,23 @@ def attend(
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
-    layout = plan.layout
+    _check_tokens(q, k, plan.layout)
+    return _attend(q, k, v, plan=plan, pattern=plan.pattern, implementation=implementation)
+
+
+def _check_tokens(q: Array, k: Array, layout: TileLayout) -> None:
     if q.shape[1] != layout.num_stored or k.shape[1] != layout.num_stored:
         raise ValueError(
-            f"q has {q.shape[1]} and k {k.shape[1]} tokens; this plan of grid {plan.grid} stores {layout.num_stored}: "
+            f"q has {q.shape[1]} and k {k.shape[1]} tokens; this plan of grid {layout.grid} stores {layout.num_stored}: "
             "pass plan.to_tiles(q), plan.to_tiles(k), plan.to_tiles(v)"
         )
-    if plan.per_head and len(plan.windows) != q.shape[2]:
+
+
+def _attend(
+    q: Array, k: Array, v: Array, *, plan: AttentionPlan, pattern: TilePattern, implementation: Implementation = "auto"
+) -> Array:
+    """`attend` for the query tiles of `pattern`, which is the plan's or some rows of it."""
+    if plan.per_head and pattern.key_tiles.shape[0] != q.shape[2]:
         raise ValueError(
             f"plan has windows for {len(plan.windows)} heads, q has {q.shape[2]} heads; give one a head, or one for all"
         )
@@ -104,8 +128,8 @@ def attend(
         )
     if implementation == "dense" or (implementation == "auto" and is_dense):
         _log_choice("dense")
-        return _dense_in_tiles(q, k, v, layout)
-    return block_sparse_attention(q, k, v, plan.pattern, implementation=implementation)
+        return _dense_in_tiles(q, k, v, plan.layout, pattern.q_valid)
+    return block_sparse_attention(q, k, v, pattern, implementation=implementation)
 
 
 @functools.cache  # said once
@@ -113,11 +137,12 @@ def _log_choice(name: str) -> None:
     log.info("self-attention of a whole-grid, unquantized plan runs as %r", name)
 
 
-def _dense_in_tiles(q: Array, k: Array, v: Array, layout: TileLayout) -> Array:
+def _dense_in_tiles(q: Array, k: Array, v: Array, layout: TileLayout, q_valid: Array) -> Array:
     """Queries stay in tile order; keys and values lose their padding, which spares the fused kernel a mask."""
-    valid = jnp.asarray(layout.valid)[None, :, None, None]
+    valid, slots = q_valid[None, :, None, None], slice(layout.num_stored)
     # Padded queries are replaced before and after: whatever they hold reaches no output and no gradient.
-    out = dense_attention(jnp.where(valid, q, 0), layout.from_tiles(k), layout.from_tiles(v), name=SAVED)
+    k, v = layout.from_tiles(k[:, slots]), layout.from_tiles(v[:, slots])
+    out = dense_attention(jnp.where(valid, q, 0), k, v, name=SAVED)
     return jnp.where(valid, out, 0)
 
 

@@ -147,7 +147,7 @@ class DiT(nnx.Module):
         config = self.config
 
         # Tokens in: the residual stream, float32 from here to the head.
-        x = self.patch_embedding(patches).astype(jnp.float32)
+        x = attention.place(self.patch_embedding(patches).astype(jnp.float32))
         if token_mask is not None:
             x = jnp.where(token_mask[..., None], x, 0)
         tap(taps, "blocks_input", x)
@@ -160,7 +160,7 @@ class DiT(nnx.Module):
         # Text. Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
         missing = config.text_len - text_states.shape[1]
         text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
-        text = tap(taps, "text_embedding", self.text_embedding(text))
+        text = attention.place(tap(taps, "text_embedding", self.text_embedding(text)), tokens=False)
 
         # Image: what the task needs, and nothing else.
         if (image_states is None) != (config.image_dim is None):
@@ -182,7 +182,7 @@ class DiT(nnx.Module):
                 attend = functools.partial(dense_attention, key_mask=token_mask, name=SAVED)
             else:
                 attend = functools.partial(attention, layer=index, taps=own_taps)
-            x = block_of(params)(x, modulation, rope, text, image, attend, block_taps)
+            x = block_of(params)(attention.place(x), modulation, rope, text, image, attend, attention.cross, block_taps)
             return x, (jnp.isfinite(x).all(), block_taps, own_taps)
 
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fps_jax.attention.attend import dense_attention
 from fps_jax.config import DiTConfig
 from fps_jax.models.linear import Linear
 from fps_jax.models.rope import apply_rope
@@ -104,14 +103,14 @@ class CrossAttention(nnx.Module):
             self.norm_k_img = RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
-    def __call__(self, x: Array, text: Array, image: Array | None, taps: Taps | None) -> Array:
+    def __call__(self, x: Array, text: Array, image: Array | None, cross: Attend, taps: Taps | None) -> Array:
         def split(a):
             return a.reshape(*a.shape[:2], self.heads, -1).astype(self.dtype)
 
         q = split(tap(taps, "cross_attn.norm_q", self.norm_q(self.q(x))))
-        out = dense_attention(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+        out = cross(q, split(self.norm_k(self.k(text))), split(self.v(text)))
         if image is not None:
-            out = out + dense_attention(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+            out = out + cross(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
         return self.o(out.reshape(x.shape))
 
 
@@ -136,6 +135,7 @@ class Block(nnx.Module):
         text: Float[Array, "B T D"],
         image: Float[Array, "B I D"] | None,
         attend: Attend,
+        cross: Attend,
         taps: Taps | None,
     ) -> Float[Array, "B S D"]:
         eps, norm_cross = self.config.eps, self.config.cross_attn_norm
@@ -145,7 +145,7 @@ class Block(nnx.Module):
         h = tap(taps, "self_attn", self.self_attn(h, rope, attend, taps))
         x = x + h.astype(jnp.float32) * gate1
         h = tap(taps, "norm_cross", self.norm_cross(x) if norm_cross else x)
-        h = tap(taps, "cross_attn", self.cross_attn(h, text, image, taps))
+        h = tap(taps, "cross_attn", self.cross_attn(h, text, image, cross, taps))
         x = x + h.astype(jnp.float32)
         h = tap(taps, "norm2", layer_norm(x, eps)) * (1 + scale2) + shift2
         h = tap(taps, "mlp", self.mlp(h))

@@ -1,16 +1,14 @@
 """Where parameters lie on a mesh: one table from parameter paths to mesh axes, for training and sampling alike."""
 
+import math
 import re
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from fps_jax.mesh import AXES
 from fps_jax.models.params import Params, flatten, unflatten
-
-# data: samples. fsdp: samples, and shards of parameters. context: tokens of a sample. tensor: heads and MLP columns.
-AXES = ("data", "fsdp", "context", "tensor")
-BATCH = ("data", "fsdp")
 
 # (pattern of a parameter's path, axis names of its last dimensions). Leading dimensions that aren't named (layers) stay whole.
 _RULES: tuple[tuple[re.Pattern[str], tuple[str | None, ...]], ...] = tuple(
@@ -26,10 +24,19 @@ _RULES: tuple[tuple[re.Pattern[str], tuple[str | None, ...]], ...] = tuple(
 
 
 def make_mesh(sizes: dict[str, int] | None = None, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with all of `AXES`; those that `sizes` doesn't name have size 1. devices: this process's first one if left out."""
+    """A mesh with all of `AXES`; those that `sizes` doesn't name have size 1. devices: as many as it takes of those that there are.
+
+    Raises: ValueError for more devices than there are.
+    """
     sizes = sizes or {}
-    devices = jax.local_devices()[:1] if devices is None else devices
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    there = jax.devices() if devices is None else devices
+    if math.prod(shape) > len(there):
+        words = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+        raise ValueError(
+            f"mesh={words!r} takes {math.prod(shape)} devices and there are {len(there)}; fsdp={len(there)} takes all of them"
+        )
+    devices = there[: math.prod(shape)]
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -42,7 +49,17 @@ def partition_spec(path: str, ndim: int) -> PartitionSpec:
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:
-    """The sharding of every leaf of a nested dict of arrays, or of what only has shapes."""
-    return unflatten(
-        {path: NamedSharding(mesh, partition_spec(path, len(leaf.shape))) for path, leaf in flatten(params)}
-    )
+    """The sharding of every leaf of a nested dict of arrays, or of what only has shapes.
+
+    A dimension that its axis doesn't divide stays whole.
+    """
+
+    def sharding(path, leaf):
+        spec = partition_spec(path, len(leaf.shape))
+        cut = (
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, leaf.shape, strict=False)
+        )
+        return NamedSharding(mesh, PartitionSpec(*cut))
+
+    return unflatten({path: sharding(path, leaf) for path, leaf in flatten(params)})

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fps_jax.attention.attend import attend
+from fps_jax.attention.attend import TokenAttention, attend
 from fps_jax.attention.cost import attention_cost
 from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.schedule import FPSSchedule, Regime
@@ -52,7 +52,7 @@ def candidates(
 
 
 @dataclass(frozen=True)
-class MeasuredAttention:
+class MeasuredAttention(TokenAttention):
     """Dense attention in tile order that also taps, as `attention_error`, how far each plan's output is from it.
 
     The tap is `[C + 1]` float32: the squared norm of the difference for each plan, then that of the dense output, over the

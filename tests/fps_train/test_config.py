@@ -62,6 +62,13 @@ def test_a_missing_file_is_named(tmp_path):
     ("make", "message"),
     [
         (lambda: TrainConfig(steps=0), "steps=0 is not a whole number of 1 or more"),
+        (lambda: TrainConfig(mesh="model=2"), "'model' is no axis; there are data, fsdp, context, tensor"),
+        (lambda: TrainConfig(mesh="fsdp=2,fsdp=4"), "gives fsdp twice"),
+        (lambda: TrainConfig(mesh="fsdp"), "fsdp='' is not a whole number of 1 or more"),
+        (
+            lambda: TrainConfig(mesh="data=2,fsdp=4", batch_size=12),
+            r"batch_size=12 is not a multiple of the 8 devices.*use 16",
+        ),
         (lambda: TrainConfig(batch_size=0), "batch_size=0 is not a whole number of 1 or more"),
         (lambda: TrainConfig(seed=2**32), r"seed=4294967296 is not in \[0, 2\*\*32\)"),
         (lambda: TrainConfig(text_dropout=1.5), r"text_dropout=1.5 is not a share in \[0, 1\]"),

@@ -93,6 +93,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(uninterrupted, optio
     assert_same_weights(options.output, uninterrupted)
 
 
+def test_a_run_goes_on_on_another_mesh_with_the_same_samples(uninterrupted, options):
+    """Four devices, then two others: the losses of one device. On four a video is sampled too."""
+    on_four = dataclasses.replace(
+        options, mesh="fsdp=2,context=2", validation=dataclasses.replace(options.validation, videos=1, steps=1)
+    )
+    train(dataclasses.replace(on_four, steps=3), show=False)
+    assert {p.name for p in (pathlib.Path(options.output) / "validation").iterdir()} == {"dense", "step_00000003"}
+    train(dataclasses.replace(options, mesh="data=2"), resume=True, show=False)
+    mine, theirs = lines(options.output), lines(uninterrupted)
+    assert [line["step"] for line in mine] == [line["step"] for line in theirs]
+    for got, want in zip(mine, theirs, strict=True):
+        if "loss" in got:
+            np.testing.assert_allclose(got["loss"], want["loss"], rtol=1e-4)
+
+
 def test_a_stop_signal_saves_the_step_and_resuming_loses_nothing(uninterrupted, options, monkeypatch):
     write = Metrics.write
 

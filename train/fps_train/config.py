@@ -4,6 +4,7 @@ Nothing here imports jax: arguments are checked before it is loaded.
 """
 
 import dataclasses
+import math
 import pathlib
 import tomllib
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from fps_jax.choices import Dtype, Remat, Setting, check_choice
 from fps_jax.files import write_bytes
+from fps_jax.mesh import AXES, BATCH, parse_mesh
 
 TDistribution = Literal["wan", "uniform", "logit-normal"]
 Weighting = Literal["none", "cosmap"]
@@ -193,11 +195,14 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps in all."""
     batch_size: int = 1
-    """Samples of a microbatch."""
+    """Samples of a microbatch, over all devices."""
     accumulate: int = 1
     """Microbatches of a step; each has one regime of the schedule."""
     seed: int = 0
     """Seed of the samples' order, noise, noise levels and text dropout."""
+    mesh: str = ""
+    """Devices along each axis, 'data=2,fsdp=4' say: data, samples; fsdp, samples and shards of the parameters; context, tokens of a
+    sample; tensor, heads. One device if left out."""
     attention: Setting = "fps"
     """Self-attention in training: fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half; dense."""
     schedule: str | None = None
@@ -240,6 +245,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} is not a share in [0, 1]")
         if self.sampling_shift is not None:
             _positive("sampling_shift", self.sampling_shift)
+        self._check_mesh()
         if self.attention == "dense" and self.schedule is not None:
             raise ValueError(
                 "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"
@@ -252,6 +258,19 @@ class TrainConfig:
         if self.from_scratch and (self.lora.rank or self.train_only or self.teacher_weight):
             raise ValueError(
                 "from_scratch trains all weights and has no teacher; leave lora, train_only and teacher_weight out"
+            )
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """Devices along every axis of the mesh."""
+        return dict.fromkeys(AXES, 1) | parse_mesh(self.mesh)
+
+    def _check_mesh(self) -> None:
+        shared = math.prod(self.mesh_sizes[axis] for axis in BATCH)
+        if self.batch_size % shared:
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of the {shared} devices along data and fsdp that share a "
+                f"microbatch (mesh={self.mesh!r}); use {-(-self.batch_size // shared) * shared}, or context in place of fsdp"
             )
 
     def to_toml(self) -> str:

@@ -1,6 +1,7 @@
 """What a run would do, in words: `fps-train --dry-run`."""
 
 from fps_jax.attention.attend import PlannedAttention
+from fps_jax.attention.sharded import on_one_device
 from fps_jax.models.dit import build_dit
 from fps_jax.models.params import abstract_params, flatten
 from fps_train.setup import Setup
@@ -25,10 +26,13 @@ def describe(setup: Setup) -> str:
         programs += len(bucket.attentions)
         lines.append(f"latents {bucket.latent_shape}, tokens {bucket.grid}:")
         for regime in bucket.regimes:
-            attention = regime.attention
+            attention = on_one_device(regime.attention)
             what = attention.plan.brief() if isinstance(attention, PlannedAttention) else "dense"
             lines.append(
                 f"  {regime.name}: progress {regime.start:g} to {regime.end:g}, {regime.probability:.1%} of the samples, {what}"
             )
     lines.append(f"programs to compile: {programs}")
+    if setup.mesh.size > 1:
+        axes = ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
+        lines.append(f"devices: {setup.mesh.size} ({axes})")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import signal
 import sys
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fps_jax.mesh import BATCH
 from fps_jax.models.dit import stage_name
-from fps_jax.models.sharding import BATCH
 from fps_jax.sampling.pipeline import enable_compilation_cache
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
@@ -113,8 +114,6 @@ class _Loop:
         self.validated: tuple[int, float] | None = None  # step and loss of the newest validation
         self.saved = first if first else None
         self._dtype = jnp.dtype(setup.options.dtype)
-        rows = NamedSharding(setup.mesh, PartitionSpec(BATCH))
-        self._put = lambda batch: jax.device_put(batch, rows)
         by_shape = {bucket.latent_shape: bucket for bucket in setup.buckets}
         held_out = setup.batches.validation(self.options.batch_size) if self.options.validation.every else []
         self.validation = [(by_shape[batch.latents.shape[1:]], self._device_batch(batch)) for batch in held_out]
@@ -251,13 +250,18 @@ class _Loop:
             options.validation,
             dtype=options.dtype,
             fps=data.fps,
+            mesh=self.setup.step.mesh,
         )
 
     def _joined(self, trained: Any) -> Any:
         return self.setup.parts.join(trained, self.frozen)
 
     def _device_batch(self, batch: Batch) -> Batch:
-        return self._put(batch._replace(sample=(np.asarray(batch.sample) % 2**32).astype(np.uint32)))
+        # A last batch of validation that the devices can't share out is everybody's.
+        mesh = self.setup.mesh
+        shared = len(batch.sample) % math.prod(mesh.shape[axis] for axis in BATCH) == 0
+        rows = NamedSharding(mesh, PartitionSpec(BATCH if shared else None))
+        return jax.device_put(batch._replace(sample=(np.asarray(batch.sample) % 2**32).astype(np.uint32)), rows)
 
 
 class _Asked:

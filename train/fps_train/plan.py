@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from fps_jax.attention.attend import PlannedAttention, TokenAttention
+from fps_jax.attention.sharded import on_one_device
 from fps_jax.config import DiTConfig
 from fps_jax.sizes import Shape3, token_grid
 from fps_train.regimes import TrainingRegime
@@ -46,6 +47,7 @@ def sample_flops(config: DiTConfig, bucket: BucketPlan, attention: TokenAttentio
     counts the pairs of tokens that are attended.
     """
     tokens = bucket.num_tokens
+    attention = on_one_device(attention)
     density = attention.plan.density if isinstance(attention, PlannedAttention) else 1.0
     self_attention = 4 * tokens * tokens * density * config.dim
     cross = 4 * tokens * config.text_len * config.dim

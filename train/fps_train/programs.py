@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from fps_jax.attention.attend import TokenAttention
+from fps_jax.mesh import BATCH
 from fps_jax.models.params import Params, flatten
-from fps_jax.models.sharding import BATCH
 from fps_train.batch import Batch
 from fps_train.plan import BucketPlan, peak_flops, sample_flops
 from fps_train.regimes import TrainingRegime
@@ -61,7 +61,12 @@ class Programs:
         began = time.monotonic()
         losses = jax.ShapeDtypeStruct((self._options.accumulate,), jnp.float32)
         self._update = update.lower(
-            self._state, self._state.params, losses, options=self._options.optimizer, num_steps=self._options.steps
+            self._state,
+            self._state.params,
+            losses,
+            options=self._options.optimizer,
+            num_steps=self._options.steps,
+            mesh=self._setup.step.mesh,
         ).compile()
         say(f"  {len(todo) + 1} of {len(todo) + 1}: {time.monotonic() - began:.0f} s")
 

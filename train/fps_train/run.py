@@ -15,8 +15,8 @@ from fps_jax.files import write_json
 from fps_train.config import TrainConfig
 from fps_train.state import Parts
 
-# May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, how memory is used.
-_FREE = {"model", "data", "output", "steps", "remat", "schedule", "validation", "checkpoint"}
+# May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, on what it runs.
+_FREE = {"model", "data", "output", "steps", "remat", "mesh", "schedule", "validation", "checkpoint"}
 
 
 def start_run(

@@ -1,6 +1,7 @@
 """From a run's options to all that its steps need: model, data, schedule, state. Options are checked before weights are read."""
 
 import dataclasses
+import math
 import pathlib
 from dataclasses import dataclass
 
@@ -9,17 +10,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.attention.sharded import on_mesh
 from fps_jax.checkpoints.open import Model, open_model
-from fps_jax.config import WanConfig
+from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import cast_params
 from fps_jax.models.init import init_dit_for_training
 from fps_jax.models.params import Params
 from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_jax.sampling.request import default_flow_shift
+from fps_jax.sizes import Shape3
 from fps_train.config import TrainConfig
 from fps_train.data import Batches, Data, open_data
 from fps_train.plan import BucketPlan, bucket_grid
-from fps_train.regimes import training_regimes
+from fps_train.regimes import TrainingRegime, training_regimes
 from fps_train.state import Parts, TrainState, init_state, state_shardings
 from fps_train.step import StepOptions
 
@@ -71,19 +74,22 @@ def prepare(options: TrainConfig) -> Setup:
     grids = [bucket_grid(dit, bucket.latent_shape) for bucket in data.buckets]
     schedule = _schedule(options, grids)
     shifts = [_sampling_shift(options, model.config, bucket.latent_shape) for bucket in data.buckets]
-    buckets = tuple(
-        BucketPlan(
-            bucket.latent_shape,
-            grid,
-            training_regimes(
-                schedule,
-                options.flow,
-                grid=grid,
-                num_layers=dit.num_layers,
-                sampling_shift=shift,
-                sampling_steps=options.sampling_steps,
-            ),
+    mesh = _mesh(options, dit, grids)
+    several = mesh if mesh.size > 1 else None
+
+    def regimes(grid: Shape3, shift: float) -> tuple[TrainingRegime, ...]:
+        found = training_regimes(
+            schedule,
+            options.flow,
+            grid=grid,
+            num_layers=dit.num_layers,
+            sampling_shift=shift,
+            sampling_steps=options.sampling_steps,
         )
+        return tuple(dataclasses.replace(regime, attention=on_mesh(regime.attention, several)) for regime in found)
+
+    buckets = tuple(
+        BucketPlan(bucket.latent_shape, grid, regimes(grid, shift))
         for bucket, grid, shift in zip(data.buckets, grids, shifts, strict=True)
     )
     parts = Parts.of(dit, options)
@@ -97,8 +103,8 @@ def prepare(options: TrainConfig) -> Setup:
         sampling_shift=shifts[0],
         buckets=buckets,
         parts=parts,
-        step=StepOptions(parts, options.flow, options.remat, options.teacher_weight),
-        mesh=make_mesh(),
+        step=StepOptions(parts, options.flow, options.remat, options.teacher_weight, several),
+        mesh=mesh,
     )
 
 
@@ -140,6 +146,25 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
     shardings = state_shardings(jax.eval_shape(make, trained), setup.mesh)
     state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(jax.device_put(trained, shardings.params))
     return Start(state, frozen, teacher)
+
+
+def _mesh(options: TrainConfig, dit: DiTConfig, grids: list[Shape3]) -> Mesh:
+    """The run's mesh. Raises ValueError where model or data can't be cut so."""
+    sizes = options.mesh_sizes
+    mesh = make_mesh(sizes)
+    for name, count in (("heads", dit.num_heads), ("MLP columns", dit.mlp_dim)):
+        if count % sizes["tensor"]:
+            raise ValueError(
+                f"mesh={options.mesh!r}: tensor={sizes['tensor']} does not divide the model's {count} {name}; "
+                f"use a divisor of {math.gcd(dit.num_heads, dit.mlp_dim)}, or fsdp"
+            )
+    for grid in grids if options.attention == "dense" or options.teacher_weight else ():
+        if math.prod(grid) % sizes["context"]:
+            raise ValueError(
+                f"mesh={options.mesh!r}: context={sizes['context']} does not divide the {math.prod(grid)} tokens of "
+                f"grid {grid}, as dense attention needs; use a divisor, or a schedule, whose tiles are padded"
+            )
+    return mesh
 
 
 def _schedule(options: TrainConfig, grids: list) -> FPSSchedule | None:

@@ -7,29 +7,33 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
+from fps_jax.attention.sharded import on_mesh
 from fps_jax.choices import Remat
 from fps_jax.models.dit import DENSE
 from fps_jax.models.params import Params, flatten
+from fps_jax.models.sharding import param_shardings
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_train.batch import Batch
 from fps_train.config import FlowOptions, OptimizerOptions
 from fps_train.loss import Loss, draw, flow_matching_loss
 from fps_train.optimizer import apply_gradient, ema_decay, learning_rate, move_average
 from fps_train.regimes import draw_sigma
-from fps_train.state import Parts, TrainState
+from fps_train.state import Parts, TrainState, state_shardings
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What is static in a gradient program beside its attention."""
+    """What is static in a gradient program beside its attention. mesh: what it runs on; None for one device."""
 
     parts: Parts
     flow: FlowOptions
     remat: Remat = "none"
     teacher_weight: float = 0.0
+    mesh: Mesh | None = None
 
 
 class Interval(NamedTuple):
@@ -88,7 +92,7 @@ def _batch_loss(
         noise,
         sigma,
         weighting=options.flow.weighting,
-        teacher=None if teacher is None else functools.partial(velocity, teacher, DENSE, "none"),
+        teacher=None if teacher is None else functools.partial(velocity, teacher, on_mesh(DENSE, options.mesh), "none"),
         teacher_weight=options.teacher_weight,
     )
 
@@ -119,14 +123,22 @@ def gradient(
         return loss.loss, Micro(loss.loss, loss.samples.mean(), loss.first_bad)
 
     grads, micro = jax.grad(loss_of, has_aux=True)(trained)
+    if options.mesh is not None:  # each device keeps its shard's sum alone
+        grads = jax.lax.with_sharding_constraint(grads, param_shardings(grads, options.mesh))
     return (grads if sums is None else jax.tree.map(jnp.add, sums, grads)), micro
 
 
-@functools.partial(jax.jit, static_argnames=("options", "num_steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("options", "num_steps", "mesh"), donate_argnames="state")
 def update(
-    state: TrainState, sums: Params, losses: Float[Array, "A"], *, options: OptimizerOptions, num_steps: int
+    state: TrainState,
+    sums: Params,
+    losses: Float[Array, "A"],
+    *,
+    options: OptimizerOptions,
+    num_steps: int,
+    mesh: Mesh | None = None,
 ) -> tuple[TrainState, Seen]:
-    """One optimizer step by the mean gradient of the microbatches whose losses these are.
+    """One optimizer step by the mean gradient of the microbatches whose losses these are. mesh: where the state lies.
 
     Where a gradient or a loss isn't finite, the state comes back unchanged, its step not counted.
     """
@@ -142,6 +154,8 @@ def update(
         ema = move_average(ema, params, ema_decay(options, state.step))
     moved = TrainState(state.step + 1, params, optimizer, ema)  # pyright: ignore[reportArgumentType]
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    if mesh is not None:
+        kept = jax.lax.with_sharding_constraint(kept, state_shardings(kept, mesh))
     seen = Seen(optax.tree.norm(grads), learning_rate(options, num_steps, state.step), finite, not_finite)
     return kept, seen
 

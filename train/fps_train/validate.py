@@ -8,14 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.attention.sharded import on_mesh
 from fps_jax.config import WanConfig
 from fps_jax.evaluation.quality import psnr
 from fps_jax.files import write_bytes
 from fps_jax.media.video import contact_sheet, save_video
-from fps_jax.models.dit import cast_params
+from fps_jax.models.dit import DENSE, cast_params
 from fps_jax.models.params import Params
 from fps_jax.models.vae import decode
 from fps_jax.sampling.denoise import denoise
@@ -85,12 +87,13 @@ class Videos:
         *,
         dtype: Any,
         fps: float,
+        mesh: Mesh | None = None,
     ):
         usable = [p for p in prompts if config.task == "t2v" or p.condition is not None]
         self.directory, self.config, self.prompts = directory / "validation", config, usable[: options.videos]
         self._vae, self._empty, self._options, self._schedule = vae, empty, options, schedule
         self._buckets, self._shift = {bucket.latent_shape: bucket for bucket in buckets}, sampling_shift
-        self._dtype, self._fps = jnp.dtype(dtype), fps
+        self._dtype, self._fps, self._mesh = jnp.dtype(dtype), fps, mesh
         self._table = solver_table("unipc", "wan", options.steps, sampling_shift)
 
     @property
@@ -119,9 +122,10 @@ class Videos:
         for i, prompt in enumerate(self.prompts):
             bucket = self._buckets.get(prompt.latent_shape, next(iter(self._buckets.values())))
             shape = (1, *bucket.latent_shape)
-            segments = None
+            segments = ((self._options.steps, DENSE),)
             if schedule is not None:
                 segments = schedule.segments(self._table.sigma, self._shift, bucket.grid, layers)
+            segments = tuple((count, on_mesh(attention, self._mesh)) for count, attention in segments)
             noise = jax.random.normal(jax.random.key(self._options.seed + i), shape, jnp.float32)
             inputs = Inputs(noise, *(jnp.asarray(text)[None] for text in (prompt.text, self._empty)))
             if self.config.task != "t2v":
@@ -137,7 +141,7 @@ class Videos:
                 dtype=self._dtype,
                 segments=segments,
             )
-            video = decode(self.config.vae, vae, latents)[0]
+            video = decode(self.config.vae, vae, jnp.asarray(np.asarray(latents)))[0]  # the VAE is one device's
             yield np.rint(np.clip(video * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
     def _reference(self, i: int) -> pathlib.Path:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fps_jax.attention.attend import TokenAttention
 from fps_jax.models.dit import dit
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from tests.checkpoints import TINY, tiny_dit
@@ -50,7 +51,7 @@ def test_a_nan_of_the_negative_prompt_alone_is_reported(arrays, batch_guidance):
 def test_what_attention_taps_is_of_the_prompt(arrays):
     x, text, negative = arrays
 
-    class Tapped:
+    class Tapped(TokenAttention):
         layout = None
 
         def __call__(self, q, k, v, /, *, layer, taps):

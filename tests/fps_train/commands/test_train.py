@@ -75,7 +75,8 @@ def test_errors_are_one_line(argv, message, capsys, monkeypatch, tmp_path):
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(model, data, capsys, tmp_path):
-    assert run(model, "--data", data, "--output", tmp_path / "run", "--validation.samples", 2, "--dry-run") == 0
+    mesh = ("--mesh", "data=2,context=4", "--batch-size", 2)
+    assert run(model, "--data", data, "--output", tmp_path / "run", "--validation.samples", 2, *mesh, "--dry-run") == 0
     said = capsys.readouterr().out
     for part in (
         f"t2v, {sum(leaf.size for leaf in jax.tree.leaves(params())):,} parameters; its weights will be trained in bfloat16",
@@ -84,6 +85,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(model, data, ca
         "tokens (2, 4, 4)",
         "regime0: progress 0 to 0.25, ",
         "programs to compile: ",
+        "devices: 8 (data 2, context 4)",
     ):
         assert part in said
     assert list(tmp_path.iterdir()) == []
