@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import sass
-from benchmarks.memory import H200  # sets JAX_PLATFORMS, so before jax
 from benchmarks.record import RESULTS, write
+from fps_train.described import KINDS, described_devices, prepare_process
 from pallas_kernels.mosaic import impatient_waits
 from pallas_kernels.sm90.config import CONSUMERS, SHARED_MEMORY, ForwardConfig
 
@@ -168,9 +168,8 @@ def programs() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], list[str]
 def compile_kernels(fn: Callable[..., Any], specs: tuple[Any, ...], folder: pathlib.Path) -> None:
     """Compiles for a described H200; Mosaic writes PTX, log and launch of each kernel to `folder`."""
     import jax
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    (device,) = described_devices(KINDS["h200"])
     here = jax.sharding.SingleDeviceSharding(device)
     specs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), specs)
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
@@ -310,6 +309,7 @@ def main(arguments: list[str]) -> int:
         newest = pathlib.Path(arguments.pop(arguments.index("--newest-ptxas") + 1))
     wanted = [word for word in arguments if not word.startswith("--")]
     ptxas = cuda_tool("ptxas")
+    prepare_process()
     # XLA takes the first ptxas on PATH.
     os.environ["PATH"] = f"{pathlib.Path(ptxas).parent}{os.pathsep}{os.environ['PATH']}"
     results = {}

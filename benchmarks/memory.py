@@ -8,51 +8,21 @@ is indicative. Needs the `offline-gpu` extra. Writes benchmarks/results/memory_h
 """
 
 import functools
-import importlib.util
-import os
-import pathlib
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax: the CUDA plugin then registers for compiling only
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from fps_train.described import KINDS, described_devices, prepare_process
 
-# What XLA has to know of the device; the numbers are an H200's.
-H200 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_address_bits: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H200" """
 H200_BYTES = 141e9
-
-
-def _find_cudnn() -> None:
-    """cuDNN attention is lowered with the help of libcudnn: start again with the wheel's on the library path."""
-    spec = importlib.util.find_spec("nvidia.cudnn")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("error: nvidia-cudnn-cu13 is not installed; run `make memory`, which installs the offline-gpu extra")
-    lib = str(pathlib.Path(next(iter(spec.submodule_search_locations))) / "lib")
-    paths = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    if lib not in paths:
-        os.environ["LD_LIBRARY_PATH"] = ":".join([lib, *filter(None, paths)])
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.memory", *sys.argv[1:]])
 
 
 def compile_for_h200(fn: Callable, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
     """jax's Compiled of fn for ShapeDtypeStructs, on one described H200."""
     import jax
-    from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    (device,) = described_devices(KINDS["h200"])
     on_device = jax.sharding.SingleDeviceSharding(device)
     args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on_device), args)
     with jax.default_device(device):
@@ -148,7 +118,7 @@ def programs() -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    _find_cudnn()
+    prepare_process()
     from benchmarks.record import write
 
     results, wanted = {}, sys.argv[1:]

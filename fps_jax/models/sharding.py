@@ -10,15 +10,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fps_jax.mesh import AXES
 from fps_jax.models.params import Params, flatten, unflatten
 
-# (pattern of a parameter's path, axis names of its last dimensions). Leading dimensions that aren't named (layers) stay whole.
-_RULES: tuple[tuple[re.Pattern[str], tuple[str | None, ...]], ...] = tuple(
+# Devices along context hold the same weights as those along fsdp would, so they hold shards too.
+_SHARDS = ("fsdp", "context")
+# (pattern of a parameter's path, axes of its last dimensions). Leading dimensions that aren't named (layers) stay whole.
+_RULES: tuple[tuple[re.Pattern[str], tuple[Any, ...]], ...] = tuple(
     (re.compile(pattern), axes)
     for pattern, axes in (
-        (r"attn/(q|k|v|k_img|v_img)/kernel$|mlp/up/kernel$", ("fsdp", "tensor")),
-        (r"attn/o/kernel$|mlp/down/kernel$", ("tensor", "fsdp")),
-        (r"/lora_a$", ("fsdp", None)),
-        (r"/lora_b$", (None, "fsdp")),
-        (r"kernel$", ("fsdp", None)),
+        (r"attn/(q|k|v|k_img|v_img)/kernel$|mlp/up/kernel$", (_SHARDS, "tensor")),
+        (r"attn/o/kernel$|mlp/down/kernel$", ("tensor", _SHARDS)),
+        (r"/lora_a$", (_SHARDS, None)),
+        (r"/lora_b$", (None, _SHARDS)),
+        (r"kernel$", (_SHARDS, None)),
     )
 )
 
@@ -51,15 +53,18 @@ def partition_spec(path: str, ndim: int) -> PartitionSpec:
 def param_shardings(params: Params, mesh: Mesh) -> Params:
     """The sharding of every leaf of a nested dict of arrays, or of what only has shapes.
 
-    A dimension that its axis doesn't divide stays whole.
+    A dimension is cut along the first of its axes that divide it, one after the other; where none does it stays whole.
     """
+
+    def cut(axes, size):
+        taken: list[str] = []
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            if size % math.prod(mesh.shape[name] for name in (*taken, axis)) == 0:
+                taken.append(axis)
+        return tuple(taken) or None
 
     def sharding(path, leaf):
         spec = partition_spec(path, len(leaf.shape))
-        cut = (
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, leaf.shape, strict=False)
-        )
-        return NamedSharding(mesh, PartitionSpec(*cut))
+        return NamedSharding(mesh, PartitionSpec(*map(cut, spec, leaf.shape)))
 
     return unflatten({path: sharding(path, leaf) for path, leaf in flatten(params)})

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -27,7 +28,7 @@ class Programs:
         self._setup, self._options = setup, setup.options
         self._frozen, self._teacher = begun.frozen, begun.teacher
         self._state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), begun.state)
-        self._seed = jnp.uint32(setup.options.seed)
+        self._seed = np.uint32(setup.options.seed)
         self._gradients: dict[tuple[BucketPlan, TokenAttention], Any] = {}
         self._update: Any = None
         self.peak_flops = peak_flops()
@@ -51,15 +52,15 @@ class Programs:
                 self._frozen,
                 self._teacher,
                 self._abstract_batch(bucket),
-                self._seed,
-                _interval(bucket.regimes[0]),
+                self._scalar(jnp.uint32),
+                Interval(self._scalar(jnp.float32), self._scalar(jnp.float32)),
                 sums,
                 options=self._setup.step,
                 attention=attention,
             ).compile()
             say(f"  {number} of {len(todo) + 1}: {time.monotonic() - began:.0f} s")
         began = time.monotonic()
-        losses = jax.ShapeDtypeStruct((self._options.accumulate,), jnp.float32)
+        losses = self._scalar(jnp.float32, self._options.accumulate)
         self._update = update.lower(
             self._state,
             self._state.params,
@@ -69,6 +70,14 @@ class Programs:
             mesh=self._setup.step.mesh,
         ).compile()
         say(f"  {len(todo) + 1} of {len(todo) + 1}: {time.monotonic() - began:.0f} s")
+
+    def compiled(self) -> dict[str, Any]:
+        """`jax.stages.Compiled` of each, by the size of video and the first regime that it is of, and 'update'."""
+        found = {}
+        for (bucket, attention), program in self._gradients.items():
+            regime = next(regime for regime in bucket.regimes if regime.attention == attention)
+            found[f"{'x'.join(map(str, bucket.grid))} tokens, {regime.name}"] = program
+        return {**found, "update": self._update}
 
     def gradient(
         self, trained: Params, batch: Batch, bucket: BucketPlan, regime: TrainingRegime, sums: Params | None
@@ -87,6 +96,9 @@ class Programs:
         """Of one sample, forward and backward."""
         return sample_flops(self._setup.config.dit, bucket, regime.attention, self._matrix_params)
 
+    def _scalar(self, dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self._setup.mesh, PartitionSpec()))
+
     def _abstract_batch(self, bucket: BucketPlan) -> Batch:
         """Shapes of a bucket's batches, as `Batches` makes them."""
         rows, config = self._options.batch_size, self._setup.config
@@ -102,4 +114,4 @@ class Programs:
 
 
 def _interval(regime: TrainingRegime) -> Interval:
-    return Interval(jnp.float32(regime.low), jnp.float32(regime.high))
+    return Interval(np.float32(regime.low), np.float32(regime.high))  # pyright: ignore[reportArgumentType]

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.attention.sharded import on_mesh
 from fps_jax.checkpoints.open import Model, open_model
 from fps_jax.config import DiTConfig, WanConfig
-from fps_jax.models.dit import cast_params
+from fps_jax.models.dit import build_dit, cast_params
 from fps_jax.models.init import init_dit_for_training
-from fps_jax.models.params import Params
+from fps_jax.models.params import Params, abstract_params
 from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_jax.sampling.request import default_flow_shift
 from fps_jax.sizes import Shape3
@@ -55,8 +56,12 @@ class Setup:
         return self.model.config
 
 
-def prepare(options: TrainConfig) -> Setup:
-    """Opens model and data, and holds all options against them. Raises FileNotFoundError or ValueError in one line."""
+def prepare(options: TrainConfig, devices: list[Any] | None = None) -> Setup:
+    """Opens model and data, and holds all options against them.
+
+    devices: for the mesh, in place of those that there are; they may only be described.
+    Raises: FileNotFoundError or ValueError in one line.
+    """
     for name in ("model", "data", "output"):
         if not getattr(options, name):
             given = "MODEL" if name == "model" else f"--{name}"
@@ -74,7 +79,7 @@ def prepare(options: TrainConfig) -> Setup:
     grids = [bucket_grid(dit, bucket.latent_shape) for bucket in data.buckets]
     schedule = _schedule(options, grids)
     shifts = [_sampling_shift(options, model.config, bucket.latent_shape) for bucket in data.buckets]
-    mesh = _mesh(options, dit, grids)
+    mesh = _mesh(options, dit, grids, devices)
     several = mesh if mesh.size > 1 else None
 
     def regimes(grid: Shape3, shift: float) -> tuple[TrainingRegime, ...]:
@@ -148,10 +153,27 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
     return Start(state, frozen, teacher)
 
 
-def _mesh(options: TrainConfig, dit: DiTConfig, grids: list[Shape3]) -> Mesh:
+def abstract_start(setup: Setup) -> Start:
+    """Shapes and shardings of what `start` gives: nothing is read, and no device has to be there."""
+    options, mesh = setup.options, setup.mesh
+    weights = abstract_params(build_dit(setup.config.dit))
+
+    def on(shapes, shardings):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+
+    trained, frozen = jax.eval_shape(lambda params: setup.parts.split(params, jax.random.key(0)), weights)
+    state = jax.eval_shape(lambda trained: init_state(trained, options.optimizer, options.steps), trained)
+    teacher = None
+    if options.teacher_weight:
+        teacher = jax.eval_shape(lambda params: cast_params(params, jnp.dtype(options.dtype)), weights)
+        teacher = on(teacher, param_shardings(teacher, mesh))
+    return Start(on(state, state_shardings(state, mesh)), on(frozen, param_shardings(frozen, mesh)), teacher)
+
+
+def _mesh(options: TrainConfig, dit: DiTConfig, grids: list[Shape3], devices: list[Any] | None) -> Mesh:
     """The run's mesh. Raises ValueError where model or data can't be cut so."""
     sizes = options.mesh_sizes
-    mesh = make_mesh(sizes)
+    mesh = make_mesh(sizes, devices)
     for name, count in (("heads", dit.num_heads), ("MLP columns", dit.mlp_dim)):
         if count % sizes["tensor"]:
             raise ValueError(

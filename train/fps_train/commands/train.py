@@ -1,6 +1,7 @@
 """fps-train: fine-tune a DiT under the attention that it will be sampled with. jax is imported once the options are right."""
 
 import dataclasses
+import functools
 import signal
 import sys
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ class Train(TrainConfig):
     """Start anew from the weights of this checkpoint or run in place of MODEL's."""
     dry_run: bool = False
     """Check everything and say what would be trained: sizes, regimes, programs. Nothing is written."""
+    plan: str | None = None
+    """Compile the run for GPUs that aren't there, h200:8 say, and say what it takes: bytes a device, traffic. Nothing is written.
+    Needs the offline-gpu extra."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,6 +43,15 @@ def _run(argv: list[str]) -> None:
     argv, preset = _take(argv, "--preset")
     options: Train = parse(Train, argv, prog="fps-train", default=_defaults(config, preset))
     plain = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
+    if options.plan is not None:
+        from fps_train.described import parse_devices, prepare_process
+
+        kind, count = parse_devices(options.plan)
+        prepare_process()
+        from fps_train.cluster_plan import plan_run, report
+
+        print(report(plan_run(plain, kind, count, functools.partial(print, file=sys.stderr))))
+        return
     if options.dry_run:
         from fps_train.describe import describe
         from fps_train.setup import prepare

@@ -1,0 +1,128 @@
+"""What a run needs of GPUs that nobody has rented yet: bytes a device, what is sent, and how fast a step can be at best."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from fps_train.collectives import Traffic, traffic
+from fps_train.config import TrainConfig
+from fps_train.described import DeviceKind, described_devices
+from fps_train.plan import peak_flops
+from fps_train.programs import Programs
+from fps_train.setup import Setup, abstract_start, prepare
+
+_WORKSPACE = 0.94  # of a GPU's memory: the rest is CUDA's, NCCL's and what an allocator can't use
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """One compiled program. temporaries, results: bytes a device. seconds: at least, by arithmetic and by traffic."""
+
+    temporaries: int
+    results: int
+    sent: tuple[Traffic, ...]
+    arithmetic_seconds: float = 0.0
+    traffic_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """A run on described devices. state, frozen: bytes a device that stay there. total: bytes a device at the worst moment."""
+
+    kind: DeviceKind
+    devices: int
+    state: int
+    frozen: int
+    programs: dict[str, ProgramPlan] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.state + self.frozen + max(p.temporaries + p.results for p in self.programs.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= _WORKSPACE * self.kind.memory
+
+
+def plan_run(options: TrainConfig, kind: DeviceKind, count: int, say: Callable[[str], None]) -> ClusterPlan:
+    """Compiles a run's programs for `count` devices of a kind. The process is one of `fps_train.described.prepare_process`.
+
+    Raises: as `prepare`; ValueError for a mesh that leaves devices idle.
+    """
+    devices = described_devices(kind, count)
+    used = math.prod(options.mesh_sizes.values())
+    if used < count:
+        raise ValueError(f"mesh={options.mesh!r} takes {used} of the {count} devices; fsdp={count} takes all of them")
+    with jax.default_device(devices[0]):
+        setup = prepare(options, devices)
+        return plan_setup(setup, kind, say)
+
+
+def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> ClusterPlan:
+    """The same for a run that is prepared, on the devices of its mesh."""
+    begun = abstract_start(setup)
+    programs = Programs(setup, begun)
+    programs.compile(say)
+    compiled = programs.compiled()
+    count, axes = setup.mesh.size, dict(setup.mesh.shape)
+    peak = peak_flops(setup.mesh.devices.flat[0])
+    flops = {
+        f"{'x'.join(map(str, bucket.grid))} tokens, {regime.name}": setup.options.batch_size
+        * programs.sample_flops(bucket, regime)
+        for bucket in setup.buckets
+        for regime in bucket.regimes
+    }
+    found = {}
+    for name, program in compiled.items():
+        memory = program.memory_analysis()
+        sent = tuple(traffic(program.as_text(), axes))
+        found[name] = ProgramPlan(
+            memory.temp_size_in_bytes,
+            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            sent,
+            flops.get(name, 0.0) / (count * peak) if peak else 0.0,
+            sum(row.sent for row in sent) / kind.link,
+        )
+    if "update" in found:  # the gradient is there beside the state
+        update = found["update"]
+        found["update"] = ProgramPlan(update.temporaries, update.results + _bytes(begun.state.params), update.sent)
+    kept = _bytes((begun.frozen, begun.teacher))
+    return ClusterPlan(kind, count, _bytes(begun.state), kept, found)
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device's shards of shapes with shardings."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def report(plan: ClusterPlan) -> str:
+    """In words, a line each."""
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+    lines = [
+        f"{plan.devices} x {plan.kind.name}, described: compiled for them, not run",
+        f"parameters, moments and average: {gb(plan.state)} a device"
+        + (f", frozen weights {gb(plan.frozen)}" if plan.frozen else ""),
+    ]
+    for name, program in plan.programs.items():
+        lines.append(f"{name}: {gb(program.temporaries)} temporary, {gb(program.results)} results a device")
+        for row in program.sent:
+            if row.sent >= 0.01 * sum(other.sent for other in program.sent):
+                along = "+".join(row.axes) or "some devices"
+                lines.append(f"  {row.kind} along {along}: {row.count} times, a device sends {gb(row.sent)}")
+        if program.arithmetic_seconds:
+            lines.append(
+                f"  at least {program.arithmetic_seconds:.2f} s of arithmetic at bf16 peak, "
+                f"{program.traffic_seconds:.2f} s of traffic at {plan.kind.link / 1e9:.0f} GB/s"
+            )
+    room = f"of {gb(plan.kind.memory)}"
+    verdict = (
+        "fits" if plan.fits else "does not fit: a larger fsdp or context, --remat full, or --preset lora needs less"
+    )
+    lines.append(f"in all {gb(plan.total)} a device {room}: {verdict}")
+    return "\n".join(lines)
