@@ -162,7 +162,10 @@ def _main(arguments: list[str]) -> None:
     judged = measured["a"]["judged"]
     record = {
         "captions": judged["clips"],
-        "seeds": {"captions": judged["seed"], "training": [0, 1]},
+        "seeds": {
+            "captions": judged["seed"],
+            "training": [i for i in (0, 1) if f"e{i}" in measured and f"f{i}" in measured],
+        },
         "hours": hours(options.folder),
         "rows": rows,
     }
