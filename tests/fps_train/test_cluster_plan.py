@@ -15,6 +15,7 @@ from fps_train import described
 from fps_train.cluster_plan import plan_setup, report
 from fps_train.collectives import Traffic, traffic
 from fps_train.described import KINDS, parse_devices, prepare_process
+from fps_train.programs import Programs
 from fps_train.setup import abstract_start, prepare, start
 
 SIZES = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
@@ -80,6 +81,17 @@ def test_the_state_is_what_a_run_starts_with_and_nothing_is_read(meshed):
     for a, b in zip(jax.tree.leaves(planned.state), jax.tree.leaves(real.state), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         assert a.sharding.is_equivalent_to(b.sharding, b.ndim)
+
+
+def test_sizes_of_videos_stand_for_data_that_nobody_has(meshed):
+    """The same programs as with the data, to the shapes and attention of each bucket."""
+    real, described = prepare(meshed), prepare(dataclasses.replace(meshed, data=""), sizes=("64x64x5",))
+    assert described.buckets == real.buckets
+    for a, b in zip(
+        *(Programs(s, abstract_start(s))._abstract_batch(s.buckets[0]) for s in (real, described)), strict=True
+    ):
+        assert (a is None) == (b is None)
+        assert a is None or (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):

@@ -47,8 +47,12 @@ class ClusterPlan:
         return self.total <= _WORKSPACE * self.kind.memory
 
 
-def plan_run(options: TrainConfig, kind: DeviceKind, count: int, say: Callable[[str], None]) -> ClusterPlan:
+def plan_run(
+    options: TrainConfig, kind: DeviceKind, count: int, say: Callable[[str], None], sizes: tuple[str, ...] = ()
+) -> ClusterPlan:
     """Compiles a run's programs for `count` devices of a kind. The process is one of `fps_train.described.prepare_process`.
+
+    sizes: of the videos, for a run whose data aren't there.
 
     Raises: as `prepare`; ValueError for a mesh that leaves devices idle.
     """
@@ -57,7 +61,7 @@ def plan_run(options: TrainConfig, kind: DeviceKind, count: int, say: Callable[[
     if used < count:
         raise ValueError(f"mesh={options.mesh!r} takes {used} of the {count} devices; fsdp={count} takes all of them")
     with jax.default_device(devices[0]):
-        setup = prepare(options, devices)
+        setup = prepare(options, devices, sizes)
         return plan_setup(setup, kind, say)
 
 

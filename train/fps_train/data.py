@@ -177,6 +177,38 @@ def open_data(path: str | os.PathLike) -> Data:
     )
 
 
+def described_data(config: WanConfig, sizes: Sequence[str], held_out: int = 0) -> Data:
+    """Data of these sizes that nobody has, for planning: shapes as fps-precompute would write them for a model; nothing to read.
+
+    Raises: ValueError for a size that Wan can't make.
+    """
+    dit, image, tower = config.dit, None, config.image_encoder
+    if dit.image_dim is not None and tower is not None:
+        image = (len(GIVEN_FRAMES[config.task]) * tower.num_tokens, dit.image_dim)
+    contents = Contents(
+        task=config.task, z_dim=dit.out_channels, text_len=dit.text_len, text_dim=dit.text_dim, image_shape=image, fps=16,
+        sizes=tuple(sizes), exact=True, min_frames=1, dtype="bfloat16", tiling=False, vae="", text_encoder="",
+        image_encoder=None if image is None else "",
+    )  # fmt: skip
+    # As many of each as may be held out, and one to train on
+    samples = tuple(
+        tuple(Sample(f"{size}-{i}", "", f"{size}-{i}", size, "", "") for i in range(held_out + 1)) for size in sizes
+    )
+    return Data(
+        path=pathlib.Path("described"),
+        contents=contents,
+        fingerprint="",
+        buckets=tuple(
+            Bucket(size, _latent_shape(size, contents), len(own)) for size, own in zip(sizes, samples, strict=True)
+        ),
+        samples=samples,
+        empty_text=np.zeros((dit.text_len, dit.text_dim), jnp.bfloat16),
+        validation_prompts=(),
+        latents_store=None,  # pyright: ignore[reportArgumentType]
+        text_store=None,  # pyright: ignore[reportArgumentType]
+    )
+
+
 def _fingerprint(manifest: Manifest) -> str:
     lines = sorted(f"{sample.clip} {sample.text}" for sample in manifest.samples)
     return hashlib.sha256("\n".join([manifest.empty_text, *lines]).encode()).hexdigest()[:32]

@@ -21,7 +21,7 @@ from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_jax.sampling.request import default_flow_shift
 from fps_jax.sizes import Shape3
 from fps_train.config import TrainConfig
-from fps_train.data import Batches, Data, open_data
+from fps_train.data import Batches, Data, described_data, open_data
 from fps_train.plan import BucketPlan, bucket_grid
 from fps_train.regimes import TrainingRegime, training_regimes
 from fps_train.state import Parts, TrainState, init_state, state_shardings
@@ -56,17 +56,19 @@ class Setup:
         return self.model.config
 
 
-def prepare(options: TrainConfig, devices: list[Any] | None = None) -> Setup:
+def prepare(options: TrainConfig, devices: list[Any] | None = None, sizes: tuple[str, ...] = ()) -> Setup:
     """Opens model and data, and holds all options against them.
 
     devices: for the mesh, in place of those that there are; they may only be described.
+    sizes: of videos, as fps-precompute names them, for a run that is planned without data; `options.data` isn't read then.
     Raises: FileNotFoundError or ValueError in one line.
     """
-    for name in ("model", "data", "output"):
+    for name in ("model",) if sizes else ("model", "data", "output"):
         if not getattr(options, name):
             given = "MODEL" if name == "model" else f"--{name}"
             raise ValueError(f"{given} is missing; give it, or a --config that has it")
-    model, data = open_model(options.model), open_data(options.data)
+    model = open_model(options.model)
+    data = described_data(model.config, sizes, options.validation.samples) if sizes else open_data(options.data)
     data.check(model.config)
     batches = Batches(
         data,

@@ -31,6 +31,8 @@ class Train(TrainConfig):
     plan: str | None = None
     """Compile the run for GPUs that aren't there, h200:8 say, and say what it takes: bytes a device, traffic. Nothing is written.
     Needs the offline-gpu extra."""
+    plan_sizes: tuple[str, ...] = ()
+    """With --plan, sizes of videos, 480x832x81 say, in place of --data."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +45,8 @@ def _run(argv: list[str]) -> None:
     argv, preset = _take(argv, "--preset")
     options: Train = parse(Train, argv, prog="fps-train", default=_defaults(config, preset))
     plain = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
+    if options.plan_sizes and options.plan is None:
+        raise ValueError("plan_sizes was given without plan, which is what they are for; give --plan h200:8, say")
     if options.plan is not None:
         from fps_train.described import parse_devices, prepare_process
 
@@ -50,7 +54,7 @@ def _run(argv: list[str]) -> None:
         prepare_process()
         from fps_train.cluster_plan import plan_run, report
 
-        print(report(plan_run(plain, kind, count, functools.partial(print, file=sys.stderr))))
+        print(report(plan_run(plain, kind, count, functools.partial(print, file=sys.stderr), options.plan_sizes)))
         return
     if options.dry_run:
         from fps_train.describe import describe
