@@ -46,7 +46,7 @@ def counted(remat, attention, dtype=jnp.float32) -> Counter:
     return Counter(equation.primitive.name for equation in equations(program))
 
 
-# Exponentials of the forward of each: dense attention has one, `portable` two. The backward has one of its own.
+# Exponentials of the forward of each: dense attention has one, `portable` too for so few tokens. The backward has one of its own.
 @pytest.mark.parametrize(("attention", "own"), [("dense", 1), ("fps with a dense layer", 1 + 1)])
 def test_with_remat_attention_the_forward_of_self_attention_runs_once(attention, own):
     exps = {remat: counted(remat, ATTENTION[attention])["exp"] for remat in ("none", "attention", "dots", "full")}
