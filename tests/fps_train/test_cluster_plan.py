@@ -140,5 +140,5 @@ def test_without_the_packages_for_it_the_extra_is_named(monkeypatch):
     missing = functools.partial(lambda find, name: None if "cuda13" in name else find(name), importlib.util.find_spec)
     monkeypatch.setattr(described.importlib.util, "find_spec", missing)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    with pytest.raises(ValueError, match=r"needs the offline-gpu extra .*pip install"):
+    with pytest.raises(ValueError, match=r"needs the offline-gpu extra; install it with pip install"):
         prepare_process()

@@ -73,12 +73,7 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     compiled = programs.compiled()
     count, axes = setup.mesh.size, dict(setup.mesh.shape)
     peak = peak_flops(setup.mesh.devices.flat[0])
-    flops = {
-        f"{'x'.join(map(str, bucket.grid))} tokens, {regime.name}": setup.options.batch_size
-        * programs.sample_flops(bucket, regime)
-        for bucket in setup.buckets
-        for regime in bucket.regimes
-    }
+    flops = programs.flops()
     found = {}
     for name, program in compiled.items():
         memory = program.memory_analysis()

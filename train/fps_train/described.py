@@ -71,7 +71,7 @@ def prepare_process() -> None:
     cudnn = importlib.util.find_spec("nvidia.cudnn") if importlib.util.find_spec("nvidia") else None
     if importlib.util.find_spec("jax_cuda13_plugin") is None or cudnn is None or not cudnn.submodule_search_locations:
         raise ValueError(
-            "compiling for GPUs needs the offline-gpu extra (1.5 GB); install it with pip install 'fps-jax[offline-gpu]' "
+            "compiling for GPUs needs the offline-gpu extra; install it with pip install 'fps-jax[offline-gpu]' "
             "(.[offline-gpu] in a clone)"
         )
     lib = str(pathlib.Path(next(iter(cudnn.submodule_search_locations))) / "lib")

@@ -73,11 +73,23 @@ class Programs:
 
     def compiled(self) -> dict[str, Any]:
         """`jax.stages.Compiled` of each, by the size of video and the first regime that it is of, and 'update'."""
+        firsts = {name: self._gradients[key] for name, (key, _) in self._first_regimes().items()}
+        return {**firsts, "update": self._update}
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations of a microbatch, forward and backward, by the names of `compiled`."""
+        rows = self._options.batch_size
+        return {
+            name: rows * self.sample_flops(bucket, regime)
+            for name, ((bucket, _), regime) in self._first_regimes().items()
+        }
+
+    def _first_regimes(self) -> dict[str, tuple[tuple[BucketPlan, TokenAttention], TrainingRegime]]:
         found = {}
-        for (bucket, attention), program in self._gradients.items():
+        for bucket, attention in self._gradients:
             regime = next(regime for regime in bucket.regimes if regime.attention == attention)
-            found[f"{'x'.join(map(str, bucket.grid))} tokens, {regime.name}"] = program
-        return {**found, "update": self._update}
+            found[f"{'x'.join(map(str, bucket.grid))} tokens, {regime.name}"] = ((bucket, attention), regime)
+        return found
 
     def gradient(
         self, trained: Params, batch: Batch, bucket: BucketPlan, regime: TrainingRegime, sums: Params | None
