@@ -49,8 +49,8 @@ def programs() -> dict[str, Callable[[], Any]]:
     f32, bf16 = jnp.float32, jnp.bfloat16
     spec = jax.ShapeDtypeStruct
 
-    def denoise(config: WanConfig, height: int, width: int, frames: int = 21, steps: int = 50, fps: bool = False):
-        h, w = height // 8, width // 8
+    def denoise(config: WanConfig, height: int, width: int, num_frames: int = 81, steps: int = 50, fps: bool = False):
+        frames, h, w = latent_grid(height, width, num_frames)
         weights = flatten(abstract_params(build_dit(config.dit)))
         params = unflatten({path: spec(leaf.shape, param_dtype(path, bf16)) for path, leaf in weights})
         latents, text = spec((1, 16, frames, h, w), f32), spec((1, 512, 4096), bf16)

@@ -2,12 +2,13 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import sys
 from typing import Any
+
+from fps_jax.files import write_json
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "torch", "diffusers", "transformers")
@@ -51,6 +52,6 @@ def write(name: str, payload: dict[str, Any]) -> pathlib.Path:
     """Writes benchmarks/results/<name>.json with `environment` first, and says where."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **payload}, indent=1) + "\n")
+    write_json({"environment": environment(), **payload}, path)
     print(f"written: {path}")
     return path

@@ -9,6 +9,7 @@ SigmaGrid = Literal["wan", "diffusers"]
 # How a model is sampled where nothing else is said: `fps_jax.sampling.presets`.
 Preset = Literal["wan", "few-step", "dmd", "causvid"]
 OutputType = Literal["np", "latent", "pil"]
+Which = Literal["ema", "raw"]  # of a run's weights: the moving average, or themselves
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
 # What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
 # then isn't run again; the matmuls with weights; nothing but its input.

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
+Moved = Callable[[int], object]  # bytes read or written since the last call
 
 
 @contextlib.contextmanager
@@ -18,3 +19,12 @@ def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextlib.contextmanager
+def bytes_bar(label: str, total: int) -> Iterator[Moved]:
+    """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+        yield bar.update

@@ -1,6 +1,8 @@
 """From a video's pixels to latents to tokens: in every Wan2.1, 4 frames and 8 x 8 pixels a latent, 2 x 2 latents a token."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 Shape3 = tuple[int, int, int]  # along frames, rows and columns
 
@@ -12,7 +14,42 @@ def latent_grid(height: int, width: int, num_frames: int) -> Shape3:
     return (num_frames - 1) // 4 + 1, height // 8, width // 8
 
 
+def video_size(latents: Sequence[int]) -> Shape3:
+    """Height, width and frames of the video that latents (F, Y, X) are of: what `latent_grid` takes."""
+    frames, rows, columns = latents
+    return 8 * rows, 8 * columns, 4 * (frames - 1) + 1
+
+
+def most_frames(frames: int) -> int:
+    """The largest number of frames up to `frames` that Wan's VAE takes."""
+    return (frames - 1) // 4 * 4 + 1
+
+
 def token_grid(latents: Sequence[int], patch: Sequence[int] = PATCH) -> Shape3:
     """Tokens (F, Y, X) of so many latents (F, Y, X); the DiT's patches have `patch` latents."""
     frames, rows, columns = (n // p for n, p in zip(latents, patch, strict=True))
     return frames, rows, columns
+
+
+def check_integer(name: str, value: Any) -> None:
+    """Raises ValueError where the argument `name` is no whole number."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
+
+
+def check_frame(
+    height: int, width: int, num_frames: int, names: Sequence[str] = ("height=", "width=", "num_frames=")
+) -> None:
+    """Raises ValueError for a frame size or a number of frames that no Wan2.1 model makes.
+
+    names: what a message calls them.
+    """
+    for name, value in zip(names, (height, width, num_frames), strict=True):
+        check_integer(name.removesuffix("="), value)
+    for name, value in zip(names, (height, width), strict=False):
+        if value < 16 or value % 16:
+            nearest = max(16, round(value / 16) * 16)
+            raise ValueError(f"{name}{value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
+    if num_frames < 1 or num_frames % 4 != 1:
+        nearest = max(1, most_frames(num_frames + 1))
+        raise ValueError(f"{names[2]}{num_frames} is not 4k+1 (Wan's VAE groups frames by 4); use {nearest}")

@@ -50,16 +50,16 @@ ROOMS = {
     "fps_jax.checkpoints": Room(
         f"{LEAVES} fps_jax.attention fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"
     ),
-    "fps_convert": Room(
-        f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers tqdm"
-    ),
+    "fps_convert": Room(f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers"),
     "fps_jax.sampling": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
         ARRAYS,
         inside="PIL",
     ),
+    "fps_jax.tuning.defaults": Room(),
     "fps_jax.tuning": Room(
-        f"{LEAVES} pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", ARRAYS
+        f"{LEAVES} fps_jax.tuning.defaults pallas_kernels fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling",
+        ARRAYS,
     ),
     "fps_jax.evaluation": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", f"{ARRAYS} scipy", inside="PIL"
@@ -82,7 +82,7 @@ ROOMS = {
     ),
     # Arguments are parsed before jax is imported.
     "fps_jax.commands": Room(
-        LEAVES,
+        f"{LEAVES} fps_jax.tuning.defaults",
         "tyro",
         inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
         "fps_jax.tuning fps_jax.evaluation jax numpy",
@@ -213,3 +213,9 @@ def test_the_library_imports_without_what_is_for_functions_only():
 def test_importing_the_package_and_its_configs_loads_no_jax():
     code = "import sys, fps_jax, fps_jax.config, fps_jax.errors\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_only_tests_of_benchmarks_import_them():
+    for file in (ROOT / "tests").rglob("*.py"):
+        if file.relative_to(ROOT / "tests").parts[0] != "benchmarks":
+            assert not re.search(r"^\s*(from|import) benchmarks\b", file.read_text(), re.MULTILINE), file

@@ -115,9 +115,8 @@ def _same_name(rgb: Float32[np.ndarray, "F 3"], table: dict[str, tuple[int, int,
 
 def _masks(difference: Float32[np.ndarray, "F H W 3"]) -> tuple[Bool[np.ndarray, "F H W"], Bool[np.ndarray, "F H W"]]:
     """(visibly not the background, more than half way from it to the colour of what is visible), from pixels - background."""
-    smooth = ndimage.uniform_filter(
-        difference, (0, 3, 3, 0)
-    )  # noise to a third; the pixel too, so that a speck stays small
+    # Noise to a third; the pixel too, so that a speck stays small
+    smooth = ndimage.uniform_filter(difference, (0, 3, 3, 0))
     visible = (_squares(smooth) > VISIBLE**2) & (_squares(difference) > VISIBLE**2)
     solid = np.zeros_like(visible)
     for f, inner in enumerate(_inside(visible)):
@@ -189,9 +188,8 @@ def _read_shape(masks: np.ndarray, cx: np.ndarray, cy: np.ndarray, area: np.ndar
     cx, cy, whole = (of_frame.astype(np.float32)[:, None, None] for of_frame in (cx, cy, area))
     x = np.arange(masks.shape[2], dtype=np.float32)[None, None, :] + 0.5 - cx
     y = np.arange(masks.shape[1], dtype=np.float32)[None, :, None] + 0.5 - cy
-    height = np.sqrt(
-        whole * 3**0.5
-    )  # of an upright triangle of equal sides, whose centroid is a third of it above the base
+    # Of an upright triangle of equal sides, whose centroid is a third of it above the base
+    height = np.sqrt(whole * 3**0.5)
     from_top = y + height * 2 / 3
     outlines = {
         "circle": x**2 + y**2 < whole / np.pi,

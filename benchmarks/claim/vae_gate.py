@@ -17,6 +17,7 @@ from benchmarks.claim import world
 from benchmarks.claim.judge import FACTS, judge, write_strips
 from benchmarks.record import write
 from fps_jax.errors import parse, run_cli
+from fps_jax.sizes import latent_grid
 
 NOISE = (0.0, 0.3)
 LEAST = 0.98
@@ -61,7 +62,7 @@ def _main(arguments: list[str]) -> None:
 
     drawn = [world.make_clip(options.seed, i, True) for i in range(options.clips)]
     clips = np.stack([frames for *_, frames in drawn])
-    shape = (config.z_dim, (world.FRAMES - 1) // 4 + 1, world.HEIGHT // 8, world.WIDTH // 8)
+    shape = (config.z_dim, *latent_grid(world.HEIGHT, world.WIDTH, world.FRAMES))
     noise = np.random.default_rng(options.seed).standard_normal((options.clips, *shape)).astype(np.float32)
     options.output.mkdir(parents=True, exist_ok=True)
     record, passed = {"model": str(options.model), "clips": options.clips, "seed": options.seed}, True

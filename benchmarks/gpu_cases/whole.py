@@ -21,7 +21,7 @@ from fps_jax.models.params import Params, abstract_params, flatten, unflatten
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
-from fps_jax.sizes import token_grid
+from fps_jax.sizes import latent_grid, token_grid
 from fps_jax.tuning.timing import summary
 
 _MODELS = {"1.3B": (WAN_T2V_1_3B, 480, 832), "14B": (WAN_T2V_14B, 720, 1280)}
@@ -38,7 +38,7 @@ def _model(toy: bool, model: str) -> tuple[DiTConfig, tuple[int, int, int]]:
             task="t2v", dim=128, num_heads=1, num_layers=1, mlp_dim=128, text_dim=32, freq_dim=32, text_len=8
         )  # fmt: skip
         return small, (4, 16, 32)
-    return config.dit, (21, height // 8, width // 8)
+    return config.dit, latent_grid(height, width, 81)
 
 
 def _shapes(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:

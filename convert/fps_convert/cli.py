@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fps_convert.comfyui import ComfyDtype
 from fps_convert.formats.readers import Dtype
 from fps_convert.layouts import LayoutName
-from fps_jax.choices import file_and_scale
+from fps_jax.choices import Which, choices, file_and_scale
 from fps_jax.errors import parse, run_cli
 
 
@@ -64,11 +65,11 @@ class ToTorch:
     layout: LayoutName | None = None
     """Whose file names and keys to write; not for --lora apart."""
 
-    dtype: Literal["bfloat16", "fp8_scaled"] | None = None
+    dtype: ComfyDtype | None = None
     """With --layout comfyui: cast all but the VAE; fp8_scaled writes the matrices of the DiT's blocks in FP8 with a scale each.
     Left out: as stored."""
 
-    weights: Literal["ema", "raw"] | None = None
+    weights: Which | None = None
     """Of a run: the moving average, or the weights themselves; the average where there is one if left out."""
 
     lora: Literal["merged", "apart"] = "merged"
@@ -147,9 +148,7 @@ def _to_torch(command: ToTorch) -> None:
         print(f"wrote {write_run_lora(command.src, command.dst, command.weights, command.overwrite)}")
         return
     if command.layout is None:
-        raise ValueError(
-            "--layout is missing; whose file names and keys to write: official or diffusers, or comfyui for its single files"
-        )
+        raise ValueError(f"--layout is missing; whose file names and keys to write: one of {choices(LayoutName)}")
     with run_as_checkpoint(command.src, command.dst, command.weights) if trained else nullcontext(command.src) as src:
         report = to_torch(src, command.dst, command.layout, command.overwrite, dtype=command.dtype)
     print(summary(report, f"report: {report['report']}"))

@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -18,11 +17,12 @@ from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
-from fps_convert.report import NAMES, lost_flow_shift, lost_preset, progress_bar
+from fps_convert.report import NAMES, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import check_space, new_directory, write_json
+from fps_jax.progress import Moved, bytes_bar
 
 
 def to_torch(
@@ -48,9 +48,10 @@ def to_torch(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
     wanted = LAYOUTS[layout]
-    if dtype is not None and (dtype not in COMFY_DTYPES or not wanted.loose):
+    if dtype is not None and (dtype not in COMFY_DTYPES or not wanted.casts):
+        casting = ", ".join(name for name, layout in LAYOUTS.items() if layout.casts)
         raise ValueError(
-            f"dtype={dtype!r} with layout={layout!r}: give {' or '.join(COMFY_DTYPES)} with comfyui, or none"
+            f"dtype={dtype!r} with layout={layout!r}: give {' or '.join(COMFY_DTYPES)} with {casting}, or none"
         )
     with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
         root = pathlib.Path(src)
@@ -62,7 +63,7 @@ def to_torch(
         total = sum(file.stat().st_size for name in components for file in (root / name).rglob("*") if file.is_file())
         check_space(fresh.parent, total)
         report: dict[str, Any] = {"layout": layout, "task": config.task, "notes": [], "components": {}}
-        with progress_bar("converting", total) as progress:
+        with bytes_bar("converting", total) as progress:
             for name in components:
                 report["components"][name] = _write_component(
                     root, fresh, name, config, wanted, manifest, progress, report["notes"], dtype
@@ -152,7 +153,7 @@ def _write_component(
     config: WanConfig,
     layout: Layout,
     manifest: dict[str, Any],
-    progress: Callable[[int], object],
+    progress: Moved,
     notes: list[str],
     dtype: ComfyDtype | None,
 ) -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _write_component(
     if layout.places[name].naming == "diffusers":
         outputs = spelled(name, outputs, manifest.get("spelling", {}))
     outputs = comfyui.cast(name, outputs, dtype)
-    if layout.loose and name == "text_encoder":
+    if name == layout.tokenizer_within:
         tokenizer = comfyui.tokenizer_output(root / "tokenizer")
         if not tokenizer:
             notes.append("the tokenizer has no spiece.model, which ComfyUI reads from the text encoder's file")
@@ -182,7 +183,7 @@ def write_weights(
     config: WanConfig,
     layout: Layout,
     outputs: list[Output],
-    progress: Callable[[int], object],
+    progress: Moved,
     *,
     shard_bytes: int | None = None,
 ) -> None:
@@ -194,7 +195,7 @@ def write_weights(
         write_pth(folder / place.name, outputs, progress)
     else:
         metadata = _noted_with_the_dit(config, layout) if name == "dit" else {}
-        most = sys.maxsize if layout.loose else shard_bytes or SHARD_BYTES
+        most = (shard_bytes or SHARD_BYTES) if layout.shards else sys.maxsize
         write_safetensors(folder, place.stem, outputs, metadata, progress, most)
     if place.config is not None:
         dtypes = [output.dtype for output in outputs]

@@ -4,8 +4,10 @@ A new layout is a record here, and a column in `mapping` and `key_patterns` if i
 writing and reports go by the record; nothing asks which layout it is.
 """
 
+import os
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,7 +65,10 @@ class Layout:
       scheduler: the file that says the flow shift, if there is one.
       flow_shift: where there is none: by task, the shift that sampling with this layout means, and that up to 480 x 832.
       not_its_dit: prefixes of tensors that tell a DiT of elsewhere, and what such a directory is instead.
-      loose: files are told by content, whatever their name and place; each is one file, never shards.
+      loose: files are told by content, whatever their name and place.
+      shards: a large .safetensors is written in shards.
+      casts: tensors can be written in another dtype than they are stored in (`comfyui.cast`).
+      tokenizer_within: the component whose file holds the tokenizer's model too.
       beside: the JSON files beside the components, by path, from our config and the tokenizer's folder.
     """
 
@@ -76,11 +81,16 @@ class Layout:
     flow_shift: dict[Task, tuple[float, float | None]] = field(default_factory=dict)
     not_its_dit: dict[str, str] = field(default_factory=dict)
     loose: bool = False
+    shards: bool = True
+    casts: bool = False
+    tokenizer_within: Component | None = None
     beside: Callable[[WanConfig, pathlib.Path], dict[str, dict[str, Any]]] = lambda config, tokenizer: {}
 
-    def marked(self, path: pathlib.Path) -> bool:
-        """Whether a directory has one of the marks."""
-        return any((path / m).is_dir() if m.endswith("/") else (path / m).exists() for m in self.marks)
+    def marked(self, names: Collection[str]) -> bool:
+        """Whether files of these names, as paths within a checkpoint, have one of the marks."""
+        return any(
+            name.startswith(mark) if mark.endswith("/") else name == mark for name in names for mark in self.marks
+        )
 
 
 def _beside_diffusers(config: WanConfig, tokenizer: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -136,14 +146,49 @@ COMFYUI = Layout(
     # The same models as the official ones; a workflow's shift is in the workflow.
     flow_shift=OFFICIAL.flow_shift,
     loose=True,
+    shards=False,
+    casts=True,
+    tokenizer_within="text_encoder",
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS, COMFYUI)}
 _WEIGHTS = (".safetensors", ".gguf")
 
 
+def layout_by_names(names: Collection[str]) -> Layout | None:
+    """The layout of files of these names, as paths within a checkpoint, by its marks; the official one has none but its DiT's name.
+
+    None: whatever weights there are lie loose.
+    """
+    dit = re.compile(re.escape(OFFICIAL.places["dit"].stem) + r"[^/]*\.safetensors[^/]*")
+    marked = next((layout for layout in LAYOUTS.values() if layout.marked(names)), None)
+    return marked or (OFFICIAL if any(dit.fullmatch(name) for name in names) else None)
+
+
+def top_names(path: pathlib.Path) -> list[str]:
+    """What lies in a directory, folders with a slash at the end."""
+    return [f"{entry.name}/" if entry.is_dir() else entry.name for entry in path.iterdir()]
+
+
 def layout_of(path: pathlib.Path) -> Layout:
-    """The layout of a directory, by its marks; the official one has none, and without its DiT the weights are loose files."""
-    marked = next((layout for layout in LAYOUTS.values() if layout.marked(path)), None)
-    if marked is not None or any(path.glob(f"{OFFICIAL.places['dit'].stem}*.safetensors*")):
-        return marked or OFFICIAL
-    return COMFYUI if any(file.suffix in _WEIGHTS for file in path.rglob("*")) else OFFICIAL
+    """The layout of a directory, as `layout_by_names`; of one without a checkpoint or weights, the official one."""
+    names = top_names(path)
+    told = layout_by_names(names)
+    if told is not None and (told.marks or any(name.endswith(".pth") for name in names)):
+        return told
+    # Told by its DiT's name alone, which a loose file may have too: other weights beside it say that.
+    stem = OFFICIAL.places["dit"].stem
+    others = (file for file in tree(path) if file.suffix in _WEIGHTS and not (told and file.name.startswith(stem)))
+    return COMFYUI if any(others) else OFFICIAL
+
+
+def tree(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All files and folders below a folder, sorted. Links to folders are followed, as people link their models; never twice."""
+    found, seen = [], set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [pathlib.Path(where) / name for name in (*folders, *files)]
+    return sorted(found)

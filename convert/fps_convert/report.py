@@ -1,8 +1,6 @@
 """What a conversion says of itself: a bar while it runs, a report for the record, a few lines at the end."""
 
-import contextlib
 import pathlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,15 +12,6 @@ from fps_convert.source import Part, Source
 from fps_jax.config import Component, WanConfig
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, nbytes: int) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
-    import tqdm
-
-    with tqdm.tqdm(total=nbytes, desc=title, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
-        yield bar.update
 
 
 def audit(

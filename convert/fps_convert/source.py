@@ -17,8 +17,7 @@ from fps_jax.checkpoints.format import empty_aligned
 from fps_jax.checkpoints.lora import Scaled, merge
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, unflatten
-
-Progress = Callable[[int], Any]  # called with bytes done
+from fps_jax.progress import Moved
 
 
 @dataclass
@@ -85,7 +84,7 @@ class Source:
             for path, names in self.parts[component].row_dtypes().items()
         }
 
-    def load(self, component: Component, dtype: Any = None, progress: Progress | None = None) -> Params:
+    def load(self, component: Component, dtype: Any = None, progress: Moved | None = None) -> Params:
         """Parameters of one component as NumPy arrays, each tensor copied once, from the mapped file to its place.
 
         Args:
@@ -121,7 +120,7 @@ class Source:
         self,
         component: Component,
         take: Callable[[Row, np.ndarray], None],
-        progress: Progress | None,
+        progress: Moved | None,
         dtypes: dict[str, np.dtype],
     ) -> None:
         """Calls `take(row, values)` for every parameter of every layer, on several threads; `values` is a view in our shape.
@@ -147,7 +146,7 @@ class Source:
             if progress is not None:
                 progress(nbytes)
 
-    def save(self, component: Component, directory: pathlib.Path, dtype: Any, progress: Progress | None = None) -> None:
+    def save(self, component: Component, directory: pathlib.Path, dtype: Any, progress: Moved | None = None) -> None:
         """What `save_component(directory, load(component, dtype))` writes, with one tensor a thread in memory."""
         files = array_files.create(
             directory, mapping.leaves(self.parts[component].table), self.stored_dtypes(component, dtype)

@@ -13,13 +13,14 @@ from fps_convert import mapping
 from fps_convert.formats.readers import DTYPES
 from fps_convert.lora.read import open_lora
 from fps_convert.open import open_checkpoint
-from fps_convert.report import dtype_changes, progress_bar
+from fps_convert.report import dtype_changes
 from fps_convert.single_files import Given
 from fps_convert.source import Source
 from fps_jax.checkpoints.format import SCHEDULE, copy_tokenizer, write_config
 from fps_jax.checkpoints.lora import Scaled
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
+from fps_jax.progress import bytes_bar
 
 
 def to_flax(
@@ -59,7 +60,7 @@ def to_flax(
         check_space(fresh.parent, sum(nbytes.values()))
         audit = source.audit
         mixed = {}
-        with progress_bar("converting", sum(part.nbytes for part in source.parts.values())) as progress:
+        with bytes_bar("converting", sum(part.nbytes for part in source.parts.values())) as progress:
             for name in source.components:
                 source.save(name, fresh / name, kind, progress)
                 audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)

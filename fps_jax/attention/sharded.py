@@ -91,6 +91,7 @@ class ShardedAttention(TokenAttention):
         counts = np.pad(plan.counts, (*whole, (0, extra)), constant_values=1)
 
         def planned(q, k, v, layer, tiles, counts, q_valid, k_valid):
+            # Not `build`, which refuses an empty tile: those at the end stand in no row but their own.
             pattern = TilePattern(
                 key_tiles=tiles,
                 counts=counts,

@@ -305,9 +305,8 @@ _COST_OF_A_CLOSED_AXIS = 0.06  # fewer than three tiles along an axis: no window
 
 def _cost(grid: Shape3, p: TileProposal) -> float:
     padding = (1 + p.waste) ** 2 - 1  # padded queries times padded keys
-    return round(
-        padding + _COST_OF_SIZE[p.stored] + _cost_of_shape(grid, p), 9
-    )  # ties are ties, in whatever order it is summed
+    # Ties are ties, in whatever order it is summed
+    return round(padding + _COST_OF_SIZE[p.stored] + _cost_of_shape(grid, p), 9)
 
 
 def _cost_of_shape(grid: Shape3, p: TileProposal) -> float:

@@ -8,19 +8,17 @@ import json
 import os
 import pathlib
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import numpy as np
 
 from fps_jax.checkpoints.format import load_component
+from fps_jax.choices import Which
 from fps_jax.models.lora import LoRAConfig, merge_lora
 from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_train"
 VERSION = 1
-
-Which = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True, kw_only=True)

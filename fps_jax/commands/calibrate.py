@@ -14,6 +14,7 @@ from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, 
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
 from fps_jax.progress import progress_bar
+from fps_jax.tuning.defaults import DENSITIES
 
 if TYPE_CHECKING:
     from fps_jax.sampling.request import Request
@@ -36,7 +37,7 @@ class Calibrate(VideoOptions):
     """Largest relative L2 error of the attention output at any step, mean over layers and prompts."""
     max_regimes: int = 4
     """Largest number of regimes."""
-    densities: tuple[float, ...] = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
+    densities: tuple[float, ...] = DENSITIES
     """Windows to try, by the share of token pairs that they keep."""
     center_k: Literal["no", "yes", "both"] = "no"
     """Whether to take the mean off K before it is rounded: exact in the softmax; both measures with and without."""

@@ -51,9 +51,8 @@ def _compare(options: Compare) -> None:
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
         model = open_model(options.model)
         resolved: Any = request.resolve(model.config, model.schedule)
-        request.frames(
-            model.config
-        )  # read for each video again: one that is no image is told before the weights are read
+        # Read for each video again: one that is no image is told before the weights are read
+        request.frames(model.config)
         _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 

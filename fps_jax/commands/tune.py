@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fps_jax.errors import parse, run_cli
 from fps_jax.sizes import latent_grid, token_grid
+from fps_jax.tuning.defaults import CLASSES, DEADLINE, SCALES, SPARSE_DENSITY
 
 # (heads, height, width) of 81 frames
 _PRESETS = {
@@ -36,15 +37,15 @@ class Tune:
     """Attention heads, in place of the preset's."""
     head_dim: int = 128
     """64 or 128; every Wan model has 128."""
-    density: float = 0.2
+    density: float = SPARSE_DENSITY
     """Density of the window that stands for all sparse ones."""
-    classes: tuple[Literal["sparse", "dense"], ...] = ("sparse", "dense")
+    classes: tuple[Literal["sparse", "dense"], ...] = CLASSES
     """Keys to measure, by density. Keys that aren't measured keep their entries."""
-    scales: tuple[Literal[0, 1, 2], ...] = (1, 2, 0)
+    scales: tuple[Literal[0, 1, 2], ...] = SCALES
     """Keys to measure, by FP8 scales in a block of 128 keys; 0 is bf16."""
     output: pathlib.Path | None = None
     """The table to write; the one that attention reads if left out: FPS_TUNED_TABLE, else the installed package's own."""
-    deadline: float = 90.0
+    deadline: float = DEADLINE
     """Seconds without an answer that mean a hang. Starting takes about 20."""
     dry_run: bool = False
     """List what would be measured; needs no GPU."""

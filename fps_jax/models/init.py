@@ -20,9 +20,8 @@ from fps_jax.models.rope import axis_frequencies
 from fps_jax.models.vae import build_vae
 
 _EMBEDDING_STD = 0.02
-_LOG_VARIANCE = (
-    -6.0
-)  # of a new VAE's latents: a deviation of 0.05, beside which what is coded can be seen from the first step
+# Of a new VAE's latents: a deviation of 0.05, beside which what is coded can be seen from the first step
+_LOG_VARIANCE = -6.0
 _ZERO = re.compile(r"^time_projection/|^head/|/bias$|^image_embedding/positions$")
 _EMBEDDING = re.compile(r"^(text|time)_embedding/.*kernel$")
 _SELF_ATTENTION_NORM = re.compile(r"^blocks/self_attn/norm_[qk]/scale$")

@@ -16,7 +16,7 @@ from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import decode_bytes
 from fps_jax.sampling.presets import PRESETS
 from fps_jax.sampling.request import latent_shape
-from fps_jax.sizes import token_grid
+from fps_jax.sizes import token_grid, video_size
 
 
 def describe(
@@ -66,7 +66,7 @@ def memory(config: WanConfig, latent_shape: tuple[int, ...]) -> dict[str, int]:
     The DiT's and the VAE's weights are there throughout, the text encoder's only for its own stage. `benchmarks/memory.py`
     compiles the real programs and records what XLA says.
     """
-    *_, h, w = latent_shape
+    height, width, _ = video_size(latent_shape[2:])
     tokens = math.prod(token_grid(latent_shape[2:], config.dit.patch_size))
     bf16 = jnp.dtype(jnp.bfloat16)
     weights = {
@@ -83,7 +83,7 @@ def memory(config: WanConfig, latent_shape: tuple[int, ...]) -> dict[str, int]:
     return {
         "text encoding": resident + weights["text_encoder"] + 2**30,
         "denoising": resident + _activations(config.dit, tokens),
-        "VAE decode": resident + decode_bytes(config.vae, 8 * h, 8 * w),
+        "VAE decode": resident + decode_bytes(config.vae, height, width),
     }
 
 

@@ -19,7 +19,7 @@ from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
 from fps_jax.checkpoints.open import Model, open_lora, open_model, open_model_files
 from fps_jax.checkpoints.placement import visiting
-from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver
+from fps_jax.choices import Dtype, OutputType, Preset, Setting, SigmaGrid, Solver, check_choice
 from fps_jax.config import WanConfig
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.tokenizer import Tokenizer
@@ -31,8 +31,7 @@ from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.presets import PRESETS
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.solvers import SolverTable
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+from fps_jax.sizes import video_size
 
 log = logging.getLogger("fps_jax")
 
@@ -81,7 +80,7 @@ class WanPipeline:
           dtype: 'bfloat16' or 'float32', for the DiT and the text encoder. The VAE and the image tower are float32 always.
         Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
         """
-        check_dtype(dtype)
+        check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
         return cls._of(open_model(path), dtype)
 
@@ -105,7 +104,7 @@ class WanPipeline:
           dtype: as of `from_pretrained`.
         Raises: as `from_pretrained`.
         """
-        check_dtype(dtype)
+        check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
         model = open_model_files(
             dit=dit, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder, tokenizer=tokenizer
@@ -119,9 +118,9 @@ class WanPipeline:
         if model.config.preset != "wan":
             log.info("sampled by preset %s: %s", model.config.preset, PRESETS[model.config.preset].words())
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
-        params: dict[str, Params] = {name: model.load(name, DTYPES[dtype]) for name in model.components}
+        params: dict[str, Params] = {name: model.load(name, jnp.dtype(dtype)) for name in model.components}
         return cls(
-            config=model.config, params=params, tokenizer=tokenizer, dtype=DTYPES[dtype], schedule=model.schedule
+            config=model.config, params=params, tokenizer=tokenizer, dtype=jnp.dtype(dtype), schedule=model.schedule
         )
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -325,7 +324,7 @@ class WanPipeline:
             embeds = jnp.array(np.asarray(embeds), jnp.float32)
         if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
             raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
-        tiling = request.vae_tiling or self.needs_tiling(*(8 * size for size in resolved.latent_shape[-2:]))
+        tiling = request.vae_tiling or self.needs_tiling(*video_size(resolved.latent_shape[2:])[:2])
 
         text = self._encode_prompts(resolved.prompts)
         negative = self._encode_prompts(resolved.negatives) if guidance_scale > 1 else None
@@ -352,7 +351,7 @@ class WanPipeline:
 
     def _condition(self, frames: list[np.ndarray], shape: tuple[int, ...], tiling: bool) -> Float[Array, "B 20 F H W"]:
         """Mask (1 where a frame is given) and latents of the video [first, grey, ..., grey(, last)]."""
-        video = condition_video(frames, 4 * (shape[2] - 1) + 1)
+        video = condition_video(frames, video_size(shape[2:])[2])
         with progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
         mask = condition_mask(len(frames), shape[2:])
@@ -377,12 +376,6 @@ def _to_pil(video: np.ndarray) -> list[list[Any]]:
     from PIL import Image
 
     return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises ValueError for a dtype that no pipeline computes in."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(map(repr, DTYPES))}")
 
 
 def enable_compilation_cache() -> None:

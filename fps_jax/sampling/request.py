@@ -19,7 +19,7 @@ from fps_jax.sampling.denoise import Segments
 from fps_jax.sampling.flow import check_levels
 from fps_jax.sampling.presets import Settings, fill
 from fps_jax.sampling.solvers import SolverTable, coefficients
-from fps_jax.sizes import Shape3, latent_grid, token_grid
+from fps_jax.sizes import Shape3, check_frame, check_integer, latent_grid, token_grid
 
 
 class Resolved(NamedTuple):
@@ -160,7 +160,7 @@ class Request:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), kind)
         if self.num_inference_steps is not None:
-            _check_integer("num_inference_steps", self.num_inference_steps)
+            check_integer("num_inference_steps", self.num_inference_steps)
         scale = self.guidance_scale
         if scale is not None and (not isinstance(scale, int | float | np.number) or not np.isfinite(scale)):
             raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
@@ -214,7 +214,7 @@ class Request:
         if len(seeds) != batch:
             raise ValueError(f"seed has {len(seeds)} values for {batch} prompts; pass one integer, or as many")
         for value in seeds:
-            _check_integer("seed", value)
+            check_integer("seed", value)
             if not 0 <= value < 2**32:  # jax would wrap a larger one silently
                 raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
         return [int(value) for value in seeds]
@@ -285,24 +285,6 @@ def _read_schedule(attention: Setting | None, given: Any) -> FPSSchedule | None:
     if given is not None and not isinstance(given, FPSSchedule):
         raise ValueError(f"schedule={given!r} is not an FPSSchedule, the path of its JSON file or None")
     return given
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} is not a whole number; pass an int")
-
-
-def check_frame(height: int, width: int, num_frames: int) -> None:
-    """Raises ValueError for a frame size or a number of frames that no Wan2.1 model makes."""
-    for name, value in (("height", height), ("width", width), ("num_frames", num_frames)):
-        _check_integer(name, value)
-    for name, value in (("height", height), ("width", width)):
-        if value < 16 or value % 16:
-            nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"{name}={value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
-    if num_frames < 1 or num_frames % 4 != 1:
-        nearest = max(1, num_frames // 4 * 4 + 1)
-        raise ValueError(f"num_frames={num_frames} is not 4k+1 (Wan's VAE groups frames by 4); use {nearest}")
 
 
 def latent_shape(batch: int, height: int, width: int, num_frames: int, config: WanConfig) -> tuple[int, ...]:

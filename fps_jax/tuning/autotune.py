@@ -24,6 +24,7 @@ from fps_jax.attention.windows import propose_window
 from fps_jax.errors import one_line
 from fps_jax.processes import say
 from fps_jax.sizes import Shape3
+from fps_jax.tuning.defaults import CLASSES, SCALES, SPARSE_DENSITY
 from fps_jax.tuning.timing import median_seconds
 from pallas_kernels.platform import target_device
 from pallas_kernels.sm90 import forward, quantize
@@ -31,11 +32,9 @@ from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import BLOCK_KV, ForwardConfig, scales_per_block
 from pallas_kernels.sm90.tuned import TuningKey
 
-SPARSE_DENSITY = 0.2  # of the window that stands for the class 'sparse'
 AGREE = 1e-2  # relative L2 from the safe config's output: a config that computes something else is out
 SLOW = 1.5  # a config that takes this many times the best is not timed to the end
 SAFE = ForwardConfig(stages=2)  # 2 stages, no cluster
-CLASSES, SCALES = ("sparse", "dense"), (1, 2, 0)  # of the tuned table's keys, most valuable first
 
 # (a call, seconds above which it needn't be timed to the end) -> 'seconds' and what else there is to say, as `median_seconds`
 Measure = Callable[[Callable[[], Any], float], Mapping[str, Any]]

@@ -13,11 +13,11 @@ from typing import Any
 import pallas_kernels
 from fps_jax import processes
 from fps_jax.tuning.autotune import SLOW, Task, brief
+from fps_jax.tuning.defaults import DEADLINE
 from pallas_kernels.sm90.config import ForwardConfig
 from pallas_kernels.sm90.tuned import TuningKey
 
 CHILD = ("-P", "-m", "fps_jax.tuning.autotune")  # arguments of Python
-DEADLINE = 90.0  # seconds for one config: compiling takes some 5, timing 3
 # For the estimate of a sweep's time; guesses, and on the safe side.
 _START, _COMPILE, _CALLS, _RATE = 20.0, 6.0, 12, 400e12  # s a process, s a config, calls of a config, FLOP/s
 

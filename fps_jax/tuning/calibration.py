@@ -28,10 +28,9 @@ from fps_jax.models.params import Params
 from fps_jax.progress import Progress
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
+from fps_jax.tuning.defaults import DENSITIES
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.pattern import TilePattern
-
-DENSITIES = (0.08, 0.12, 0.2, 0.33, 0.5, 1.0)
 
 
 def candidates(

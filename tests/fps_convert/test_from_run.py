@@ -94,9 +94,8 @@ def test_a_lora_comes_out_merged_or_apart(tmp_path):
     assert convert("to-torch", run, tmp_path / "out", "--layout", "diffusers") == 0
     merged = dict(flatten(merge_lora(tiny_dit(), adapters, lora)))
     for path, value in dit_of(tmp_path / "out").items():
-        np.testing.assert_allclose(
-            value, merged[path], rtol=1e-6, atol=4e-6, err_msg=path
-        )  # float32 sums of values up to 16
+        # Float32 sums of values up to 16
+        np.testing.assert_allclose(value, merged[path], rtol=1e-6, atol=4e-6, err_msg=path)
     assert convert("to-torch", run, tmp_path / "apart", "--lora", "apart") == 0
     assert sorted(p.name for p in (tmp_path / "apart").iterdir()) == ["fps_schedule.json", "lora.safetensors"]
     assert convert("to-flax", T2V, tmp_path / "again", "--lora", tmp_path / "apart" / "lora.safetensors") == 0
@@ -114,7 +113,7 @@ def test_a_lora_comes_out_merged_or_apart(tmp_path):
         ),
         (("--lora", "apart"), "trains weights, not adapters; leave --lora out"),
         (("--lora", "apart", "--layout", "official"), "a file that all layouts share; leave it out"),
-        ((), "--layout is missing; whose file names and keys to write: official or diffusers"),
+        ((), "--layout is missing; whose file names and keys to write: one of 'official', 'diffusers', 'comfyui'"),
     ],
 )
 def test_what_a_run_doesn_t_have_is_said_in_one_line(options, message, tmp_path, capsys):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from fps_jax.config import DiTConfig, VAEConfig, WanConfig
-from fps_train.data import Batches, open_data
+from fps_train.batches import Batches
+from fps_train.data import open_data
 from tests.fps_train.sample_data import IMAGE, TEXT_DIM, TEXT_LEN, Z, noise, write_data
 
 SIZES = {"32x48x9": 13, "48x32x9": 8, "32x32x1": 5}

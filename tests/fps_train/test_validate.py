@@ -68,9 +68,8 @@ def test_the_validation_loss_is_the_same_at_every_look_and_weighs_regimes_by_the
     shares = {regime.name: regime.probability for regime in own.regimes}
     assert set(first) == {*shares, "mean"}
     assert first["mean"] == pytest.approx(sum(share * first[name] for name, share in shares.items()), rel=1e-6)
-    alone = [
-        (own, jax.tree.map(lambda a, k=k: a[k : k + 1], batches[0][1])) for k in range(2)
-    ]  # the default is batches of one, whose noise levels must not all be the same
+    # The default is batches of one, whose noise levels must not all be the same
+    alone = [(own, jax.tree.map(lambda a, k=k: a[k : k + 1], batches[0][1])) for k in range(2)]
     for name, loss in validation_loss(params(), {}, alone, options=options).items():
         assert loss == pytest.approx(first[name], rel=1e-5), name
     swapped = [(own, alone[0][1]._replace(sample=alone[1][1].sample))]

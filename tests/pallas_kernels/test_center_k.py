@@ -78,9 +78,8 @@ def test_it_rounds_keys_with_a_common_component_better():
 def test_portable_agrees_with_the_specification(dtype, heads):
     """Output, log-sum-exp and gradients, with padding and a table a head."""
     x, pattern = call(common=4.0, dtype=dtype)
-    bar = (
-        2e-6 if dtype == "float32" else 1e-2
-    )  # one chunk of keys: float32's sums; the rounding of a bf16 output and gradient
+    # One chunk of keys: float32's sums; the rounding of a bf16 output and gradient
+    bar = 2e-6 if dtype == "float32" else 1e-2
     with portable_takes(heads):
         outs = jax.jit(lambda *x: portable.forward(*x))(*x, pattern)
     for got, want in zip(outs, attention(*x, pattern), strict=True):

@@ -45,9 +45,8 @@ def test_values_are_the_nearest_e4m3_numbers_of_x_over_the_scale(seed, size, bf1
 
 
 def test_every_boundary_between_two_codes_is_rounded_as_ml_dtypes_does():
-    codes = (
-        np.arange(0, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    )  # 0 to 448, denormals too
+    # 0 to 448, denormals too
+    codes = np.arange(0, 127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     middles = (codes[1:] + codes[:-1]) / 2
     near = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
     x = np.concatenate([codes, middles, *near, np.array([1e-30, 463.9, 1e30], np.float32)])

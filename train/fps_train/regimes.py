@@ -113,9 +113,8 @@ def draw_sigma(
 
     Returns: float32 in (0, 1).
     """
-    quantile = jnp.clip(
-        low + uniform * (high - low), 1e-6, 1 - 1e-6
-    )  # float32: beyond, the normal's ends are at infinity
+    # Float32: beyond, the normal's ends are at infinity
+    quantile = jnp.clip(low + uniform * (high - low), 1e-6, 1 - 1e-6)
     t = quantile if flow.distribution == "uniform" else jax.nn.sigmoid(flow.mean + flow.std * ndtri(quantile))
     return shift_sigma(t, flow.training_shift)
 

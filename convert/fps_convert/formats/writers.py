@@ -13,6 +13,7 @@ import numpy as np
 
 from fps_convert.formats.arrays import in_threads, write_at
 from fps_convert.formats.readers import VIEWS
+from fps_jax.progress import Moved
 
 SHARD_BYTES = 10_000_000_000
 _ALIGN = 64
@@ -59,7 +60,7 @@ def write_safetensors(
     stem: str,
     outputs: list[Output],
     metadata: dict[str, str],
-    progress: Callable[[int], object],
+    progress: Moved,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[pathlib.Path]:
     """Writes `stem.safetensors`, or numbered shards with their index where one file would exceed `shard_bytes`.
@@ -89,7 +90,7 @@ def write_safetensors(
 
 
 def write_safetensors_file(
-    path: pathlib.Path, outputs: list[Output], metadata: dict[str, str], progress: Callable[[int], object]
+    path: pathlib.Path, outputs: list[Output], metadata: dict[str, str], progress: Moved
 ) -> None:
     """Writes one safetensors file, in place. Raises OSError where the disk is full."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
@@ -167,7 +168,7 @@ class _Record:
         return self.position + len(self.header(0)) + self.size
 
 
-def write_pth(path: pathlib.Path, outputs: list[Output], progress: Callable[[int], object]) -> None:
+def write_pth(path: pathlib.Path, outputs: list[Output], progress: Moved) -> None:
     """Writes a zip-format `.pth` that `torch.load(weights_only=True)` reads (and maps: records are 64-byte aligned).
 
     Raises: OSError where the disk is full.

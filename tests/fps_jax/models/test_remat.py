@@ -51,9 +51,8 @@ def counted(remat, attention, dtype=jnp.float32) -> Counter:
 def test_with_remat_attention_the_forward_of_self_attention_runs_once(attention, own):
     exps = {remat: counted(remat, ATTENTION[attention])["exp"] for remat in ("none", "attention", "dots", "full")}
     cross = 1
-    assert (
-        exps["attention"] == exps["none"] + cross
-    )  # text's is computed again: it costs little, and keeping it as much as this
+    # Text's is computed again: it costs little, and keeping it as much as this
+    assert exps["attention"] == exps["none"] + cross
     assert exps["full"] == exps["none"] + own + cross
     assert exps["dots"] == exps["full"]
 

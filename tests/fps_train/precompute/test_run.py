@@ -85,9 +85,8 @@ def test_latents_are_of_the_frames_and_texts_of_the_caption(tmp_path, clips, enc
     tensors, text = data.read(sample)
     # frame i of the clips is grey of 10 + 6 i; a chunk of 4 starts with frame 1, 5, ... of the stand-in's every fourth: 0, 4, 8, 12
     want = (10 + 6 * np.array([0, 4, 8, 12])) / 127.5 - 1
-    np.testing.assert_allclose(
-        tensors["latents"][0, :, 2, 2].astype(np.float32), want, atol=0.02
-    )  # bf16, H.264's rounding
+    # Bf16, H.264's rounding
+    np.testing.assert_allclose(tensors["latents"][0, :, 2, 2].astype(np.float32), want, atol=0.02)
     assert text[:, 0].any()
     assert not data.empty_text[1:].any()  # the end token alone
     assert data.empty_text[0].any()

@@ -36,10 +36,11 @@ def test_kv_order_is_what_mosaics_layouts_say_for_every_element():
     """The register that the relabelling fills holds, read as an operand, column j for column kv_order(n)[j] of the accumulator."""
     shape = (64, 128)
     accumulator, operand = elements(mgpu.WGMMA_LAYOUT, shape), elements(mgpu.WGMMA_LAYOUT_8BIT, shape)
+    # The same dimensions of both tilings are threads: registers stay in their thread
     for name in (
         "warp_dims",
         "lane_dims",
-    ):  # the same dimensions of both tilings are threads: registers stay in their thread
+    ):
         assert getattr(mgpu.WGMMA_LAYOUT, name) == getattr(mgpu.WGMMA_LAYOUT_8BIT, name)
     # As to_fp8_operand does it: registers of neighbouring column tiles joined.
     relabelled = np.concatenate([accumulator[:, 0::2], accumulator[:, 1::2]], axis=-1)

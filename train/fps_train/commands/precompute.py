@@ -97,7 +97,7 @@ def _precompute(options: Precompute) -> None:
         if not least <= getattr(options, name) <= most:
             raise ValueError(f"{name}={getattr(options, name)} is not in {least} to {most}")
     from fps_jax.sampling.pipeline import enable_compilation_cache
-    from fps_jax.sampling.request import check_frame
+    from fps_jax.sizes import check_frame
     from fps_train.precompute.buckets import Size
     from fps_train.precompute.run import Recipe, precompute
 

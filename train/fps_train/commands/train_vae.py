@@ -10,6 +10,7 @@ from typing import Any
 from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import write_json
+from fps_jax.sizes import check_frame
 from fps_train.vae_options import VAETraining
 
 _OPTIONS, _CHECKPOINT = "options.json", "checkpoint"
@@ -89,13 +90,7 @@ def _train(given: TrainVAE) -> None:
 
 
 def _check_sizes(given: TrainVAE) -> None:
-    if given.frames < 1 or given.frames % 4 != 1:
-        nearest = max(1, given.frames // 4 * 4 + 1)
-        raise ValueError(f"frames={given.frames} is not 4k+1 (Wan's VAE groups frames by 4); use {nearest}")
-    for name, value in zip(("height", "width"), given.size, strict=True):
-        if value < 16 or value % 16:
-            nearest = max(16, round(value / 16) * 16)
-            raise ValueError(f"size: {name} {value} is not a positive multiple of 16 (VAE 8 x patch 2); use {nearest}")
+    check_frame(*given.size, given.frames, names=("size: height ", "size: width ", "frames="))
     if given.train == "decoder" and given.init_from is None:
         raise ValueError("train='decoder' needs a VAE whose encoder stays; give it with --init-from")
     for name in ("base_dim", "z_dim", "num_res_blocks"):

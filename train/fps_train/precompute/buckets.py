@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 from fps_jax.config import Task
 from fps_jax.media.images import cover_box
-from fps_jax.sampling.request import check_frame
-from fps_jax.sizes import Shape3, latent_grid
+from fps_jax.sizes import Shape3, check_frame, latent_grid, most_frames
 from fps_train.precompute.clips import Clip, ClipError, Dropped
 from fps_train.precompute.frames import Probe
 
@@ -95,7 +94,7 @@ class Rule(NamedTuple):
         if self.exact:
             fitting = [size for size in self.sizes if least <= size.num_frames <= probe.frames]
         else:
-            fitting = [size._replace(num_frames=(probe.frames - 1) // 4 * 4 + 1) for size in self.sizes]
+            fitting = [size._replace(num_frames=most_frames(probe.frames)) for size in self.sizes]
         if not fitting:
             shortest = min(size.num_frames for size in self.sizes)
             raise ClipError(f"shorter than the shortest bucket, {shortest} frames", f"{probe.frames}")
