@@ -20,8 +20,8 @@ from fps_jax.checkpoints.runs import read_run
 from fps_jax.models.dit import build_dit
 from fps_jax.models.params import flatten, init_params
 from fps_train import loop
+from fps_train.batches import Batches
 from fps_train.config import LoraOptions, TrainConfig
-from fps_train.data import Batches
 from fps_train.loop import Stopped, train
 from fps_train.metrics import Metrics, read_metrics
 from tests.fps_train import sample_data
@@ -225,15 +225,29 @@ def test_what_a_lora_froze_is_what_it_started_from_after_a_stop_too(uninterrupte
         optimizer=dataclasses.replace(options.optimizer, ema=0.0), validation=dataclasses.replace(options.validation, every=1),
         checkpoint=dataclasses.replace(options.checkpoint, every=1),
     )  # fmt: skip
-    whole = train(own, init_from=str(uninterrupted))
+    whole = train(dataclasses.replace(own, init_from=str(uninterrupted)))
     stopped = dataclasses.replace(own, output=f"{own.output}_stopped")
-    train(dataclasses.replace(stopped, steps=1), init_from=str(uninterrupted))
+    train(dataclasses.replace(stopped, steps=1, init_from=str(uninterrupted)))
     train(stopped, resume=True)
     assert lines(stopped.output, since=-1) == lines(whole, since=-1)
+    assert TrainConfig.load(whole / "config.toml").init_from == str(uninterrupted)  # so that --config repeats it
     started, got = (
         dict(flatten(jax.device_get(open_model(r).load("dit", np.float32)))) for r in (uninterrupted, whole)
     )
     assert [path for path in got if (got[path] != started[path]).any()] == ["blocks/self_attn/q/kernel"]
+
+
+@pytest.mark.parametrize("mesh", ["", "fsdp=2"])
+def test_a_teacher_keeps_the_weights_that_the_run_starts_from(options, mesh):
+    """All its share on a teacher of those very weights: nothing to learn at first, then what one step moved."""
+    own = dataclasses.replace(
+        options, steps=2, accumulate=1, attention="dense", schedule=None, teacher_weight=1.0, text_dropout=0.0, mesh=mesh,
+        validation=dataclasses.replace(options.validation, every=0),
+        optimizer=dataclasses.replace(options.optimizer, weight_decay=1.0),
+    )  # fmt: skip
+    first, second = (line["loss"] for line in lines(train(own)))
+    assert first <= 1e-9
+    assert second > 1e-6
 
 
 def test_a_model_that_reads_images_trains_on_what_its_data_hold(options, tmp_path):
@@ -307,13 +321,17 @@ def test_another_method_or_data_is_no_resumption(uninterrupted, options, tmp_pat
         ({"lora": LoraOptions(rank=2)}, "had other adapters than this call"),
         ({"seed": 1}, "seed=1, but the run in .* has 0; resume it with that, or start anew with --init-from"),
         ({"flow": dataclasses.replace(options.flow, shift=3.0)}, "flow.shift=3.0, but the run in .* has 1.0"),
+        # Other samples held out are other samples trained on.
+        (
+            {"validation": dataclasses.replace(options.validation, samples=1)},
+            "validation.samples=1, but the run in .* has",
+        ),
+        ({"init_from": "x"}, "init_from='x', but the run in .* has None; resume it with that, or start anew"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             train(dataclasses.replace(own, **change), resume=True)
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         train(options, resume=True)
-    with pytest.raises(ValueError, match="init_from was given with resume"):
-        train(own, resume=True, init_from="x")
     with pytest.raises(ValueError, match="init_from='x' was given with from_scratch"):
-        train(dataclasses.replace(own, from_scratch=True), init_from="x")
+        dataclasses.replace(own, from_scratch=True, init_from="x")

@@ -224,6 +224,8 @@ class TrainConfig:
     """Share of the loss that pulls towards the dense base model's velocity in place of the data's."""
     from_scratch: bool = False
     """Start from random weights of the model's config in place of its weights."""
+    init_from: str | None = None
+    """Start anew from the weights of this checkpoint or run in place of MODEL's."""
     flow: FlowOptions = field(default_factory=FlowOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -255,6 +257,11 @@ class TrainConfig:
             raise ValueError("optimizer.kind='muon' is for whole matrices, not for LoRA's adapters; leave it out")
         if self.lora.rank and self.train_only:
             raise ValueError("train_only was given with lora.rank, which freezes the base; choose one of them")
+        if self.from_scratch and self.init_from is not None:
+            raise ValueError(
+                f"init_from={self.init_from!r} was given with from_scratch, which starts from random weights; "
+                "leave one of them out"
+            )
         if self.from_scratch and (self.lora.rank or self.train_only or self.teacher_weight):
             raise ValueError(
                 "from_scratch trains all weights and has no teacher; leave lora, train_only and teacher_weight out"

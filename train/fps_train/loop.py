@@ -52,36 +52,24 @@ class _Pending(NamedTuple):
     work: tuple[int, float]  # tokens, floating-point operations
 
 
-def train(
-    options: TrainConfig, *, resume: bool = False, init_from: str | None = None, show: bool | None = None
-) -> pathlib.Path:
+def train(options: TrainConfig, *, resume: bool = False, show: bool | None = None) -> pathlib.Path:
     """Runs all steps of a run, from its start or from its newest checkpoint; returns its folder.
 
     Args:
       resume: continue the run in `options.output`.
-      init_from: a checkpoint or another run to take the first weights from.
       show: False for silence; else a bar on stderr where that is a terminal, and lines where it isn't.
     Raises: ValueError, FileNotFoundError or FileExistsError before anything is written, for what can't be run; FloatingPointError
       for a NaN or inf, with nothing saved of it; OSError for a disk that is full; `Stopped` on SIGTERM or SIGINT.
     """
-    if options.from_scratch and init_from is not None:
-        raise ValueError(
-            f"init_from={init_from!r} was given with from_scratch, which starts from random weights; leave one of them out"
-        )
     enable_compilation_cache()
     setup = prepare(options)
     record = (setup.directory, options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
     if resume:
-        if init_from is not None:
-            raise ValueError(
-                "init_from was given with resume, which continues the run's own weights; choose one of them"
-            )
-        init_from = check_resume(*record)
+        begun = start(setup, check_resume(*record))
     else:
         check_new(setup.directory)  # before minutes of reading weights
-    begun = start(setup, init_from)
-    if not resume:
-        start_run(*record, init_from)
+        begun = start(setup, options.init_from)
+        start_run(*record)
     with Checkpoints(setup.directory / "checkpoints", options.checkpoint) as checkpoints:
         state, first = begun.state, 0
         if resume and checkpoints.latest is not None:

@@ -16,7 +16,7 @@ from fps_train.config import TrainConfig
 from fps_train.state import Parts
 
 # May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, on what it runs.
-_FREE = {"model", "data", "output", "steps", "remat", "mesh", "schedule", "validation", "checkpoint"}
+_FREE = {"model", "data", "output", "steps", "remat", "mesh", "schedule", "checkpoint"}
 
 
 def start_run(
@@ -26,7 +26,6 @@ def start_run(
     parts: Parts,
     schedule: FPSSchedule | None,
     data: str,
-    init_from: str | None,
 ) -> None:
     """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`."""
     check_new(directory)
@@ -35,7 +34,7 @@ def start_run(
     if schedule is not None:
         schedule.save(directory / SCHEDULE)
     # Where all weights are trained, none are anybody's base any more.
-    base = init_from if init_from is not None and parts.freezes else options.model
+    base = options.init_from if options.init_from is not None and parts.freezes else options.model
     write_json(_record(options, model, parts, schedule, data, base), directory / "run.json")
 
 
@@ -79,7 +78,13 @@ def check_resume(
     was = TrainConfig.load(directory / "config.toml")
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(was, field.name), getattr(options, field.name)
-        if field.name not in _FREE and old != new:
+        if field.name == "init_from" and new is None:  # its own weights are continued, whatever they began as
+            continue
+        if field.name == "validation":  # but for the samples that it keeps from training
+            old, new = (dataclasses.replace(options.validation, samples=one.samples) for one in (old, new))
+        elif field.name in _FREE:
+            continue
+        if old != new:
             name, old, new = _difference(field.name, old, new)
             raise ValueError(
                 f"{name}={new!r}, but the run in {str(directory)!r} has {old!r}; resume it with that, or start anew with "

@@ -19,9 +19,10 @@ from fps_jax.models.init import init_dit_for_training
 from fps_jax.models.params import Params, abstract_params
 from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_jax.sampling.request import default_flow_shift
-from fps_jax.sizes import Shape3
+from fps_jax.sizes import Shape3, video_size
+from fps_train.batches import Batches
 from fps_train.config import TrainConfig
-from fps_train.data import Batches, Data, described_data, open_data
+from fps_train.data import Data, described_data, open_data
 from fps_train.plan import BucketPlan, bucket_grid
 from fps_train.regimes import TrainingRegime, training_regimes
 from fps_train.state import Parts, TrainState, init_state, state_shardings
@@ -146,6 +147,8 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
         if options.teacher_weight:
             base = params if init_from is None else setup.model.load("dit", jnp.dtype(options.dtype))
             teacher = cast_params(base, jnp.dtype(options.dtype))
+            # A copy: what has that dtype already would be the trained weights themselves, which each step overwrites.
+            teacher = jax.device_put(jax.tree.map(jnp.copy, teacher), param_shardings(teacher, setup.mesh))
     trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1))
     del params
     frozen = jax.device_put(frozen, param_shardings(frozen, setup.mesh))
@@ -218,5 +221,5 @@ def _schedule(options: TrainConfig, grids: list) -> FPSSchedule | None:
 def _sampling_shift(options: TrainConfig, config: WanConfig, latent_shape: tuple[int, ...]) -> float:
     if options.sampling_shift is not None:
         return options.sampling_shift
-    _, _, h, w = latent_shape
-    return default_flow_shift(config, 8 * h, 8 * w)
+    height, width, _ = video_size(latent_shape[1:])
+    return default_flow_shift(config, height, width)

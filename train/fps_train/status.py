@@ -34,6 +34,8 @@ class Status:
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """values: of the step's line in metrics.jsonl."""
+        if not self._done:  # compiling isn't what the other steps will take
+            self._began = time.monotonic() - values["seconds"]
         self._done += 1
         numbers = (
             f"loss {values['loss']:.4f}, {values['seconds']:.3g} s a step, {values['tokens_per_second']:,.0f} tokens/s"

@@ -25,8 +25,8 @@ def trained(monkeypatch):
 
     calls = []
 
-    def record(options, *, resume, init_from):
-        calls.append((options, resume, init_from))
+    def record(options, *, resume):
+        calls.append((options, resume))
         return options.output
 
     monkeypatch.setattr(fps_train.loop, "train", record)
@@ -42,11 +42,11 @@ def test_a_preset_gives_defaults_and_options_win(trained):
 
 
 def test_a_run_s_own_file_repeats_it(trained, tmp_path):
-    run("m", "--data", "d", "--output", "o", "--seed", 5)
+    run("m", "--data", "d", "--output", "o", "--seed", 5, "--init-from", "other")
     trained[0][0].save(tmp_path / "config.toml")
     assert run(f"--config={tmp_path / 'config.toml'}", "--resume", "--steps", 7) == 0
-    options, resume, init_from = trained[1]
-    assert (options.model, options.seed, options.steps, resume, init_from) == ("m", 5, 7, True, None)
+    options, resume = trained[1]
+    assert (options.model, options.seed, options.steps, resume, options.init_from) == ("m", 5, 7, True, "other")
 
 
 @pytest.mark.parametrize(

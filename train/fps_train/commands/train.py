@@ -24,8 +24,6 @@ class Train(TrainConfig):
     """A converted checkpoint, an official or diffusers directory, a Hugging Face repo id, or another run."""
     resume: bool = False
     """Continue the run in --output from its newest checkpoint. Everything that makes its numbers has to be as it was."""
-    init_from: str | None = None
-    """Start anew from the weights of this checkpoint or run in place of MODEL's."""
     dry_run: bool = False
     """Check everything and say what would be trained: sizes, regimes, programs. Nothing is written."""
     plan: str | None = None
@@ -65,7 +63,7 @@ def _run(argv: list[str]) -> None:
     from fps_train.loop import Stopped, train
 
     try:
-        directory = train(plain, resume=options.resume, init_from=options.init_from)
+        directory = train(plain, resume=options.resume)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         if stopped.signal == signal.SIGINT:
