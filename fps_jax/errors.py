@@ -1,11 +1,12 @@
 """Command lines fail in one line: `error: ...` on stderr, exit status 2, a traceback only with `--debug`."""
 
 import contextlib
+import dataclasses
 import io
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 # What a user can cause and cure. Anything else is a defect of ours and says so.
 _EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError, FloatingPointError)
@@ -54,6 +55,7 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     """
     import tyro
 
+    _check_lists(kind, argv)
     report = io.StringIO()
     own: dict[str, Any] = {} if default is None else {"default": default}
     try:
@@ -63,6 +65,21 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
         if stop.code in (0, None):
             raise
         raise ValueError(f"{_unboxed(report.getvalue())} (see {prog} --help)") from None
+
+
+def _check_lists(kind: Any, argv: list[str]) -> None:
+    """Raises ValueError for an option of any number of values that is given twice: the last alone would count."""
+    kinds = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)]
+    lists = {f"--{f.name}".replace("_", "-") for one in kinds for f in dataclasses.fields(one) if _is_list(f.type)}
+    names = [word.partition("=")[0].replace("_", "-") for word in argv]
+    twice = next((name for name in names if name in lists and names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} was given twice; give it once, several values after each other")
+
+
+def _is_list(annotation: Any) -> bool:
+    kinds = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return get_origin(kinds[0]) is tuple and get_args(kinds[0])[-1] is ...
 
 
 def _unboxed(report: str) -> str:

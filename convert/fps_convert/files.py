@@ -35,9 +35,12 @@ class Files:
     notes_on: dict[Component, list[str]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
 
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")  # either is enough
+
+
 def has_tokenizer(folder: pathlib.Path) -> bool:
     """Whether a folder holds what `models.tokenizer` reads."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def open_directory(path: pathlib.Path, layout: Layout) -> Files:
@@ -82,7 +85,9 @@ def _check_kind(path: pathlib.Path, layout: Layout, dit: Reader | None) -> None:
 def _open_pths(path: pathlib.Path, layout: Layout, files: Files) -> None:
     """Adds the .pth files, each told by its name or by what it holds. Those of other names may be anything."""
     named: dict[str, Component] = {place.name: name for name, place in layout.places.items() if place.is_pth}
-    for file in sorted(path.glob("*.pth")):
+    for file in sorted(
+        (file for file in path.glob("*.pth") if file.is_file()), key=lambda file: (file.name not in named, file.name)
+    ):
         try:
             reader = PthFile(file)
         except ValueError as error:
@@ -98,8 +103,12 @@ def _open_pths(path: pathlib.Path, layout: Layout, files: Files) -> None:
         name = named.get(file.name) or next(iter(kinds), None)
         if name is None:
             files.notes.append(f"{file.name} is no part of a Wan2.1 model and is left out")
+        elif name in files.readers and files.where[name].name not in named:
+            raise ValueError(
+                f"{path} has two for the {name}: {files.where[name].name} and {file.name}; keep one of them"
+            )
         elif name in files.readers:
-            raise ValueError(f"{file} is a second {name}; keep the one that belongs to this model")
+            files.notes.append(f"{file.name} is a second {name} and is left out: {files.where[name].name} is taken")
         else:
             files.readers[name] = reader
             files.where[name] = file

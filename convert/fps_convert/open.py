@@ -9,7 +9,7 @@ from fps_convert.check import check
 from fps_convert.files import Files, check_supported, open_directory
 from fps_convert.formats.readers import read_json
 from fps_convert.fp8 import dequantized
-from fps_convert.layouts import layout_of
+from fps_convert.layouts import Layout, layout_of
 from fps_convert.report import audit
 from fps_convert.single_files import Given, open_single_files
 from fps_convert.source import Part, Source
@@ -45,10 +45,11 @@ def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) 
     check_supported(path)
     layout = layout_of(path)
     loose = layout.loose or given.any()
-    return _open(path, open_single_files(path, given) if loose else open_directory(path, layout))
+    return _open(path, open_single_files(path, given) if loose else open_directory(path, layout), layout)
 
 
-def _open(path: pathlib.Path, files: Files) -> Source:
+def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Source:
+    """stated: the layout of what lies beside the weights, which single files that were given leave as it is."""
     layout, readers, where, jsons, notes = files.layout, files.readers, files.where, files.jsons, files.notes
 
     # FP8 as bf16, whatever the layout: the rest of this module sees weights.
@@ -76,11 +77,12 @@ def _open(path: pathlib.Path, files: Files) -> Source:
         image_encoder = infer.image_encoder(
             layout, readers["image_encoder"], jsons["image_encoder"], where["image_encoder"], heads
         )
-    scheduler = path / (layout.scheduler or "")
+    stated = stated or layout
+    scheduler = path / (stated.scheduler or "")
     flow_shift, flow_shift_480p = infer.flow_shift(
-        layout, dit.task, read_json(scheduler) if layout.scheduler else {}, scheduler
+        stated, dit.task, read_json(scheduler) if stated.scheduler else {}, scheduler
     )
-    index = path / (layout.index or "")
+    index = path / (stated.index or "")
     vae = infer.vae(layout, readers["vae"], jsons["vae"], where["vae"])
     text_encoder = infer.text_encoder(layout, readers["text_encoder"], jsons["text_encoder"], where["text_encoder"])
     unsupported.check_vae_fits(dit.out_channels, vae.z_dim, where["dit"])
@@ -92,7 +94,7 @@ def _open(path: pathlib.Path, files: Files) -> Source:
             image_encoder=image_encoder,
             flow_shift=flow_shift,
             flow_shift_480p=flow_shift_480p,
-            preset=infer.preset(read_json(index) if layout.index and index.is_file() else {}),
+            preset=infer.preset(read_json(index) if stated.index and index.is_file() else {}),
             sampling=infer.sampling(path),
         )
     except ValueError as error:  # a DiT and a VAE of two models

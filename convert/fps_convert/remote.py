@@ -3,15 +3,15 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fps_convert import key_patterns, unsupported
+from fps_convert.files import TOKENIZER_FILES
 from fps_convert.formats.readers import read_json
-from fps_convert.infer import flow_shift, sampling
-from fps_convert.layouts import DIFFUSERS, OFFICIAL, Layout, LayoutName
-from fps_jax.checkpoints.format import is_checkpoint, read_config
+from fps_convert.infer import flow_shift, preset, sampling
+from fps_convert.layouts import Layout, layout_by_names
 from fps_jax.config import (
     COMPONENTS,
     Component,
@@ -31,42 +31,73 @@ class Repository:
     """What a repository holds.
 
     Attributes:
-      layout: 'ours' or that of a torch checkpoint.
       files: those to fetch, of all that are listed.
+      config: by JSON files alone: sizes that none states are Wan2.1's own.
     """
 
-    layout: LayoutName | str
+    layout: Layout
     files: list[str]
+    config: WanConfig
 
 
-def judge(folder: pathlib.Path, names: Sequence[str], repo: str) -> Repository:
-    """Which files of a repository are a checkpoint.
+def judge(
+    folder: pathlib.Path, names: Sequence[str], repo: str, keys: Callable[[str], Iterable[str]] = lambda name: ()
+) -> Repository:
+    """Which files of a repository are a torch checkpoint.
 
     Args:
       folder: where its JSON files lie.
       names: of all its files.
       repo: 'owner/name', for messages.
-    Raises: NotImplementedError or ValueError in one line where there is none: another model, or a collection of single files.
+      keys: of a safetensors file's tensors, by its name; none where they can't be had.
+    Raises: NotImplementedError or ValueError in one line where there is none: another model, or a collection of single files;
+      FileNotFoundError for one that lacks a part.
     """
-    if is_checkpoint(folder):
-        return Repository("ours", list(names))
     try:
-        unsupported.check_jsons(folder, names)
-    except NotImplementedError as error:
-        raise NotImplementedError(str(error).replace(str(folder), repo)) from None
-    layout = DIFFUSERS if "model_index.json" in names else OFFICIAL
+        return _judge(folder, names, repo, keys)
+    except (NotImplementedError, ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace(str(folder), repo)) from None
+
+
+def _judge(folder: pathlib.Path, names: Sequence[str], repo: str, keys: Callable[[str], Iterable[str]]) -> Repository:
+    unsupported.check_jsons(folder, names)
     _check_class(folder, repo)
-    chosen = {name: _of_stem(names, layout, name) for name in COMPONENTS}
-    if not chosen["dit"]:
+    layout = layout_by_names(names)
+    if layout is None or not _of_stem(names, layout, "dit"):
         raise _no_checkpoint(names, repo)
-    for index in (name for name in chosen["dit"] if name.endswith(".json")):
-        where = pathlib.Path(repo) / index
-        unsupported.check_dit(read_json(folder / index).get("weight_map", {}), {}, where)
+    chosen: dict[Component, list[str]] = {name: _of_stem(names, layout, name) for name in COMPONENTS}
+    pths = [name for name in names if name.endswith(".pth") and "/" not in name]
+    _check_whole(layout, chosen, names, len(pths), repo)
+    config = _config(folder, layout, bool(chosen["image_encoder"]))
+    indices = [name for name in chosen["dit"] if name.endswith(".json")]
+    for name in indices or chosen["dit"]:
+        found = read_json(folder / name).get("weight_map", {}) if indices else keys(name)
+        unsupported.check_dit(found, {}, pathlib.Path(repo) / name)
     files = [name for some in chosen.values() for name in some]
     files += [name for name in names if name.endswith((".json", ".model", ".txt")) and name not in files]
-    if layout is OFFICIAL:  # a .pth may have any name
-        files += [name for name in names if name.endswith(".pth") and "/" not in name and name not in files]
-    return Repository(layout.name, files)
+    if any(place.is_pth for place in layout.places.values()):  # a .pth may have any name
+        files += [name for name in pths if name not in files]
+    return Repository(layout, files, config)
+
+
+def _check_whole(
+    layout: Layout, chosen: dict[Component, list[str]], names: Sequence[str], num_pths: int, repo: str
+) -> None:
+    """Raises FileNotFoundError that lists what every checkpoint has and this one doesn't. Any .pth may be any part."""
+    missing = [
+        place.file
+        for name in COMPONENTS[:3]
+        if not chosen[name] and not ((place := layout.places[name]).is_pth and num_pths > 1)
+    ]
+    if not any(f"{layout.tokenizer}/{file}" in names for file in TOKENIZER_FILES):
+        missing.append(f"{layout.tokenizer}/tokenizer.json (or spiece.model)")
+    if layout.scheduler and layout.scheduler not in names:
+        missing.append(layout.scheduler)
+    if missing:
+        raise FileNotFoundError(
+            f"{repo} is not a whole Wan2.1 checkpoint ({layout.name} layout): missing {', '.join(missing)}; "
+            "no weights were downloaded"
+        )
 
 
 def _check_class(folder: pathlib.Path, repo: str) -> None:
@@ -101,11 +132,8 @@ def _no_checkpoint(names: Sequence[str], repo: str) -> Exception:
     )
 
 
-def config_of(folder: pathlib.Path, repository: Repository) -> WanConfig:
-    """The config by JSON files alone: sizes that none states are Wan2.1's own. Raises ValueError for one that is no Wan's."""
-    if repository.layout == "ours":
-        return read_config(folder)
-    layout = DIFFUSERS if repository.layout == "diffusers" else OFFICIAL
+def _config(folder: pathlib.Path, layout: Layout, has_tower: bool) -> WanConfig:
+    """The config by JSON files alone. Raises ValueError for one that is no Wan's."""
 
     def json_of(name: Component) -> dict[str, Any]:
         place = layout.places[name]
@@ -113,14 +141,15 @@ def config_of(folder: pathlib.Path, repository: Repository) -> WanConfig:
         return read_json(file) if place.config is not None and file.is_file() else {}
 
     dit = _dit(json_of("dit"), layout, folder)
-    has_tower = bool(_of_stem(repository.files, layout, "image_encoder"))
     shift, shift_480p = flow_shift(
         layout,
         dit.task,
         read_json(folder / layout.scheduler) if layout.scheduler else {},
         folder / (layout.scheduler or ""),
     )
-    vae = _given(json_of("vae"), key_patterns.VAE["diffusers"].fields) if layout is DIFFUSERS else {}
+    vae = _given(json_of("vae"), key_patterns.VAE[layout.places["vae"].naming].fields)
+    index = folder / (layout.index or "")
+    unsupported.check_vae_fits(dit.out_channels, vae.get("z_dim", VAEConfig().z_dim), folder)
     return WanConfig(
         dit=dit,
         vae=VAEConfig(**vae),
@@ -130,6 +159,7 @@ def config_of(folder: pathlib.Path, repository: Repository) -> WanConfig:
         else None,
         flow_shift=shift,
         flow_shift_480p=shift_480p,
+        preset=preset(read_json(index) if layout.index and index.is_file() else {}),
         sampling=sampling(folder),
     )
 
@@ -152,8 +182,9 @@ def _given(config: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
 
 def _dit(config: dict[str, Any], layout: Layout, folder: pathlib.Path) -> DiTConfig:
     known = {field.name for field in dataclasses.fields(DiTConfig)}
-    stated = _given(config, key_patterns.DIT[layout.places["dit"].naming].fields)
-    if layout is DIFFUSERS:
+    fields = key_patterns.DIT[layout.places["dit"].naming].fields
+    stated = _given(config, fields)
+    if "dim" not in fields:  # such a config states the heads, and the kind of model by its image sizes
         stated["dim"] = stated.get("num_heads", 0) * stated.get("head_dim", 0)
         positions, image_dim = config.get("pos_embed_seq_len"), config.get("image_dim")
         task = "t2v" if image_dim is None else "i2v" if positions is None else "flf2v"

@@ -16,7 +16,7 @@ from fps_convert.files import Files, has_tokenizer
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights, read_json
 from fps_convert.infer import stated_by_shapes
-from fps_convert.layouts import COMFYUI, DIFFUSERS, OFFICIAL
+from fps_convert.layouts import COMFYUI, layout_by_names, top_names, tree
 from fps_convert.parts import Found, tell, tokenizer_bytes, told_apart
 from fps_jax.config import COMPONENTS, Component
 
@@ -116,12 +116,14 @@ def open_single_files(folder: pathlib.Path | None, given: Given) -> Files:
 def _look(folder: pathlib.Path, given: Given) -> _Seen:
     """Looks through the tree; files that were given need no search, and what else they could be doesn't matter."""
     seen = _Seen()
-    paths = sorted(path for path in folder.rglob("*") if not _hidden(path.relative_to(folder)))
+    paths = [path for path in tree(folder) if not _hidden(path.relative_to(folder))]
     seen.whole = [path for path in paths if path.is_dir() and _is_whole(path)]
     seen.notes += [f"{path.relative_to(folder)} is a checkpoint of its own and is left out" for path in seen.whole]
     paths = [path for path in paths if not any(path.is_relative_to(whole) for whole in seen.whole)]
     in_shards: set[pathlib.Path] = set()
-    for index in (path for path in paths if re.search(r"\.safetensors\.index(\.\w+)?\.json$", path.name)):
+    for index in (
+        path for path in paths if re.search(r"\.safetensors\.index(\.\w+)?\.json$", path.name) and path.is_file()
+    ):
         try:
             reader = ShardedSafetensors(index)
         except (ValueError, FileNotFoundError) as error:
@@ -132,7 +134,7 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
     for path in paths:
         if path.is_dir() and has_tokenizer(path):
             seen.tokenizers.append(path)
-        elif path.suffix == ".gguf":
+        elif path.suffix.lower() == ".gguf":
             seen.refused["dit"].append(unsupported.gguf(path))
         elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
             try:
@@ -155,8 +157,11 @@ def _hidden(path: pathlib.PurePath) -> bool:
 
 def _is_whole(folder: pathlib.Path) -> bool:
     """Whether a folder is a checkpoint in a layout of its own, whose JSON files count and would be lost on the way."""
-    official = (folder / "config.json").is_file() and any(folder.glob("*.pth"))
-    return DIFFUSERS.marked(folder) or (official and any(folder.glob(f"{OFFICIAL.places['dit'].stem}*.safetensors")))
+    told = layout_by_names(top_names(folder))
+    if told is None or told.marks:
+        return told is not None
+    # Told by its DiT's name alone, which a loose file may have too.
+    return (folder / "config.json").is_file() and any(folder.glob("*.pth"))
 
 
 def _open(file: pathlib.Path) -> Reader:

@@ -1,7 +1,7 @@
 """Hugging Face repositories: the listing and the JSON files first, weights only of what will be read."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from fps_jax.checkpoints.format import is_checkpoint
@@ -34,6 +34,19 @@ def listing(repo: str) -> tuple[pathlib.Path, list[str]]:
         return cached, [file.relative_to(cached).as_posix() for file in files]
 
 
+def tensor_names(repo: str) -> Callable[[str], list[str]]:
+    """A function of a safetensors file's name in a repository: its tensors' names, of its header alone; none if the hub fails."""
+    import huggingface_hub
+
+    def of(name: str) -> list[str]:
+        try:
+            return list(huggingface_hub.parse_safetensors_file_metadata(repo, name).tensors)
+        except Exception:  # then the file says it itself, once it is here
+            return []
+
+    return of
+
+
 def _cached(repo: str) -> pathlib.Path | None:
     """The folder of what was downloaded before; none that holds no weights."""
     import huggingface_hub
@@ -45,17 +58,18 @@ def _cached(repo: str) -> pathlib.Path | None:
     return folder if is_checkpoint(folder) or any(folder.rglob("*.safetensors")) else None
 
 
-def fetch(repo: str, choose: Callable[[pathlib.Path, Sequence[str], str], Any]) -> pathlib.Path:
+def fetch(repo: str, choose: Callable[..., Any]) -> pathlib.Path:
     """Downloads a checkpoint into the hub's cache; returns its folder.
 
     Args:
-      choose: choose(folder of the JSON files, names, repo) has `files`, those to download, or raises.
+      choose: of a repository that isn't ours: choose(folder of the JSON files, names, repo, `tensor_names(repo)`) has `files`,
+        those to download, or raises.
     Raises: FileNotFoundError in one line where the hub fails; as `choose`, and then no weights were downloaded.
     """
     import huggingface_hub
 
     folder, names = listing(repo)
-    wanted = choose(folder, names, repo).files
+    wanted = names if is_checkpoint(folder) else choose(folder, names, repo, tensor_names(repo)).files
     if all((folder / name).is_file() for name in wanted):
         return folder
     try:

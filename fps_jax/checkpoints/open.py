@@ -196,18 +196,21 @@ def open_description(path: str | os.PathLike) -> Model:
     """
     if _local(path) is not None:
         return open_model(path)
-    from fps_convert.remote import config_of, judge
+    from fps_convert.remote import judge
 
     folder, names = hub.listing(str(path))
-    repository = judge(folder, names, str(path))
-    config = config_of(folder, repository)
+    if is_checkpoint(folder):
+        layout, config = "ours", read_config(folder)
+    else:
+        repository = judge(folder, names, str(path), hub.tensor_names(str(path)))
+        layout, config = repository.layout.name, repository.config
 
     def load(name: Component, dtype: Any) -> Params:
         raise ValueError(f"{path}: the weights of {name} were not downloaded; open it with open_model")
 
     return Model(
         directory=pathlib.Path(path),
-        layout=repository.layout,
+        layout=layout,
         config=config,
         components=tuple(name for name in builds(config)),
         tokenizer_dir=folder / "tokenizer",

@@ -266,4 +266,5 @@ def test_a_tied_embedding_that_differs(refused, source):
 def test_two_files_of_one_component(refused, source):
     path = source("official")
     shutil.copy(path / "Wan2.1_VAE.pth", path / "another.pth")
-    refused(path, "is a second vae")
+    (path / "Wan2.1_VAE.pth").rename(path / "a_vae.pth")
+    refused(path, "has two for the vae: a_vae.pth and another.pth; keep one of them")

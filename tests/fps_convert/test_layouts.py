@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fps_convert import layouts, open_checkpoint, to_flax, to_torch
-from fps_convert.layouts import DIFFUSERS, OFFICIAL, Layout, Place, layout_of
+from fps_convert.layouts import DIFFUSERS, OFFICIAL, Layout, Place, layout_by_names, layout_of
 from fps_convert.synthetic import tiny_config, write_checkpoint
 from tests.checkpoints import T2V
 from tests.fps_convert.tensors import read_all
@@ -73,3 +73,21 @@ def test_a_directory_is_told_by_its_marks(tmp_path, pristine):
     assert layout_of(tmp_path) is OFFICIAL
     (tmp_path / "model_index.json").write_text("{}")
     assert layout_of(tmp_path) is DIFFUSERS
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        (["model_index.json"], "diffusers"),
+        (["transformer/x.safetensors"], "diffusers"),
+        (["diffusion_pytorch_model-00001-of-00002.safetensors", "README.md"], "official"),
+        (["wan/diffusion_pytorch_model.safetensors", "transformer.md"], None),
+    ],
+)
+def test_a_listing_is_told_as_a_directory_is(tmp_path, names, layout):
+    told = layout_by_names(names)
+    assert (told.name if told else None) == layout
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert layout_of(tmp_path).name == (layout or "comfyui")

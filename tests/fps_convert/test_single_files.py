@@ -104,6 +104,48 @@ def test_single_files_anywhere_are_a_checkpoint(comfy, pristine, tmp_path, task,
     assert read_all(tmp_path / "back") == read_all(pristine("official", task, dtypes=BF16))
 
 
+def test_folders_that_are_links_are_read(comfy, tmp_path):
+    root, _ = comfy()
+    (tmp_path / "linked").mkdir()
+    for folder in root.iterdir():
+        (tmp_path / "linked" / folder.name).symlink_to(folder)
+    (tmp_path / "linked" / "again").symlink_to(tmp_path / "linked")  # a circle
+    assert open_checkpoint(tmp_path / "linked").config == open_checkpoint(root).config
+
+
+def test_a_single_file_may_have_the_name_of_the_official_dit(comfy, tmp_path):
+    root, files = comfy()
+    want = open_checkpoint(root).config
+    files["dit"].rename(root / "diffusion_pytorch_model.safetensors")
+    source = open_checkpoint(root)
+    assert (source.layout, source.config) == ("comfyui", want)
+
+
+def test_a_file_in_place_of_a_part_leaves_what_the_directory_says(pristine, comfy, source):
+    path = source("diffusers")
+    for file, change in (
+        ("scheduler/scheduler_config.json", {"flow_shift": 3.5}),
+        ("model_index.json", {"_class_name": "WanDMDPipeline"}),
+    ):
+        (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | change))
+    _, files = comfy()
+    config = open_checkpoint(path, Given(dit=files["dit"])).config
+    assert (config.flow_shift, config.preset) == (3.5, "dmd")
+
+
+def test_what_is_no_file_is_passed_by(comfy, source):
+    root, _ = comfy()
+    (root / "q.safetensors.index.json").mkdir()
+    assert open_checkpoint(root).layout == "comfyui"
+    path = source("official")
+    (path / "x.pth").symlink_to(path / "nowhere")
+    (path / "y.pth").mkdir()
+    shutil.copy(path / "Wan2.1_VAE.pth", path / "A_VAE_old.pth")
+    assert (
+        "A_VAE_old.pth is a second vae and is left out: Wan2.1_VAE.pth is taken" in open_checkpoint(path).audit["notes"]
+    )
+
+
 def test_the_command_takes_files_one_by_one(comfy, tmp_path, capsys):
     import fps_convert.cli
 

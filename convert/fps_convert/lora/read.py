@@ -22,6 +22,7 @@ from fps_jax.config import DiTConfig, WanConfig
 OURS = {"made_by": "fps_jax"}  # in the metadata of files of ours, whose `rank` and `alpha` are to be believed
 _WIDTHS = {1536: "1.3B", 5120: "14B"}
 _SQUARE = re.compile(r"attn/\w+/kernel$")  # matrices from the model's width to the model's width
+_FACTOR = re.compile(r"\.(\w*scale\w*|(lora_)?alpha)(\.default)?(\.weight)?$")
 _NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 
@@ -72,6 +73,13 @@ def open_lora(path: str | os.PathLike, config: WanConfig, *, partial: bool = Fal
     _check_shapes(file, reader, modules, config.dit)
     if not modules:
         raise ValueError(f"{file} has no LoRA for a Wan DiT: no key matches, such as {_first(reader.tensors)}")
+    used = [key for module in modules.values() for key in module.keys.values()]
+    tied = next((key for key in left_out if _is_tied(key, used)), None)
+    if tied is not None:
+        raise ValueError(
+            f"{file} has {tied!r}, which other tensors are to be multiplied by and which isn't read: without it they would "
+            "have other values; save the LoRA in bf16 with lora_A, lora_B and alpha"
+        )
     if left_out and not partial:
         raise ValueError(_unmatched(file, left_out, spellings, config.dit))
     return _record(file, reader, modules, left_out)
@@ -174,6 +182,12 @@ def _size(width: int) -> str:
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(n for n in shape if n != 1)
+
+
+def _is_tied(key: str, used: list[str]) -> bool:
+    """Whether a tensor is a factor of others that are used, in a spelling that isn't read."""
+    module, is_factor = _FACTOR.subn("", key)
+    return bool(is_factor) and any(other.startswith(f"{module}.") for other in used)
 
 
 def _unmatched(file: pathlib.Path, left_out: list[str], spellings: Spellings, config: DiTConfig) -> str:

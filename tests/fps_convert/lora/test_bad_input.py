@@ -58,6 +58,13 @@ WRONG = {
         "the nearest module is 'blocks.0.self_attn.q'",
     ),
     "no Wan LoRA": (pair("unet.mid.attn", 8, 8), None, CONFIG, "has no LoRA for a Wan DiT: no key matches, such as 'unet.mid"),
+    "a factor in another spelling": (
+        GOOD | {f"{Q}.lora_A.scale_weight": np.float32(4)}, None, CONFIG,
+        r"has '.*lora_A.scale_weight', which other tensors are to be multiplied by and which isn't read",
+    ),
+    "alpha in another spelling": (
+        without(f"{Q}.alpha") | {f"{Q}.alpha.default": np.float32(4)}, None, CONFIG, "q.alpha.default', which other tensors",
+    ),
     "half a pair": (without(f"{Q}.lora_B.weight"), None, CONFIG, r"but no lora_B \(lora_up\) for it"),
     "alpha alone": ({f"{Q}.alpha": np.float32(4)}, None, CONFIG, r"q.alpha' but no lora_A \(lora_down\) for it"),
     "ranks of the halves": (
@@ -137,7 +144,17 @@ def test_partial_leaves_out_what_matches_nothing(name, tmp_path):
     assert set(opened.changes) == {("blocks/self_attn/q/kernel", layer) for layer in range(3)}
 
 
-@pytest.mark.parametrize("name", ["a 1.3B LoRA on a 14B model", "no Wan LoRA", "half a pair", "NaN"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a 1.3B LoRA on a 14B model",
+        "no Wan LoRA",
+        "half a pair",
+        "NaN",
+        "a factor in another spelling",
+        "alpha in another spelling",
+    ],
+)  # fmt: skip
 def test_partial_excuses_nothing_else(name, tmp_path):
     tensors, data, config, message = WRONG[name]
     save_file({key: np.asarray(value) for key, value in tensors.items()}, tmp_path / "bad.safetensors", data)

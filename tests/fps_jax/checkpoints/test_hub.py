@@ -3,9 +3,13 @@
 import fnmatch
 import json
 import shutil
+import types
 
 import huggingface_hub
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from fps_convert.synthetic import tiny_config, write_checkpoint
 from fps_jax.checkpoints.open import open_description, open_model
@@ -35,7 +39,13 @@ def repository(tmp_path, monkeypatch):
             return str(cache)
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+        def header(repo, name):
+            with safe_open(folder / name, "np") as file:
+                return types.SimpleNamespace(tensors=dict.fromkeys(file.keys()))
+
         monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo: names)
+        monkeypatch.setattr(huggingface_hub, "parse_safetensors_file_metadata", header)
         return fetched
 
     return serve
@@ -102,6 +112,11 @@ def gguf(path):
     (path / "wan2.1-t2v-14b-Q4_0.gguf").write_bytes(b"GGUF")
 
 
+def fastwan(path):
+    file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"blocks.0.to_gate_compress.weight": np.zeros(1, np.float32)}, file)
+
+
 def sharded_fastwan(path):
     index = {"weight_map": {"blocks.0.to_gate_compress.weight": "diffusion_pytorch_model.safetensors"}}
     (path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
@@ -118,6 +133,18 @@ def sharded_fastwan(path):
         (change("model_index.json", _class_name="WanVACEPipeline"), "is a VACE model"),
         (change("model_index.json", _class_name="HunyuanVideoPipeline"), "is no Wan model"),
         (sharded_fastwan, "VSA"),
+        (fastwan, "VSA"),
+        (change("transformer/config.json", in_channels=48), "48 input and 16 output channels"),
+        (change("transformer/config.json", in_channels=48, out_channels=48), "as Wan2.2's TI2V-5B, beside a VAE of 16"),
+        (lambda path: shutil.rmtree(path / "vae"), "missing vae/diffusion_pytorch_model.safetensors; no weights were"),
+        (lambda path: shutil.rmtree(path / "tokenizer"), "missing tokenizer/tokenizer.json (or spiece.model)"),
+        (lambda path: shutil.rmtree(path / "scheduler"), "missing scheduler/scheduler_config.json"),
+        (
+            lambda path: [
+                shutil.rmtree(p) if p.is_dir() else p.unlink() for p in path.iterdir() if p.name != "transformer"
+            ],
+            "is not a whole Wan2.1 checkpoint (diffusers layout): missing vae/",
+        ),
         (collection, "is a collection of 3 single files, of which nothing was downloaded"),
         (gguf, "is GGUF, which isn't supported"),
         (lambda path: shutil.rmtree(path / "transformer"), "someone/model"),
@@ -129,7 +156,7 @@ def test_of_what_is_not_supported_no_weights_are_fetched(repository, tmp_path, e
     edit(source)
     fetched = repository(source)
     for opener in (open_model, open_description):
-        with pytest.raises((NotImplementedError, ValueError)) as caught:
+        with pytest.raises((NotImplementedError, ValueError, FileNotFoundError)) as caught:
             opener("someone/model")
         assert part in str(caught.value)
         assert "someone/model" in str(caught.value)

@@ -11,13 +11,14 @@ from tests.checkpoints import T2V
 
 ARGUMENTS = [
     str(T2V), "--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", "3", "--dtype", "float32",
-    "--tile", "2", "2", "3", "--densities", "0.3", "1.0",
+    "--tile", "2", "2", "3",
 ]  # fmt: skip
 
 
 def run(capsys, *arguments) -> tuple[int, str]:
+    densities = () if "--densities" in arguments else ("--densities", "0.3", "1.0")
     with pytest.raises(SystemExit) as stop:
-        calibrate.main([*ARGUMENTS, *map(str, arguments)])
+        calibrate.main([*ARGUMENTS, *densities, *map(str, arguments)])
     captured = capsys.readouterr()
     return stop.value.code, captured.out + captured.err
 

@@ -115,6 +115,10 @@ def test_a_lora_of_another_model_is_told_before_the_weights_are_read(tmp_path, c
 BAD = [
     (["--prompt", "x", "--num-frames", "6"], "num_frames=6 is not 4k+1"),
     (["--prompt", "x", "--height", "40"], "height=40 is not a positive multiple of 16"),
+    (
+        ["--prompt", "x", "--lora", "a", "--lora", "b"],
+        "--lora was given twice; give it once, several values after each other",
+    ),
     (["--prompt", "x", "--num-inference-steps", "0"], "num_inference_steps=0 is less than 1"),
     (["--prompt", "x", "--sigmas", "1", "0.5", "0"], "sigmas=[1, 0.5, 0]: 0 is not in (0, 1]; leave it out"),
     (
