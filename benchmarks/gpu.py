@@ -7,9 +7,9 @@
 
 Needs jax with CUDA, flax, optax, einops, jaxtyping and NumPy; torch for its own baselines. Cases come in families, a process each;
 several compile while one has the GPU. Results (gpu.json in $OUT, else in benchmarks/results) are written after each case. A case
-that has a result is skipped (`--again` repeats it); where $OUT holds none, those in benchmarks/results count. No further case runs
-of a kernel that hung. Without a GPU the same code runs at toy size in interpret mode on a CPU, writes gpu_toy.json, and says "not
-measured"; `--gpu` makes that an error.
+that has a result on this kind of GPU is skipped (`--again` repeats it), but for wrong numbers; where $OUT holds none, those in
+benchmarks/results count. No further case runs of a kernel that hung. Without a GPU the same code runs at toy size in interpret mode
+on a CPU, writes gpu_toy.json, and says "not measured"; `--gpu` makes that an error.
 """
 
 import argparse
@@ -90,9 +90,9 @@ def _only(families: Sequence[Family], wanted: Callable[[Family, Case], bool]) ->
     return [family for family in fewer if family.cases]
 
 
-def due(families: Sequence[Family], results: Results, *, again: bool) -> list[Family]:
+def due(families: Sequence[Family], results: Results, *, again: bool, gpu: str | None = None) -> list[Family]:
     """What has to run in this call: cases without a result, and of the baselines the dense ones of the sizes that they need."""
-    new = {c.name for f in families for c in f.cases if again or not results.done(c.name)}
+    new = {c.name for f in families for c in f.cases if again or not results.done(c.name, gpu)}
     sizes = {c.kwargs.get("size") for f in families if f.stage in TIMED for c in f.cases if c.name in new}
     return _only(families, lambda family, case: case.name in new or _compares(family, case, sizes))
 
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     patience = {"ahead": 0, "prepare_seconds": _TOY_PATIENCE} if toy else {"ahead": _AHEAD}
     runner = Runner(results, call, toy=toy, budget=options.budget, **patience)
-    families = due(chosen, results, again=options.again)
+    families = due(chosen, results, again=options.again, gpu=gpu)
     with tempfile.TemporaryDirectory() as folder:
         references = None
         if not toy:

@@ -56,9 +56,19 @@ class Results:
         self.records = [r for r in self.records if id(r) in lines]
         return list(lines.values())
 
-    def done(self, case: str) -> bool:
-        """Whether the case has a result, of whatever kind but cut short by the budget."""
-        return any(r["case"] == case and not r.get("unfinished") for r in self.records)
+    def done(self, case: str, gpu: str | None = None) -> bool:
+        """Whether the case has a result on a GPU of this kind: none that the budget cut short, nor wrong numbers.
+
+        gpu: as `calls` have it, 'NVIDIA H200, ...'; None for any.
+        """
+
+        def is_one(r: dict[str, Any]) -> bool:
+            there = self.calls.get(r["call"], {}).get("gpu")
+            elsewhere = gpu is not None and there is not None and there.split(",")[0] != gpu.split(",")[0]
+            is_wrong = any(part.get("ok") is False for part in r["parts"])
+            return r["case"] == case and not (r.get("unfinished") or is_wrong or elsewhere)
+
+        return any(map(is_one, self.records))
 
     def hung(self) -> dict[str, str]:
         """Kernel -> the case in which it hung: the last of its kernels, the one under test. A later result takes it back."""

@@ -100,7 +100,11 @@ def launch(family: Family, toy: bool) -> Process:
             # A plugin that is broken must not have a CPU timed in the GPU's place. Host callbacks need the CPU as well.
             "JAX_PLATFORMS": "cpu" if toy else "cuda,cpu",
             # A family that starts again, or a later call on the same machine, has most of it compiled.
-            **({} if toy else {"JAX_COMPILATION_CACHE_DIR": str(CACHE)}),
+            **(
+                {}
+                if toy
+                else {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+            ),
             **family.environment,
         },
         folder=ROOT,

@@ -179,6 +179,26 @@ def test_a_later_call_continues_with_the_baselines_that_it_needs(tmp_path):
     assert names(gpu.due(PLAN, results, again=True)) == names(PLAN)
 
 
+def test_wrong_numbers_and_another_gpu_are_no_result(tmp_path):
+    results = Results(tmp_path / "gpu.json", toy=False)
+    results.calls["one"] = {"gpu": "NVIDIA H200, GPU-1, 580"}
+    results.records += [record("a", call="one"), record("b", call="one") | {"parts": [{"ok": False}]}]
+    assert (results.done("a"), results.done("b")) == (True, False)
+    assert results.done("a", "NVIDIA H200, GPU-2, 590")
+    assert not results.done("a", "NVIDIA H100 80GB HBM3, GPU-3, 580")
+
+
+def test_a_kernel_and_each_of_its_switches_are_checked_before_they_are_timed():
+    order = [(f.stage, c) for f in PLAN for c in f.cases]
+    checked: set[str] = set()
+    for stage, case in order:
+        parts = {word for kernel in case.kernels for word in kernel.split()}
+        if stage == "correct":
+            checked |= parts
+        elif stage == "speed" and case.function.endswith("attention:attention"):
+            assert parts <= checked, case.name
+
+
 # ---- the results file ----
 
 
