@@ -26,7 +26,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, options: CheckpointOptions):
         import logging
 
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step of a save, and what it raises too
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 

@@ -43,7 +43,8 @@ class Programs:
         """All programs. say: told how many there are, and each when it is done."""
         todo = [(bucket, attention) for bucket in self._setup.buckets for attention in bucket.attentions]
         sizes = f"{len(self._setup.buckets)} size{'s' * (len(self._setup.buckets) > 1)} of video"
-        say(f"compiling {len(todo) + 1} programs: {len(todo)} gradients (regimes of {sizes}) and the update")
+        later = "; validation's when it first runs" if self._options.validation.every else ""
+        say(f"compiling {len(todo) + 1} programs: {len(todo)} gradients (regimes of {sizes}) and the update{later}")
         for number, (bucket, attention) in enumerate(todo, 1):
             began = time.monotonic()
             sums = self._state.params if self._options.accumulate > 1 else None

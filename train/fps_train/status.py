@@ -34,8 +34,9 @@ class Status:
 
     def step(self, step: int, values: dict[str, Any]) -> None:
         """values: of the step's line in metrics.jsonl."""
+        now = time.monotonic()
         if not self._done:  # compiling isn't what the other steps will take
-            self._began = time.monotonic() - values["seconds"]
+            self._began = now - values["seconds"]
         self._done += 1
         numbers = (
             f"loss {values['loss']:.4f}, {values['seconds']:.3g} s a step, {values['tokens_per_second']:,.0f} tokens/s"
@@ -46,7 +47,6 @@ class Status:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(numbers)
             return
-        now = time.monotonic()
         if self._silent or (now - self._told < _LOG_SECONDS and step != self._steps):
             return
         self._told = now
