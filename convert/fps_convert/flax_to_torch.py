@@ -160,7 +160,7 @@ def _write_component(
     arrays = _arrays(root / name, name, config)
     outputs, left_out = _outputs(name, config, layout, arrays, manifest.get("mixed_dtypes", {}).get(name, {}))
     notes.extend(left_out)
-    if layout.places[name].naming == "diffusers":
+    if layout.places[name].naming == "diffusers" and not layout.one_spelling:
         outputs = spelled(name, outputs, manifest.get("spelling", {}))
     outputs = comfyui.cast(name, outputs, dtype)
     if name == layout.tokenizer_within:

@@ -68,6 +68,7 @@ class Layout:
       loose: files are told by content, whatever their name and place.
       shards: a large .safetensors is written in shards.
       casts: tensors can be written in another dtype than they are stored in (`comfyui.cast`).
+      one_spelling: keys with two spellings are written in the first, not as the source had them.
       tokenizer_within: the component whose file holds the tokenizer's model too.
       beside: the JSON files beside the components, by path, from our config and the tokenizer's folder.
     """
@@ -83,6 +84,7 @@ class Layout:
     loose: bool = False
     shards: bool = True
     casts: bool = False
+    one_spelling: bool = False
     tokenizer_within: Component | None = None
     beside: Callable[[WanConfig, pathlib.Path], dict[str, dict[str, Any]]] = lambda config, tokenizer: {}
 
@@ -148,6 +150,7 @@ COMFYUI = Layout(
     loose=True,
     shards=False,
     casts=True,
+    one_spelling=True,
     tokenizer_within="text_encoder",
 )
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS, COMFYUI)}

@@ -36,6 +36,7 @@ def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) 
     if not path.exists():
         raise FileNotFoundError(f"{path} doesn't exist; give a Wan2.1 directory, official or diffusers")
     if not path.is_dir():
+        unsupported.check_file(path)
         raise ValueError(
             f"{path} is a file; give the directory that holds the whole checkpoint, or the files of its parts with --dit, --vae "
             "and --text-encoder (WanPipeline.from_files)"

@@ -65,12 +65,14 @@ class _Seen:
       candidates: by component, of models that are supported.
       refused: why others aren't.
       damaged: why files can't be read.
+      gguf: files of that kind.
       whole: folders in it that are checkpoints of their own, which are not looked into.
     """
 
     candidates: dict[Component, list[_Candidate]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
     refused: dict[Component, list[Exception]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
     damaged: list[Exception] = field(default_factory=list)
+    gguf: list[pathlib.Path] = field(default_factory=list)
     whole: list[pathlib.Path] = field(default_factory=list)
     tokenizers: list[pathlib.Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -135,7 +137,7 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
         if path.is_dir() and has_tokenizer(path):
             seen.tokenizers.append(path)
         elif path.suffix.lower() == ".gguf":
-            seen.refused["dit"].append(unsupported.gguf(path))
+            seen.gguf.append(path)
         elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
             try:
                 reader = _open(path)
@@ -155,6 +157,9 @@ def _hidden(path: pathlib.PurePath) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")  # torch's own names, also of old files that are bare pickles
+
+
 def _is_whole(folder: pathlib.Path) -> bool:
     """Whether a folder is a checkpoint in a layout of its own, whose JSON files count and would be lost on the way."""
     told = layout_by_names(top_names(folder))
@@ -165,7 +170,9 @@ def _is_whole(folder: pathlib.Path) -> bool:
 
 
 def _open(file: pathlib.Path) -> Reader:
-    return PthFile(file) if file.suffix == ".pth" else open_weights(file)
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\3\4"  # torch's, whatever its name: .pth, .pt, .bin, .ckpt
+    return PthFile(file) if is_zip or file.suffix in _PICKLES else open_weights(file)
 
 
 def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path) -> None:
@@ -203,7 +210,9 @@ def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candi
         return candidates[0]
     if seen.refused[name]:
         raise seen.refused[name][0]
-    if seen.damaged:  # it may be the one
+    if seen.gguf:  # it may be the one, and no header is read to say which
+        raise unsupported.gguf(seen.gguf[0])
+    if seen.damaged:
         raise seen.damaged[0]
     if name == "image_encoder":
         return None
@@ -216,8 +225,7 @@ def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candi
 def _open_given(name: Component, file: pathlib.Path) -> _Candidate:
     if not file.is_file():
         raise FileNotFoundError(f"{OPTIONS[name]} {file} is no file; give a .safetensors file")
-    if name == "dit":
-        unsupported.check_file(file)
+    (unsupported.check_file if name == "dit" else unsupported.check_gguf)(file)
     reader = _open(file)
     told = tell(reader)
     for found in told:
@@ -261,7 +269,23 @@ def _tokenizer(
             f"{text_encoder.file} holds no tokenizer (spiece_model); give the folder of UMT5's with --tokenizer DIR: it is "
             "google/umt5-xxl in official directories, tokenizer in diffusers'"
         )
+    _check_vocabulary(tokenizers[0], text_encoder)
     return tokenizers[0]
+
+
+def _check_vocabulary(folder: pathlib.Path, text_encoder: _Candidate) -> None:
+    """Raises ValueError for a tokenizer with more words than the text encoder's table has rows: it is another model's."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    words = (read_json(file).get("model") or {}).get("vocab") or ()
+    key = "token_embedding.weight" if text_encoder.found.naming == "official" else "shared.weight"
+    info = text_encoder.found.reader.tensors.get(key)
+    if info is not None and len(words) > info.shape[0]:
+        raise ValueError(
+            f"{folder} is another model's tokenizer: {len(words)} words, and {text_encoder.file} has {info.shape[0]}; "
+            "give the folder of UMT5's with --tokenizer DIR"
+        )
 
 
 @functools.cache

@@ -59,10 +59,15 @@ def gguf(where: pathlib.Path | str) -> NotImplementedError:
 
 def check_file(file: pathlib.Path) -> None:
     """Raises NotImplementedError for a file whose name or first bytes say what it is: GGUF, a DiT of Wan2.2."""
-    if file.suffix.lower() == ".gguf" or (file.is_file() and _begins(file, b"GGUF")):
-        raise gguf(file)
+    check_gguf(file)
     if _WAN22_FILE.search(file.name) or file.parent.name in _WAN22_FOLDERS:
         raise _refuse(file, "a Wan2.2 model by its name")
+
+
+def check_gguf(file: pathlib.Path) -> None:
+    """Raises NotImplementedError for a GGUF file, by its name or first bytes."""
+    if file.suffix.lower() == ".gguf" or (file.is_file() and _begins(file, b"GGUF")):
+        raise gguf(file)
 
 
 def _begins(file: pathlib.Path, magic: bytes) -> bool:
@@ -95,6 +100,8 @@ def check_directory(path: pathlib.Path, names: Iterable[str], index: dict) -> No
       index: its model_index.json, empty without one.
     Raises: NotImplementedError.
     """
+    if path.name in _WAN22_FOLDERS:
+        raise _refuse(path, "a part of a Wan2.2 checkpoint by its name")
     tops = {name.split("/")[0] for name in names}
     second = index.get("transformer_2") or [None]
     if second[0] is not None or "transformer_2" in tops:

@@ -311,6 +311,50 @@ def test_comfyui_files_are_written_and_come_back_bit_for_bit(pristine, tmp_path)
     assert read_all(tmp_path / "again") == read_all(tmp_path / "comfy")
 
 
+def test_what_comfyui_looks_for_is_written_whatever_the_source_calls_it(pristine, tmp_path):
+    """transformers 5 leaves out `vision_model.`, and a file may have the tied embedding under its other name."""
+    shutil.copytree(pristine("diffusers", "flf2v"), tmp_path / "source")
+    for file, new in (
+        ("text_encoder", lambda key: "encoder.embed_tokens.weight" if key == "shared.weight" else key),
+        ("image_encoder", lambda key: key.removeprefix("vision_model.")),
+    ):
+        path = tmp_path / "source" / file / "model.safetensors"
+        save_file({new(key): value for key, value in load_file(path).items()}, path)
+    to_flax(tmp_path / "source", tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "comfy", "comfyui")
+    to_torch(tmp_path / "ours", tmp_path / "back", "diffusers")
+    assert read_all(tmp_path / "back") == read_all(tmp_path / "source")
+    written = load_file(tmp_path / "comfy" / "text_encoders" / "umt5_xxl.safetensors")
+    assert "shared.weight" in written
+    assert "encoder.embed_tokens.weight" not in written
+    clip = load_file(tmp_path / "comfy" / "clip_vision" / "clip_vision_h.safetensors")
+    assert all(key.startswith("vision_model.") for key in clip)
+
+
+def test_torch_s_files_are_told_by_what_they_hold(pristine, comfy, tmp_path):
+    _, files = comfy()
+    vae = pristine("official", dtypes=BF16) / "Wan2.1_VAE.pth"
+    want = open_checkpoint(None, Given(**files)).load("vae")
+    for name in ("model.pt", "pytorch_model.bin", "vae.ckpt"):
+        shutil.copy(vae, tmp_path / name)
+        assert same_arrays(open_checkpoint(None, Given(**files | {"vae": tmp_path / name})).load("vae"), want)
+    (tmp_path / "old.pt").write_bytes(b"\x80\x02cposix\nsystem\n")
+    with pytest.raises(ValueError, match=r"old\.pt"):
+        open_checkpoint(None, Given(**files | {"vae": tmp_path / "old.pt"}))
+
+
+def test_another_model_s_tokenizer_is_told(comfy, tmp_path):
+    root, _ = comfy(tokenizer=False)
+    (root / "tokenizer").mkdir()
+    content = json.loads((T2V / "tokenizer" / "tokenizer.json").read_text())
+    content["model"]["vocab"] += [[f"word{i}", 0.0] for i in range(1000)]
+    (root / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"another model's tokenizer: 1400 words, and .* has 416; give the folder of UMT5's"
+    ):
+        open_checkpoint(root)
+
+
 def test_a_tokenizer_that_comfyui_cannot_read_is_noted(pristine, tmp_path):
     to_flax(pristine("official"), tmp_path / "a")
     (tmp_path / "a" / "tokenizer" / "spiece.model").unlink()

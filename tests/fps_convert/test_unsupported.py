@@ -94,6 +94,19 @@ def test_gguf_is_told(source, refused, tmp_path):
         open_checkpoint(path, Given(dit=disguised))
 
 
+def test_what_is_not_supported_is_told_of_the_file_itself(source, refused, tmp_path):
+    for name, part in (
+        ("model.gguf", "SRC is GGUF, which isn't supported"),
+        ("wan2.2_t2v_high_noise.safetensors", "SRC is a Wan2.2 model by its name"),
+    ):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(100) if "gguf" in name else bytes(100))
+        refused(tmp_path / name, part)
+    with pytest.raises(NotImplementedError, match=r"model\.gguf is GGUF"):
+        open_checkpoint(source("official"), Given(text_encoder=tmp_path / "model.gguf"))
+    (tmp_path / "source").rename(tmp_path / "high_noise_model")
+    refused(tmp_path / "high_noise_model", "SRC is a part of a Wan2.2 checkpoint by its name")
+
+
 def test_ti2v_5b_beside_the_vae_of_16_channels(source, refused):
     path = source("official")
 
