@@ -5,7 +5,9 @@ layers; with --t5 those of UMT5-xxl in bf16 (11.4 GB; needs 50 GB of disk) besid
 process of its own, whose RssAnon is sampled. The copy (shutil.copyfile of the same source files) runs before and after each
 conversion. Works in TMPDIR; nothing big is left behind.
 
-    python benchmarks/convert_real_size.py [--t5] [--layout official|diffusers]
+    python benchmarks/convert_real_size.py [--t5] [--layout official|diffusers|comfyui]
+
+comfyui: single files whose DiT and text encoder are in FP8 with scales, as ComfyUI has them.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from benchmarks import record
+from fps_convert import to_flax, to_torch
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import open_safetensors
 from fps_convert.synthetic import write_checkpoint
@@ -93,7 +96,7 @@ def tensors(directory: pathlib.Path) -> dict[str, bytes | Any]:
             readers[path.name] = PthFile(path)
         elif path.name.endswith(".safetensors"):
             readers[str(path.parent.relative_to(directory))] = open_safetensors(
-                path.parent, path.name.split(".")[0].split("-0")[0]
+                path.parent, path.name.removesuffix(".safetensors").split("-0")[0]
             )
     return readers
 
@@ -110,7 +113,7 @@ def identical(first: pathlib.Path, second: pathlib.Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--t5", action="store_true", help="all of UMT5-xxl")
-    parser.add_argument("--layout", choices=("official", "diffusers"), default="official")
+    parser.add_argument("--layout", choices=("official", "diffusers", "comfyui"), default="official")
     options = parser.parse_args()
     config, model = WAN_T2V_1_3B, "Wan2.1-T2V-1.3B: bf16 DiT, float32 VAE, UMT5 of 2 layers"
     if options.t5:
@@ -122,16 +125,25 @@ def main() -> None:
     root = pathlib.Path(tempfile.mkdtemp(prefix="convert_real_size_"))
     try:
         source, ours, back = root / "source", root / "ours", root / "back"
-        write_checkpoint(source, config, layout=options.layout, dtypes={"dit": "BF16", "text_encoder": "BF16"})
+        dtypes, cast = {"dit": "BF16", "text_encoder": "BF16"}, []
+        if options.layout == "comfyui":
+            cast = ["--dtype", "fp8_scaled"]
+            write_checkpoint(root / "bf16", config, layout="official", dtypes=dtypes)
+            to_flax(root / "bf16", root / "ours_bf16")
+            to_torch(root / "ours_bf16", source, "comfyui", dtype="fp8_scaled")
+            shutil.rmtree(root / "bf16")
+            shutil.rmtree(root / "ours_bf16")
+        else:
+            write_checkpoint(source, config, layout=options.layout, dtypes=dtypes)
         os.sync()
         weights = [path.stat().st_size for path in files(source) if path.suffix in (".pth", ".safetensors")]
-        if options.layout == "diffusers":
+        if options.layout != "official":
             weights = [
                 sum(p.stat().st_size for p in folder.iterdir()) for folder in source.iterdir() if folder.is_dir()
             ]
         there = convert(["to-flax", str(source), str(ours)], source, root, max(weights))
         os.sync()
-        again = convert(["to-torch", str(ours), str(back), "--layout", options.layout], ours, root, max(weights))
+        again = convert(["to-torch", str(ours), str(back), "--layout", options.layout, *cast], ours, root, max(weights))
         payload = {
             "model": model,
             "load_average": os.getloadavg(),

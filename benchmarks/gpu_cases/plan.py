@@ -60,21 +60,22 @@ def _ladder() -> Family:
         *rungs,
         _forward("first", "one tile", fused=False, options=still),
         _forward("first", "one tile", fused=False),
-        _forward("first", "one tile"),
+        _quantization("ladder quantize", 128, 1, 128, "none"),
+        *_group("first"),
     )
 
 
 def _quantized() -> Family:
     cases = [
-        Case(
-            name=f"correct quantization {tile} x {scales} head dim {dim} {padding}",
-            function=f"{_HERE}.correct:quantization",
-            kernels=("quantize",),
-            kwargs={"tile": tile, "scales": scales, "dim": dim, "padding": padding},
-        )
+        _quantization(f"correct quantization {tile} x {scales} head dim {dim} {padding}", tile, scales, dim, padding)
         for tile, scales, dim, padding in QUANTIZED
     ]
     return _correct("correct quantization", *cases)
+
+
+def _quantization(name: str, tile: int, scales: int, dim: int, padding: str) -> Case:
+    kwargs = {"tile": tile, "scales": scales, "dim": dim, "padding": padding}
+    return Case(name=name, function=f"{_HERE}.correct:quantization", kernels=("quantize",), kwargs=kwargs)
 
 
 def _operations() -> Family:

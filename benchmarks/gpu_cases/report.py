@@ -95,6 +95,9 @@ def table(results: Results) -> str:
     failed = wrong(results)
     lines.append(f"right: {right}; wrong or failed: {', '.join(failed) or 'none'}")
     lines += [f"  {name}: {str(latest[name].get('failed', 'wrong numbers'))[:110]}" for name in failed]
+    rung = next((name for name in failed if latest[name]["family"] == "ladder"), None)
+    if rung is not None:
+        lines.append(f"ladder: the first rung that fails is '{rung}': look there before all others")
     if kernels := doubtful(results):
         lines.append(f"wrong, so that their speed means nothing: {', '.join(kernels)}")
     left_out = [name for name, r in latest.items() if r.get("unfinished")]

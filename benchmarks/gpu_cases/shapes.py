@@ -7,8 +7,17 @@ from pallas_kernels.testing import Shape
 _BF16: dict[str, Any] = {"scales": None}
 _PAIR: dict[str, Any] = {"cluster": 2}
 _MANY: dict[str, Any] = {"tiles": 10, "heads": 4, "batch": 2}
+_SMALL: dict[str, Any] = {"tile": 128, "heads": 1, "padding": "none", "stages": 2}
 SHAPES: dict[str, dict[str, Shape]] = {
-    "first": {"one tile": Shape(tile=128, tiles=2, heads=1, padding="none", table="one")},
+    # Rungs of the ladder: one thing more at each.
+    "first": {
+        "one tile": Shape(**_SMALL, tiles=2, table="one"),
+        "two stages": Shape(**_SMALL, tiles=2, table="all"),
+        "a ring that wraps": Shape(**_SMALL, tiles=6, table="all"),
+        "cluster, one tile": Shape(**_SMALL | {"tile": 256}, tiles=2, table="one", cluster=2),
+        "turns": Shape(**_SMALL, tiles=2, table="all", take_turns=True),
+        "persistent": Shape(**_SMALL, tiles=6, table="all", persistent=True),
+    },
     "tables": {
         "ragged": Shape(tiles=12),
         "every tile": Shape(table="all"),

@@ -287,7 +287,9 @@ def test_what_is_wrong_failed_left_out_or_hung_is_named(tmp_path):
     results = results_of(
         tmp_path,
         record("right", timed(1.0)),
-        record("bad", {"part": "ragged", "ok": False}, stage="correct", kernels=["quantize", "fwd fp8"]),
+        record(
+            "bad", {"part": "ragged", "ok": False}, stage="correct", family="ladder", kernels=["quantize", "fwd fp8"]
+        ),
         record("broken", failed="RuntimeError: no such instruction"),
         record("stuck", failed="hung: said nothing for 25 s", hung=True, kernels=["fwd fp8", "new"]),
         record("late", failed="not run: the budget is spent", unfinished=True),
@@ -299,6 +301,7 @@ def test_what_is_wrong_failed_left_out_or_hung_is_named(tmp_path):
         "  bad: wrong numbers",
         "  broken: RuntimeError: no such instruction",
         "wrong, so that their speed means nothing: fwd fp8",
+        "ladder: the first rung that fails is 'bad': look there before all others",
         "left out: 1 (late)",
         "hung: new (in 'stuck')",
     ):
