@@ -1,6 +1,7 @@
 """The rooms' order, what each may import, and what importing them costs. docs/architecture.md has the picture."""
 
 import ast
+import importlib
 import importlib.metadata
 import pathlib
 import re
@@ -219,3 +220,23 @@ def test_only_tests_of_benchmarks_import_them():
     for file in (ROOT / "tests").rglob("*.py"):
         if file.relative_to(ROOT / "tests").parts[0] != "benchmarks":
             assert not re.search(r"^\s*(from|import) benchmarks\b", file.read_text(), re.MULTILINE), file
+
+
+def named(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name) of all that is imported by name from the library, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in TOPS - {"benchmarks", "tests"}:
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def test_what_benchmarks_and_pages_import_is_there():
+    """No type checker reads these, and most benchmarks run on no machine that tests."""
+    trees = {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in (ROOT / "benchmarks").rglob("*.py")}
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), 1):
+            trees[f"{page.name}, block {number}"] = ast.parse(block)
+    found = {(where, *pair) for where, tree in trees.items() for pair in named(tree)}
+    assert len(found) > 100
+    for where, module, name in sorted(found):
+        is_there = hasattr(importlib.import_module(module), name) or file_of(f"{module}.{name}") is not None
+        assert is_there, f"{where}: {module} has no {name}"

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 from typing import Any
 
 from fps_jax.files import write_bytes
@@ -67,7 +68,10 @@ def _wandb_run(directory: pathlib.Path, config: dict[str, Any]) -> Any:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         return None
-    return wandb.init(dir=str(directory), name=directory.name, config=config, resume="allow", id=directory.name)
+    kept = directory / "wandb_id"  # of this folder alone: two runs may have the same name
+    if not kept.exists():
+        write_bytes(kept, secrets.token_hex(8).encode())
+    return wandb.init(dir=str(directory), name=directory.name, config=config, resume="allow", id=kept.read_text())
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
