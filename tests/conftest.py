@@ -1,6 +1,8 @@
 """Strict JAX settings for every test, set before jax is imported."""
 
+import gc
 import os
+import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +20,14 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A process may have 65,530 mapped regions (Linux's default), a compiled program has up to thousands, and XLA aborts where it gets
+# no more.
+_MAPS, _MANY = pathlib.Path("/proc/self/maps"), 25_000
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets the programs of earlier tests before they leave no room for those of the next."""
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MANY:
+        jax.clear_caches()
+        gc.collect()
