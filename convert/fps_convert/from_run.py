@@ -10,9 +10,9 @@ import numpy as np
 
 from fps_convert.lora.write import write_lora
 from fps_convert.torch_to_flax import to_flax
-from fps_jax.checkpoints.format import SCHEDULE, is_checkpoint, load_component, save_component
-from fps_jax.checkpoints.open import open_model, resolve_checkpoint
-from fps_jax.checkpoints.runs import Which, is_run, read_run
+from fps_jax.checkpoints.format import SCHEDULE, load_component, save_component
+from fps_jax.checkpoints.open import open_model
+from fps_jax.checkpoints.runs import Which, read_run
 from fps_jax.files import new_directory
 from fps_jax.models.params import flatten, unflatten
 
@@ -31,15 +31,16 @@ def run_as_checkpoint(
     """
     run = read_run(src)
     trained = run.trained(which)
-    base = resolve_checkpoint(run.model)
+    opened = open_model(run.model)
+    base = opened.directory
     parent = pathlib.Path(dst).expanduser().resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         temporary = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(suffix=".partial", dir=parent)))
         whole = temporary / "whole"
-        if is_run(base):
+        if opened.layout == "run":
             base = stack.enter_context(run_as_checkpoint(base, temporary / "base"))
-        if is_checkpoint(base):
+        if opened.layout in ("run", "ours"):
             whole.mkdir()
             for entry in base.iterdir():
                 if entry.name not in ("dit", SCHEDULE):

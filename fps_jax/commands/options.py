@@ -19,7 +19,11 @@ FILES = ("image", "last_image", "image_embeds", "latents")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """A checkpoint and the video to sample from it."""
+    """A checkpoint and the video to sample from it.
+
+    Fields that are `Request`'s have its names, and its defaults: it isn't their base, as it stands on jax, and a command line is
+    parsed before jax is imported. tests/fps_jax/sampling/test_request.py holds the two against each other.
+    """
 
     model: Annotated[str, tyro.conf.Positional]
     """A converted checkpoint, an official or diffusers directory, or a Hugging Face repo id."""
