@@ -1,6 +1,7 @@
 """Which file of a directory in a layout holds which component."""
 
 import pathlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,14 +118,22 @@ def _open_pths(path: pathlib.Path, layout: Layout, files: Files) -> None:
 def _check_whole(path: pathlib.Path, files: Files) -> None:
     """Raises FileNotFoundError that lists all that is missing of what every checkpoint has."""
     layout = files.layout
-    missing = [layout.places[name].file for name in COMPONENTS[:3] if name not in files.readers]
-    if files.tokenizer is None:
+    has_scheduler = layout.scheduler is not None and (path / layout.scheduler).is_file()
+    check_parts(path, layout, files.readers, files.tokenizer is not None, has_scheduler)
+
+
+def check_parts(
+    where: pathlib.Path | str, layout: Layout, has: Collection[str], has_tokenizer: bool, has_scheduler: bool
+) -> None:
+    """Raises FileNotFoundError that lists what every checkpoint of a layout has, and this one doesn't."""
+    missing = [layout.places[name].file for name in COMPONENTS[:3] if name not in has]
+    if not has_tokenizer:
         missing.append(f"{layout.tokenizer}/tokenizer.json (or spiece.model)")
-    if layout.scheduler and not (path / layout.scheduler).is_file():
+    if layout.scheduler and not has_scheduler:
         missing.append(layout.scheduler)
     if missing:
         raise FileNotFoundError(
-            f"{path} is not a whole Wan2.1 checkpoint ({layout.name} layout): missing {', '.join(missing)}"
+            f"{where} is not a whole Wan2.1 checkpoint ({layout.name} layout): missing {', '.join(missing)}"
         )
 
 

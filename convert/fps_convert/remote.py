@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from fps_convert import key_patterns, unsupported
-from fps_convert.files import TOKENIZER_FILES
+from fps_convert.files import TOKENIZER_FILES, check_parts
 from fps_convert.formats.readers import read_json
 from fps_convert.infer import flow_shift, preset, sampling
 from fps_convert.layouts import Layout, layout_by_names
@@ -67,7 +67,10 @@ def _judge(folder: pathlib.Path, names: Sequence[str], repo: str, keys: Callable
         raise _no_checkpoint(names, repo)
     chosen: dict[Component, list[str]] = {name: _of_stem(names, layout, name) for name in COMPONENTS}
     pths = [name for name in names if name.endswith(".pth") and "/" not in name]
-    _check_whole(layout, chosen, names, len(pths), repo)
+    # Any .pth may be any part: two or more may be what is wanted.
+    there = {name for name in COMPONENTS if chosen[name] or (layout.places[name].is_pth and len(pths) > 1)}
+    has_tokenizer = any(f"{layout.tokenizer}/{file}" in names for file in TOKENIZER_FILES)
+    check_parts(repo, layout, there, has_tokenizer, layout.scheduler in names)
     config = _config(folder, layout, bool(chosen["image_encoder"]))
     indices = [name for name in chosen["dit"] if name.endswith(".json")]
     for name in indices or chosen["dit"]:
@@ -78,26 +81,6 @@ def _judge(folder: pathlib.Path, names: Sequence[str], repo: str, keys: Callable
     if any(place.is_pth for place in layout.places.values()):  # a .pth may have any name
         files += [name for name in pths if name not in files]
     return Repository(layout, files, config)
-
-
-def _check_whole(
-    layout: Layout, chosen: dict[Component, list[str]], names: Sequence[str], num_pths: int, repo: str
-) -> None:
-    """Raises FileNotFoundError that lists what every checkpoint has and this one doesn't. Any .pth may be any part."""
-    missing = [
-        place.file
-        for name in COMPONENTS[:3]
-        if not chosen[name] and not ((place := layout.places[name]).is_pth and num_pths > 1)
-    ]
-    if not any(f"{layout.tokenizer}/{file}" in names for file in TOKENIZER_FILES):
-        missing.append(f"{layout.tokenizer}/tokenizer.json (or spiece.model)")
-    if layout.scheduler and layout.scheduler not in names:
-        missing.append(layout.scheduler)
-    if missing:
-        raise FileNotFoundError(
-            f"{repo} is not a whole Wan2.1 checkpoint ({layout.name} layout): missing {', '.join(missing)}; "
-            "no weights were downloaded"
-        )
 
 
 def _check_class(folder: pathlib.Path, repo: str) -> None:

@@ -136,7 +136,7 @@ def sharded_fastwan(path):
         (fastwan, "VSA"),
         (change("transformer/config.json", in_channels=48), "48 input and 16 output channels"),
         (change("transformer/config.json", in_channels=48, out_channels=48), "as Wan2.2's TI2V-5B, beside a VAE of 16"),
-        (lambda path: shutil.rmtree(path / "vae"), "missing vae/diffusion_pytorch_model.safetensors; no weights were"),
+        (lambda path: shutil.rmtree(path / "vae"), "missing vae/diffusion_pytorch_model.safetensors"),
         (lambda path: shutil.rmtree(path / "tokenizer"), "missing tokenizer/tokenizer.json (or spiece.model)"),
         (lambda path: shutil.rmtree(path / "scheduler"), "missing scheduler/scheduler_config.json"),
         (
