@@ -24,7 +24,7 @@ def choices(kind: Any) -> str:
 def file_and_scale(text: str) -> tuple[str, float]:
     """'FILE:SCALE' or 'FILE', whose scale is 1. Raises ValueError for what isn't a finite number behind the last colon."""
     file, colon, tail = text.rpartition(":")
-    if not colon:
+    if not colon or tail.endswith(".safetensors"):  # a name may hold a colon
         return text, 1.0
     try:
         scale = float(tail)

@@ -7,6 +7,7 @@ text_encoders.umt5xxl.transformer.shared.weight    a text encoder in a checkpoin
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fps_convert.formats.readers import Reader, Renamed
@@ -111,9 +112,10 @@ def tell(reader: Reader) -> list[Found]:
     ]
 
 
-def told_apart(reader: Reader) -> str | None:
-    """What a file is that is no component: 'a LoRA'; None for what isn't known."""
-    return next((what for pattern, what in _NOT_WHOLE if any(pattern.search(key) for key in reader.tensors)), None)
+def told_apart(keys: Iterable[str]) -> str | None:
+    """What a file with these tensors is that is no component: 'a LoRA'; None for what isn't known."""
+    keys = list(keys)
+    return next((what for pattern, what in _NOT_WHOLE if any(pattern.search(key) for key in keys)), None)
 
 
 def tokenizer_bytes(reader: Reader) -> bytes | None:

@@ -12,6 +12,7 @@ from fps_convert.files import TOKENIZER_FILES, check_parts
 from fps_convert.formats.readers import read_json
 from fps_convert.infer import flow_shift, preset, sampling
 from fps_convert.layouts import Layout, layout_by_names
+from fps_convert.parts import told_apart
 from fps_jax.config import (
     COMPONENTS,
     Component,
@@ -60,11 +61,12 @@ def judge(
 
 
 def _judge(folder: pathlib.Path, names: Sequence[str], repo: str, keys: Callable[[str], Iterable[str]]) -> Repository:
+    unsupported.check_name(repo, pathlib.Path(repo))
     unsupported.check_jsons(folder, names)
     _check_class(folder, repo)
     layout = layout_by_names(names)
     if layout is None or not _of_stem(names, layout, "dit"):
-        raise _no_checkpoint(names, repo)
+        raise _no_checkpoint(names, repo, keys)
     chosen: dict[Component, list[str]] = {name: _of_stem(names, layout, name) for name in COMPONENTS}
     pths = [name for name in names if name.endswith(".pth") and "/" not in name]
     # Any .pth may be any part: two or more may be what is wanted.
@@ -101,18 +103,57 @@ def _of_stem(names: Sequence[str], layout: Layout, component: Component) -> list
     return [name for name in names if whole.fullmatch(name)] or [name for name in names if variant.fullmatch(name)]
 
 
-def _no_checkpoint(names: Sequence[str], repo: str) -> Exception:
+def _no_checkpoint(names: Sequence[str], repo: str, keys: Callable[[str], Iterable[str]]) -> Exception:
+    """What a repository is that is no checkpoint, and how its files can be had all the same."""
     weights = [name for name in names if name.endswith(_WEIGHTS)]
     if weights and all(name.endswith(".gguf") for name in weights):
         return unsupported.gguf(repo)
-    if any(name.endswith(".safetensors") for name in weights):
+    below = _checkpoints_below(names)
+    if below:
         return ValueError(
-            f"{repo} is a collection of {len(weights)} single files, of which nothing was downloaded; download those that you want "
-            "and give them with fps-convert to-flax --dit, --vae and --text-encoder (WanPipeline.from_files)"
+            f"{repo} has its checkpoints in folders ({_few(below)}), and nothing was downloaded; "
+            f"hf download {repo} --include '{below[0]}/*' --local-dir DIR, and give DIR/{below[0]}"
+        )
+    files = [name for name in weights if name.endswith(".safetensors")]
+    if files and len(files) <= _HEADERS and all(told_apart(keys(name)) == "a LoRA" for name in files):
+        return ValueError(
+            f"{repo} holds LoRAs and no model ({_few(files)}), and nothing was downloaded; hf download {repo} '{files[0]}', and "
+            "give the file with --lora (pipe.load_lora) beside the model that it was made for"
+        )
+    if files:
+        return ValueError(
+            f"{repo} is a collection of {len(weights)} single files ({_few(files)}), of which nothing was downloaded; "
+            f"hf download {repo} FILE those that you want and give them with fps-convert to-flax --dit, --vae and --text-encoder "
+            "(WanPipeline.from_files)"
         )
     return ValueError(
         f"{repo} is not a Wan checkpoint: it has neither model_index.json nor diffusion_pytorch_model*.safetensors"
     )
+
+
+_HEADERS = 8  # of files that are asked for what they hold, a request each
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _checkpoints_below(names: Sequence[str]) -> list[str]:
+    """Folders at the top of a repository that are checkpoints by the names in them."""
+    tops: dict[str, list[str]] = {}
+    for name in names:
+        top, slash, rest = name.partition("/")
+        if slash:
+            tops.setdefault(top, []).append(rest)
+
+    def is_whole(inside: Sequence[str]) -> bool:
+        layout = layout_by_names(inside)
+        if layout is None or not _of_stem(inside, layout, "dit"):
+            return False
+        # Told by its DiT's name alone, which any part in the diffusers layout has too.
+        return bool(layout.marks) or any(name.endswith(".pth") for name in inside)
+
+    return sorted(top for top, inside in tops.items() if is_whole(inside))
 
 
 def _config(folder: pathlib.Path, layout: Layout, has_tower: bool) -> WanConfig:

@@ -179,7 +179,7 @@ def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder:
     """Puts a file where it belongs."""
     told = tell(reader)
     if not told:
-        what = told_apart(reader) or "no part of a Wan2.1 model"
+        what = told_apart(reader.tensors) or "no part of a Wan2.1 model"
         seen.notes.append(f"{file.relative_to(folder)} is {what} and is left out")
     for found in told:
         if given.file(found.component) is not None:
@@ -231,7 +231,7 @@ def _open_given(name: Component, file: pathlib.Path) -> _Candidate:
     for found in told:
         if found.component == name:
             return _Candidate(found, file, reader)
-    what = " and ".join(found.component for found in told) or told_apart(reader) or "no part of a Wan2.1 model"
+    what = " and ".join(found.component for found in told) or told_apart(reader.tensors) or "no part of a Wan2.1 model"
     raise ValueError(f"{OPTIONS[name]} {file} is {what}, not a {name} of Wan2.1; give another file")
 
 

@@ -27,7 +27,12 @@ _PIPELINES = {
     "WanAnimatePipeline": "a Wan2.2 Animate model",
 }
 _WAN22_FOLDERS = ("high_noise_model", "low_noise_model")
-_WAN22_FILE = re.compile(r"(high|low)[_\-. ]?noise|wan[_\-. ]?2[_\-. ]?2", re.IGNORECASE)
+# Names of files and repositories that say what they hold, where its tensors are those of a supported model or of other channels.
+_NAMES = (
+    (re.compile(r"(high|low)[_\-. ]?noise|wan[_\-. ]?2[_\-. ]?2", re.IGNORECASE), "a Wan2.2 model by its name"),
+    (re.compile(r"fun[_\-. ].*control", re.IGNORECASE), "a control model (Wan-Fun) by its name"),
+    (re.compile(r"(^|[_\-. /])vace($|[_\-. ])", re.IGNORECASE), "a VACE model by its name"),
+)
 
 
 def _refuse(where: pathlib.Path, what: str) -> NotImplementedError:
@@ -58,10 +63,18 @@ def gguf(where: pathlib.Path | str) -> NotImplementedError:
 
 
 def check_file(file: pathlib.Path) -> None:
-    """Raises NotImplementedError for a file whose name or first bytes say what it is: GGUF, a DiT of Wan2.2."""
+    """Raises NotImplementedError for a file whose name or first bytes say what it is: GGUF, a DiT of another model."""
     check_gguf(file)
-    if _WAN22_FILE.search(file.name) or file.parent.name in _WAN22_FOLDERS:
-        raise _refuse(file, "a Wan2.2 model by its name")
+    check_name(file.name, file)
+    if file.parent.name in _WAN22_FOLDERS:
+        raise _refuse(file, "a part of a Wan2.2 model by its folder")
+
+
+def check_name(name: str, where: pathlib.Path) -> None:
+    """Raises NotImplementedError for a name of a file or a repository that says it is another model."""
+    for pattern, what in _NAMES:
+        if pattern.search(name):
+            raise _refuse(where, what)
 
 
 def check_gguf(file: pathlib.Path) -> None:
@@ -79,7 +92,7 @@ def check_channels(ins: int, outs: int, has_image: bool, where: pathlib.Path) ->
     """Raises NotImplementedError for a DiT whose channels are those of no supported task; ins and outs of its latents."""
     if ins == (2 * outs + 4 if has_image else outs):
         return
-    kin = "; Wan2.2's I2V has these" if ins == 2 * outs + 4 else ""
+    kin = {2 * outs + 4: "; Wan2.2's I2V has these", 3 * outs: "; Wan-Fun's control models have these"}.get(ins, "")
     raise NotImplementedError(
         f"{where}: {ins} input and {outs} output channels {'with' if has_image else 'without'} image attention is "
         f"no Wan2.1 T2V (as many in as out), I2V or FLF2V model (2 x out + 4 in, with image attention){kin}"

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 import shutil
 import types
 
@@ -26,7 +27,7 @@ def repository(tmp_path, monkeypatch):
     def serve(folder):
         cache, fetched = tmp_path / "cache", []
         cache.mkdir()
-        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
         def download(repo, *, allow_patterns=None, local_files_only=False):
             if local_files_only:
@@ -106,9 +107,28 @@ def collection(path):
     (path / "transformer").rename(path / "diffusion_models")
 
 
-def gguf(path):
+def loras(path):
+    empty(path)
+    factors = {f"diffusion_model.blocks.0.self_attn.q.lora_{x}.weight": np.zeros((1, 1), np.float32) for x in "AB"}
+    for name in ("flat_color.safetensors", "epochs/20.safetensors"):
+        (path / name).parent.mkdir(exist_ok=True)
+        save_file(factors, path / name)
+
+
+def in_folders(path):
+    shutil.copytree(path, path / "T2V")
+    for entry in path.iterdir():
+        if entry.name != "T2V":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def empty(path):
     shutil.rmtree(path)
     path.mkdir()
+
+
+def gguf(path):
+    empty(path)
     (path / "wan2.1-t2v-14b-Q4_0.gguf").write_bytes(b"GGUF")
 
 
@@ -145,7 +165,14 @@ def sharded_fastwan(path):
             ],
             "is not a whole Wan2.1 checkpoint (diffusers layout): missing vae/",
         ),
-        (collection, "is a collection of 3 single files, of which nothing was downloaded"),
+        (collection, "is a collection of 3 single files (diffusion_models/diffusion_pytorch_model.safetensors, "),
+        (collection, "of which nothing was downloaded; hf download someone/model FILE those that you want"),
+        (loras, "holds LoRAs and no model (epochs/20.safetensors, flat_color.safetensors), and nothing was downloaded"),
+        (loras, "give the file with --lora (pipe.load_lora)"),
+        (
+            in_folders,
+            "has its checkpoints in folders (T2V), and nothing was downloaded; hf download someone/model --include 'T2V/*'",
+        ),
         (gguf, "is GGUF, which isn't supported"),
         (lambda path: shutil.rmtree(path / "transformer"), "someone/model"),
     ],
@@ -162,6 +189,27 @@ def test_of_what_is_not_supported_no_weights_are_fetched(repository, tmp_path, e
         assert "someone/model" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert weights_of(fetched) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("alibaba-pai/Wan2.1-Fun-1.3B-Control", "is a control model (Wan-Fun) by its name"),
+        ("Wan-AI/Wan2.1-VACE-1.3B", "is a VACE model by its name"),
+        ("Wan-AI/Wan2.2-T2V-A14B", "is a Wan2.2 model by its name"),
+    ],
+)
+def test_a_repository_is_told_by_its_name(repository, name, part):
+    fetched = repository(T2V)
+    with pytest.raises(NotImplementedError, match=re.escape(f"{name} {part}")):
+        open_model(name)
+    assert weights_of(fetched) == []
+
+
+@pytest.mark.parametrize("name", ["alibaba-pai/Wan2.1-Fun-1.3B-InP", "someone/uncontrolled-fun", "someone/service"])
+def test_a_repository_s_other_names_say_nothing(repository, name):
+    repository(T2V)
+    assert open_model(name).config == open_model(T2V).config
 
 
 @pytest.mark.parametrize("task", ["t2v", "i2v", "flf2v"])
