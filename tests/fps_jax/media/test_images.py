@@ -1,11 +1,13 @@
 """Conditioning images in, CLIP pixels out (tests/data/bicubic.safetensors: torch's interpolate)."""
 
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fps_jax.media.images import clip_pixels, load_image
+from fps_jax.media.images import area_size, clip_pixels, image_count, image_size, load_image
 from tests.reference import golden, rel_l2
 
 
@@ -119,8 +121,11 @@ def test_a_folder_is_not_an_image(tmp_path):
         (np.full((32, 48, 3), -0.5), r"values in \[-0.5, -0.5\]"),
         (np.full((32, 48, 3), np.nan), r"values in \[nan, nan\]; floats must be in \[0, 1\] and finite"),
         (np.full((32, 48, 3), np.inf), r"values in \[inf, inf\]"),
-        (3, "image is a int; pass a path, a PIL image or an array"),
-        (["a.png"], "image is a list"),
+        (3, "image is a int; pass a path, a PIL image, an array, or a list of them"),
+        ([], "image is an empty list; pass one image for all prompts, or one for each"),
+        ([[np.zeros((32, 48, 3), np.uint8)]], r"image\[0\] is a list in a list"),
+        ([np.zeros((2, 32, 48, 3), np.uint8)], r"image\[0\] has 2 images; in a list, give one"),
+        ([np.zeros((32, 48, 3), np.uint8), 3], r"image\[1\] is a int; pass a path"),
         (Image.new("I", (48, 32)), "PIL mode 'I', whose range is unknown; convert it to RGB"),
         (Image.new("F", (48, 32)), "PIL mode 'F'"),
     ],
@@ -149,3 +154,86 @@ def test_clip_pixels_are_torchs_bicubic(name):
 def test_clip_pixels_of_a_wrong_shape():
     with pytest.raises(ValueError, match=r"image of shape \(32, 48, 3\) with size=224: pass \[B, H, W, 3\]"):
         clip_pixels(np.zeros((32, 48, 3), np.float32))
+
+
+def test_a_list_of_images_is_a_batch_of_them_each_scaled_for_itself(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    other = np.random.default_rng(4).random((20, 50, 3), np.float32)
+    out = load_image([tmp_path / "a.png", Image.fromarray(pixels[::-1]), other], 32, 48)
+    assert out.shape == (3, 32, 48, 3)
+    for i, one in enumerate((pixels, pixels[::-1], other)):
+        np.testing.assert_array_equal(out[i], load_image(one, 32, 48)[0])
+    assert [image_count(x) for x in (other, other[None], [other, other], "a.png", np.stack([other] * 5))] == [
+        1,
+        1,
+        2,
+        1,
+        5,
+    ]
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.png", {}), ("a.webp", {"lossless": True})])
+def test_an_image_with_a_damaged_exif_block_has_its_pixels(tmp_path, pixels, name, options):
+    """eXIf is an ancillary chunk in the PNG specification: the picture is whole without it."""
+    Image.fromarray(pixels).save(tmp_path / name, exif=b"Exif\0\0garbage", **options)
+    np.testing.assert_array_equal(load_image(tmp_path / name, 32, 48)[0], pixels / np.float32(255))
+    assert image_size(tmp_path / name) == (32, 48)
+
+
+def test_pixels_are_counted_before_any_is_decoded(tmp_path):
+    """One bit a pixel, 13000 x 13000: some 20 kilobytes of file, gigabytes as floats."""
+    import tracemalloc
+
+    Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
+    Image.new("1", (20000, 20000)).save(tmp_path / "b.png")  # beyond Pillow's own limit
+    for name in ("a.png", "b.png"):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"image='.*{name}' has .* pixels, more than 67,108,864; scale it down"):
+            load_image(tmp_path / name, 32, 48)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
+
+
+def test_a_format_that_runs_another_program_is_not_opened(tmp_path, pixels):
+    Image.fromarray(pixels).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(OSError, match=r"a.png' can't be read as an image .*; use a PNG, JPEG or WebP"):
+        load_image(tmp_path / "a.png", 32, 48)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(OSError, match=r"a.png' can't be read as an image \(it is no regular file\)"):
+        load_image(tmp_path / "a.png", 32, 48)
+
+
+def test_a_large_crop_is_told_with_the_size_that_avoids_it(pixels, caplog):
+    portrait = np.zeros((192, 96, 3), np.uint8)
+    load_image(portrait, 96, 160, tell_crop=True)  # 96 x 57.6 of 96 x 192 remain
+    told = "image of 192 x 96 (height x width) loses 70% of its picture to the crop to 96 x 160; height=160 width=80"
+    assert told in caplog.text
+    caplog.clear()
+    load_image(portrait, 160, 80, tell_crop=True)
+    load_image(np.zeros((34, 48, 3), np.uint8), 32, 48, tell_crop=True)  # 6% are lost
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("size", "area", "want"),
+    [((480, 832), (480, 832), (480, 832)), ((832, 480), (480, 832), (832, 480)), ((1000, 1000), (480, 832), (624, 624)),
+     ((720, 1280), (480, 832), (464, 832)), ((3, 3000), (480, 832), (16, 19968))],
+)  # fmt: skip
+def test_a_size_of_the_images_aspect_is_the_official_codes(size, area, want):
+    """wan/image2video.py: round(sqrt(max_area * aspect) // 8 // 2 * 2) latents of 8 pixels, and so the columns."""
+    most, aspect = area[0] * area[1], size[0] / size[1]
+    assert area_size(*size, most) == want
+    official = tuple(round(np.sqrt(side) // 8 // 2 * 2) * 8 for side in (most * aspect, most / aspect))
+    assert official == want or (size, official) == ((480, 832), (464, 832))  # there 480 squared has a root below 480
+
+
+def test_the_size_of_an_image_is_as_it_is_seen(tmp_path, pixels):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    assert image_size(tmp_path / "a.jpg") == (48, 32)
+    assert image_size([pixels, pixels[:16]]) == (32, 48)
