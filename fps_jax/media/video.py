@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from fps_jax.files import write_bytes
+from fps_jax.media.mp4 import index_first
 
 log = logging.getLogger("fps_jax")
 
@@ -50,23 +51,40 @@ def save_video(video: Any, path: str | os.PathLike, fps: float = 16, crf: int = 
 
     Args:
       video: as for `video_to_uint8`; height and width even.
-      path: ends in .mp4, .mov or .mkv, in a folder that exists.
-      fps: frames per second.
+      path: ends in .mp4, .mov or .mkv, in a folder that exists; or in .png, for a video of one frame.
+      fps: frames per second, fractions too (23.976).
       crf: quality from 0 (lossless) to 51; 18 looks lossless.
     Raises: ValueError for a wrong video, suffix, fps or crf; OSError naming the path if it can't be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in _CONTAINERS:
-        raise ValueError(f"path={str(path)!r} must end in one of {', '.join(_CONTAINERS)}")
+    # Encoded in memory (a few MB) and then written by us: a full disk is a plain OSError, and nothing half-written stays.
+    write_bytes(path, video_bytes(video, Path(path), fps, crf))
+
+
+def video_bytes(video: Any, path: Path, fps: float = 16, crf: int = 18) -> bytes:
+    """What `save_video` writes at a path; its arguments and errors."""
+    if path.suffix.lower() not in (*_CONTAINERS, ".png"):
+        raise ValueError(f"path={str(path)!r} must end in one of {', '.join((*_CONTAINERS, '.png'))}")
     if not 0 < fps <= 1000:
         raise ValueError(f"fps={fps} must be above 0 and at most 1000; Wan's videos are 16")
     if not 0 <= crf <= 51:
         raise ValueError(f"crf={crf} must be in 0 (lossless) to 51; 18 looks lossless")
     frames = video_to_uint8(video)
+    if path.suffix.lower() == ".png":
+        return _png(frames, path)
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"video has {frames.shape[1]}x{frames.shape[2]} pixels; H.264 needs even sizes: crop a pixel")
-    # Encoded in memory (a few MB) and then written by us: a full disk is a plain OSError, and nothing half-written stays.
-    write_bytes(path, _encode(frames, _CONTAINERS[path.suffix.lower()], fps, crf))
+    container = _CONTAINERS[path.suffix.lower()]
+    content = _encode(frames, container, fps, crf)
+    return content if container == "matroska" else index_first(content)
+
+
+def _png(frames: UInt8[np.ndarray, "F H W 3"], path: Path) -> bytes:
+    from PIL import Image
+
+    if len(frames) != 1:
+        raise ValueError(f"path={str(path)!r} is a picture, and the video has {len(frames)} frames; use .mp4")
+    Image.fromarray(frames[0]).save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
 
 
 def contact_sheet(video: Any, path: str | os.PathLike, columns: int = 4, num_frames: int = 12) -> None:

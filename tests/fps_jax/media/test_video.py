@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fps_jax.media.mp4 import index_first
 from fps_jax.media.video import contact_sheet, save_video, video_to_uint8
 
 
@@ -183,3 +184,26 @@ def test_contact_sheet_of_a_large_short_video(tmp_path):
 def test_contact_sheet_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         contact_sheet(**{"video": np.zeros((1, 4, 4, 3), np.uint8), "path": "a.png"} | arguments)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov"])
+def test_the_index_comes_before_the_pictures(tmp_path, video, suffix):
+    """So that a player on the network needn't read to the end first. That its offsets are right is read back above."""
+    path = tmp_path / f"out{suffix}"
+    save_video(video, path)
+    content = path.read_bytes()
+    names, at = [], 0
+    while at < len(content):
+        names.append(content[at + 4 : at + 8])
+        at += int.from_bytes(content[at : at + 4], "big")
+    assert at == len(content)
+    assert names.index(b"moov") < names.index(b"mdat")
+    assert index_first(content) == content
+
+
+def test_one_frame_as_a_png_is_exact(tmp_path):
+    frame = np.random.default_rng(0).integers(0, 256, (1, 15, 33, 3), np.uint8)
+    save_video(frame, tmp_path / "a.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), frame[0])
+    with pytest.raises(ValueError, match=r"a.png' is a picture, and the video has 2 frames; use .mp4"):
+        save_video(np.concatenate([frame, frame]), tmp_path / "a.png")
