@@ -68,7 +68,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         def run(params, inputs, table, guidance, number):
             return _denoise(
                 params, inputs, table, guidance, number,
-                config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, segments=segments, report=False,
+                config=config.dit, dtype=jnp.dtype(bf16), batch_guidance=False, segments=segments, report="nothing",
             )  # fmt: skip
 
         inputs: Any = Inputs(latents, text, text, condition, image)

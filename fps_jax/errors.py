@@ -8,27 +8,44 @@ import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
+from fps_jax.foreign import answer
+from fps_jax.interrupts import interrupt_on_sigterm
+
 # What a user can cause and cure. Anything else is a defect of ours and says so.
 _EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError, FloatingPointError)
 
 
+_LONGEST = 500  # characters of a message: a line of a terminal or three, whatever a file holds
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an exception without line breaks; an OSError's reason comes with its file name."""
+    """The message of an exception without line breaks, at most `_LONGEST` characters; an OSError's reason has its file name."""
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         files = [str(name) for name in (error.filename, error.filename2) if name]
-        return " ".join([*(f"{name}:" for name in files), error.strerror])
-    return " ".join(str(error).split()) or type(error).__name__
+        text = " ".join([*(f"{name}:" for name in files), error.strerror])
+    if len(text) > _LONGEST:  # where and what come first, the fix last
+        text = f"{text[: _LONGEST - 155]} ... {text[-150:]}"
+    return text.encode(errors="backslashreplace").decode() or type(error).__name__
 
 
 def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     """Runs `main(arguments)` and returns the exit status: 0, 2 for any error, 130 for Ctrl-C.
 
-    `--debug` anywhere among the arguments is taken out, and lets the traceback through before the one line.
+    `--debug` anywhere among the arguments is taken out, and lets the traceback through before the one line. `--version` alone says
+    the version. Without `argv` this is a process of its own, and SIGTERM is as Ctrl-C: nothing half-written stays.
     """
+    if argv is None:
+        interrupt_on_sigterm()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    if arguments == ["--version"]:
+        from fps_jax import __version__
+
+        print(f"fps-jax {__version__}")
+        return 0
     try:
         main(arguments)
     except SystemExit as stop:
@@ -64,7 +81,15 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(f"{_unboxed(report.getvalue())} (see {prog} --help)") from None
+        said = _unboxed(report.getvalue())
+        raise ValueError(f"{_foreign(said, argv)}{said} (see {prog} --help)") from None
+
+
+def _foreign(said: str, argv: list[str]) -> str:
+    """What stands for an option that was taken from another program; nothing for other errors."""
+    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    told = next((f"{name}: {answer(name)}; " for name in names if name in said and answer(name)), "")
+    return told if "Unrecognized" in said else ""
 
 
 def _check_lists(kind: Any, argv: list[str]) -> None:

@@ -32,7 +32,10 @@ class Room(NamedTuple):
     inside: str = ""
 
 
-LEAVES = "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.mesh fps_jax.processes fps_jax.progress fps_jax.sizes"
+LEAVES = (
+    "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.foreign fps_jax.interrupts fps_jax.mesh fps_jax.processes "
+    "fps_jax.progress fps_jax.sizes"
+)
 ARRAYS = "jax jaxtyping numpy"
 # The one table. A room is a package, or a module of one that others need alone; a new one needs its line here.
 ROOMS = {
@@ -40,8 +43,10 @@ ROOMS = {
     "fps_jax.choices": Room(),
     "fps_jax.sizes": Room(),
     "fps_jax.config": Room("fps_jax.choices fps_jax.sizes"),
-    "fps_jax.errors": Room(inside="tyro"),
     "fps_jax.files": Room(),
+    "fps_jax.foreign": Room(),
+    "fps_jax.interrupts": Room(),
+    "fps_jax.errors": Room("fps_jax.foreign fps_jax.interrupts", inside="fps_jax tyro"),
     "fps_jax.mesh": Room(),
     "fps_jax.processes": Room(),
     "fps_jax.progress": Room(inside="tqdm"),

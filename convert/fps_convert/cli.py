@@ -1,7 +1,6 @@
 """`fps-convert`: torch checkpoints to this project's format and back."""
 
 import os
-import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -83,10 +82,6 @@ class ToTorch:
 Command = Annotated[ToFlax, tyro.conf.subcommand("to-flax")] | Annotated[ToTorch, tyro.conf.subcommand("to-torch")]
 
 
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
 def _run(argv: list[str]) -> None:
     command = parse(
         Command,
@@ -156,8 +151,6 @@ def _to_torch(command: ToTorch) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `fps-convert`."""
-    if argv is None:  # a process of its own
-        signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half-written stays
     sys.exit(run_cli(_run, argv))
 
 

@@ -1,7 +1,6 @@
 """fps-compare: what FP8 and sparse attention change in a video. jax is imported once the arguments are known to be right."""
 
 import pathlib
-import signal
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,8 +34,6 @@ class Compare(VideoOptions):
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-compare."""
-    if argv is None:  # a process of its own
-        signal.signal(signal.SIGTERM, _interrupt)  # so that nothing half-written stays
     sys.exit(run_cli(lambda args: _compare(parse(Compare, args, prog="fps-compare")), argv))
 
 
@@ -51,8 +48,6 @@ def _compare(options: Compare) -> None:
     with new_directory(options.output, overwrite=options.overwrite, sources=sources) as folder:
         model = open_model(options.model)
         resolved: Any = request.resolve(model.config, model.schedule)
-        # Read for each video again: one that is no image is told before the weights are read
-        request.frames(model.config)
         _tell(f"{options.attention}: {resolved.schedule.describe(resolved.grid)}")
         from fps_jax.evaluation.compare import compare, write
 
@@ -62,10 +57,6 @@ def _compare(options: Compare) -> None:
         write(comparison, folder, fps=options.fps, subtitle=_subtitle(request.filled(model.config), resolved.settings))
         write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")
     print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def _check_output(options: Compare) -> None:

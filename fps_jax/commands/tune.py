@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -53,13 +52,7 @@ class Tune:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-tune."""
-    if argv is None:  # a process of its own
-        signal.signal(signal.SIGTERM, _interrupt)  # so that no kernel goes on without us
     sys.exit(run_cli(lambda args: _tune(parse(Tune, args, prog="fps-tune")), argv))
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def _tune(options: Tune) -> None:

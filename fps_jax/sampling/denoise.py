@@ -2,20 +2,25 @@
 
 import functools
 import itertools
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
+from fps_jax.interrupts import watched
 from fps_jax.models.dit import DENSE, stage_name
 from fps_jax.models.params import Params
 from fps_jax.progress import Progress
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step
 
+Seen = Callable[[int, np.ndarray], object]  # (number of the step from 0, the latents after it)
 Segments = tuple[tuple[int, TokenAttention], ...]  # (number of steps, their self-attention), in order
 
 
@@ -30,6 +35,7 @@ def denoise(
     batch_guidance: bool = False,
     segments: Segments | None = None,
     progress: Progress | None = None,
+    seen: Seen | None = None,
 ) -> Float[Array, "B 16 F H W"]:
     """Integrate from noise to clean latents.
 
@@ -40,12 +46,14 @@ def denoise(
       guidance_scale, batch_guidance, dtype: as for `guided_velocity`.
       segments: the self-attention of consecutive steps (`FPSSchedule.segments`), all steps covered; None for dense.
       progress: called from another thread as steps finish, steps in order; never waited for.
+      seen: called like it, with the latents after each step as float32 NumPy: a copy to the host at every step.
 
-    Compiled once per shape, number of steps, segments and mode, and for solvers that add noise; `table` and `guidance_scale` are
-    data.
+    Compiled once per shape, number of steps, segments and mode, for solvers that add noise, and for what is reported; `table` and
+    `guidance_scale` are data. An exception of `progress` or `seen`, and Ctrl-C, end the loop with the step that is under way, where
+    one of the two is given.
     Returns: float32 latents.
     Raises: ValueError for segments of another number of steps, or step noise that is missing; FloatingPointError naming the first
-      step and layer where a NaN or inf appeared.
+      step and layer where a NaN or inf appeared; what `progress` or `seen` raise; KeyboardInterrupt.
     """
     num_steps = len(table.sigma)
     segments = ((num_steps, DENSE),) if segments is None else segments
@@ -54,8 +62,8 @@ def denoise(
             f"segments cover {sum(count for count, _ in segments)} steps of {num_steps}; cover each step once"
         )
     inputs = inputs._replace(noise=jnp.asarray(inputs.noise, jnp.float32), step_noise=_step_noise(inputs, table))
-    run = _Run.start(progress, num_steps)
-    try:
+    report: Report = "latents" if seen is not None else "steps" if progress is not None else "nothing"
+    with _Run(num_steps, progress, seen) as run:
         out, bad = _denoise(
             params,
             inputs,
@@ -66,15 +74,11 @@ def denoise(
             dtype=jnp.dtype(dtype),
             batch_guidance=batch_guidance,
             segments=segments,
-            report=progress is not None,
+            report=report,
         )
         step, stage = (int(i) for i in jax.device_get(bad))
-        if progress is not None:
+        if report != "nothing":
             jax.effects_barrier()
-    finally:
-        run.stop()
-    if run.error is not None:
-        raise run.error
     if step >= 0:
         where = "the solver" if stage == config.num_layers + 2 else stage_name(config, stage)
         raise FloatingPointError(
@@ -95,34 +99,65 @@ def _step_noise(inputs: Inputs, table: SolverTable) -> Array | None:
     return jnp.asarray(inputs.step_noise, jnp.float32)
 
 
+class _EndedError(Exception):
+    """Raised in a callback, it ends the compiled loop; why is in the run."""
+
+
 class _Run:
-    """Routes the compiled loop's callback to the caller's `progress`: the program holds a number, not a Python object."""
+    """Routes the compiled loop's callbacks to the caller's functions: the program holds a number, not a Python object."""
 
     _active: dict[int, "_Run"] = {}  # noqa: RUF012
     _numbers = itertools.count()
 
-    def __init__(self, number: int, progress: Progress | None, num_steps: int):
-        self.number, self.progress, self.num_steps, self.done = number, progress, num_steps, 0
+    def __init__(self, num_steps: int, progress: Progress | None, seen: Seen | None):
+        self.num_steps, self.progress, self.seen = num_steps, progress, seen
+        self.number, self.done = next(self._numbers) % 2**31, 0
         self.error: BaseException | None = None
 
-    @classmethod
-    def start(cls, progress: Progress | None, num_steps: int) -> "_Run":
-        run = cls(next(cls._numbers) % 2**31, progress, num_steps)
-        cls._active[run.number] = run
-        return run
+    def __enter__(self) -> "_Run":
+        self._watch = watched()
+        self._interrupted = self._watch.__enter__()
+        self._active[self.number] = self
+        _LOG.addFilter(_not_ours)
+        return self
 
-    def stop(self) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         del self._active[self.number]
+        if not self._active:
+            _LOG.removeFilter(_not_ours)
+        self._watch.__exit__(None, None, None)
+        if self.error is not None:  # in place of XLA's, which the program ended with
+            raise self.error from None
 
     @classmethod
-    def report(cls, number, step) -> None:
+    def report(cls, number: Any, step: Any, x: Any = None) -> None:
         run = cls._active.get(int(number))
-        if run is not None and run.progress is not None and int(step) >= run.done:  # callbacks may overtake each other
-            run.done = int(step) + 1
-            try:
-                run.progress(run.done, run.num_steps)
-            except BaseException as error:  # Ctrl-C too; raised again from `denoise`, not lost in a thread
-                run.progress, run.error = None, error
+        if run is None:
+            return
+        if run.error is None and run._interrupted():
+            run.error = KeyboardInterrupt()
+        try:
+            if run.error is None and int(step) >= run.done:  # callbacks may overtake each other
+                run.done = int(step) + 1
+                if run.progress is not None:
+                    run.progress(run.done, run.num_steps)
+                if run.seen is not None:
+                    run.seen(int(step), np.asarray(x))
+        except BaseException as error:
+            run.error = error
+        if run.error is not None:
+            raise _EndedError
+
+
+# What jax says of an exception in a callback, with a traceback; ours is no news.
+_LOG = logging.getLogger("jax._src.debugging")
+
+
+def _not_ours(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], _EndedError))
+
+
+Report = Literal["nothing", "steps", "latents"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "batch_guidance", "segments", "report"))
@@ -137,7 +172,7 @@ def _denoise(
     dtype: Any,
     batch_guidance: bool,
     segments: Segments,
-    report: bool,
+    report: Report,
 ) -> tuple[Array, Int[Array, "2"]]:
     velocity = functools.partial(
         guided_velocity,
@@ -157,8 +192,8 @@ def _denoise(
         overflow = jnp.where(jnp.isfinite(state.x).all(), jnp.int32(-1), jnp.int32(config.num_layers + 2))
         stage = jnp.where(stage >= 0, stage, overflow)
         first_bad = jnp.where((first_bad[0] < 0) & (stage >= 0), jnp.stack([index, stage]), first_bad)
-        if report:
-            jax.debug.callback(_Run.report, run, index)
+        if report != "nothing":
+            jax.debug.callback(_Run.report, run, index, *([state.x] if report == "latents" else []))
         return (state, first_bad), None
 
     steps = table.sigma.shape[0]
