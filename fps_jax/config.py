@@ -5,13 +5,15 @@ Sources: the official configs (Wan-Video/Wan2.1 wan/configs) and diffusers' conf
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from fps_jax.choices import Preset, check_choice
 from fps_jax.sizes import PATCH
 
 Task = Literal["t2v", "i2v", "flf2v"]
 Component = Literal["dit", "vae", "text_encoder", "image_encoder"]
+MAX_SHIFT = 1000.0  # of noise levels; Wan's are 3 to 16, and beyond this nearly every level rounds to 1
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 
 # Per-channel statistics of the VAE's latents (Wan-Video/Wan2.1 wan/modules/vae.py; the same in diffusers' vae/config.json).
@@ -37,8 +39,71 @@ NEGATIVE_PROMPTS: dict[str, str] = {
 }
 
 
+# The largest size that a config may state, ten times those of any model: a slip is told before arrays are made of it.
+MAX_SIZE = 2**20
+MAX_LAYERS = 1000
+
+
+class _Checked:
+    """A config whose fields are of their types and in sane bounds, whoever made it: a reader, the converter, a person.
+
+    Whole numbers are 1 to `MAX_SIZE`, layers at most `MAX_LAYERS`, floats finite, an `eps` in (0, 0.1]. ValueError otherwise.
+    """
+
+    def __post_init__(self):
+        for own in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            _check_value(own.name, getattr(self, own.name), own.type)
+        self._check()
+
+    def _check(self) -> None:
+        """What fields say of each other."""
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError where a field isn't of its annotated type or is out of bounds."""
+    args = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        if value is not None or NoneType not in args:
+            _check_value(name, value, next(arg for arg in args if arg is not NoneType))
+    elif get_origin(kind) is Literal:
+        check_choice(name, value if isinstance(value, str) else repr(value), kind)
+    elif get_origin(kind) is tuple:
+        if (
+            not isinstance(value, tuple)
+            or not 0 < len(value) <= 1000
+            or (args[-1] is not ... and len(value) != len(args))
+        ):
+            length = "a list" if args[-1] is ... else f"a list of {len(args)}"
+            raise ValueError(f"{name}={_shown(value)} is not {length} of {_KINDS[args[0]]}")
+        for item in value:
+            _check_value(name, item, args[0])
+    elif kind is float:
+        top = 0.1 if name == "eps" else 1e6
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -top <= value <= top:
+            raise ValueError(f"{name}={_shown(value)} is not a finite number of at most {top:g}")
+        if name == "eps" and value <= 0:
+            raise ValueError(f"{name}={_shown(value)} is not above 0")
+    elif kind is int:
+        top = MAX_LAYERS if name in ("num_layers", "num_res_blocks") else MAX_SIZE
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= top:
+            raise ValueError(f"{name}={_shown(value)} is not a whole number in 1 to {top:,}")
+    elif isinstance(kind, type) and not isinstance(value, kind):
+        raise ValueError(f"{name}={_shown(value)} is not {_KINDS.get(kind, f'a {kind.__name__}')}")
+
+
+_KINDS: dict[Any, str] = {int: "whole numbers", float: "numbers", bool: "true or false", str: "a text"}
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, whatever it is and however long."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
+
+
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(_Checked):
     """The diffusion transformer. Defaults are what no Wan2.1 checkpoint changes."""
 
     task: Task
@@ -57,7 +122,7 @@ class DiTConfig:
     cross_attn_norm: bool = True
     eps: float = 1e-6
 
-    def __post_init__(self):
+    def _check(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise ValueError(f"dim={self.dim} with num_heads={self.num_heads} doesn't give an even head dim")
         if (self.task == "t2v") != (self.image_dim is None):
@@ -69,7 +134,7 @@ class DiTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAEConfig:
+class VAEConfig(_Checked):
     """The causal 3D autoencoder: 4x in time, 8x in space."""
 
     base_dim: int = 96
@@ -80,7 +145,7 @@ class VAEConfig:
     latents_mean: tuple[float, ...] = LATENTS_MEAN
     latents_std: tuple[float, ...] = LATENTS_STD
 
-    def __post_init__(self):
+    def _check(self) -> None:
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
                 raise ValueError(
@@ -97,7 +162,7 @@ class VAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
+class TextEncoderConfig(_Checked):
     """The UMT5 encoder; defaults are UMT5-xxl."""
 
     vocab_size: int = 256384
@@ -112,7 +177,7 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEncoderConfig:
+class ImageEncoderConfig(_Checked):
     """The image tower of CLIP; defaults are ViT-H/14."""
 
     image_size: int = 224
@@ -123,6 +188,12 @@ class ImageEncoderConfig:
     num_layers: int = 32
     projection_dim: int | None = None  # official files carry the (unused) projection; diffusers files don't
     eps: float = 1e-5
+
+    def _check(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"dim={self.dim} isn't a multiple of num_heads={self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size={self.image_size} isn't a multiple of patch_size={self.patch_size}")
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +237,7 @@ class SamplingDefaults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanConfig:
+class WanConfig(_Checked):
     """A whole checkpoint."""
 
     dit: DiTConfig
@@ -178,8 +249,11 @@ class WanConfig:
     preset: Preset = "wan"  # how it is sampled where nothing else is said (`fps_jax.sampling.presets`)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
-    def __post_init__(self):
-        check_choice("preset", self.preset, Preset)
+    def _check(self) -> None:
+        for name in ("flow_shift", "flow_shift_480p"):
+            shift = getattr(self, name)
+            if shift is not None and not 0 < shift <= MAX_SHIFT:
+                raise ValueError(f"{name}={shift} is not a positive number of at most {MAX_SHIFT:g}; Wan uses 3 to 16")
         z = self.vae.z_dim
         channels = (z if self.task == "t2v" else 4 + 2 * z, z)  # noise, then mask and condition
         if (self.dit.in_channels, self.dit.out_channels) != channels:
@@ -205,7 +279,9 @@ class WanConfig:
     def from_dict(cls, d: dict[str, Any]) -> "WanConfig":
         """Inverse of `to_dict`, after a trip through JSON. TypeError on unknown or missing fields, ValueError on wrong ones."""
 
-        def build(kind, fields):
+        def build(name, kind, fields):
+            if not isinstance(fields, dict):
+                raise ValueError(f"{name} is a {type(fields).__name__}, not an object of fields")
             return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
         parts = {
@@ -215,7 +291,7 @@ class WanConfig:
             "image_encoder": ImageEncoderConfig,
             "sampling": SamplingDefaults,
         }
-        fields: dict[str, Any] = {k: build(parts[k], v) if k in parts and v is not None else v for k, v in d.items()}
+        fields: dict[str, Any] = {k: build(k, parts[k], v) if k in parts and v is not None else v for k, v in d.items()}
         return cls(**fields)
 
 

@@ -6,9 +6,43 @@ import os
 import pathlib
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+MAX_JSON = 64_000_000  # UMT5's tokenizer.json, the largest that there is, has 17 million
+_PARTIAL = ".partial"  # in the name of what isn't whole yet
+_NAME = 255  # bytes of a file's name, on the file systems of Linux and macOS
+
+
+def check_regular(path: str | os.PathLike, most: int | None = None) -> None:
+    """Raises ValueError for what isn't a regular file (a pipe would keep its reader waiting, a device may never end), or has more
+    than `most` bytes; FileNotFoundError for nothing.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} doesn't exist") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is no regular file; give a file that holds its bytes")
+    if most is not None and status.st_size > most:
+        raise ValueError(f"{path} has {status.st_size:,} bytes, more than the {most:,} that such a file may have")
+
+
+def read_json(path: str | os.PathLike, fix: str = "copy or download it again") -> dict[str, Any]:
+    """A JSON object of at most `MAX_JSON` bytes. fix: what the message tells to do about a damaged one.
+
+    Raises: ValueError that names the file; FileNotFoundError.
+    """
+    check_regular(path, MAX_JSON)
+    try:
+        content = json.loads(pathlib.Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); {fix}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object; {fix}")
+    return content
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
@@ -19,8 +53,66 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 def write_json(record: dict[str, Any], path: str | os.PathLike) -> None:
     """Write a JSON file whole. Raises OSError as `write_bytes`, ValueError for NaN or inf."""
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    write_bytes(path, json_bytes(record))
+
+
+def json_bytes(record: dict[str, Any]) -> bytes:
+    """What `write_json` writes. Raises ValueError for NaN or inf."""
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def write_together(contents: dict[pathlib.Path, bytes]) -> None:
+    """Write several files, all or none: all are whole beside their names before the first is renamed, in order.
+
+    Raises: OSError that names a file; what wasn't there before then isn't there now.
+    """
+    beside = {path: _beside(path) for path in contents}
+    placed: list[pathlib.Path] = []
+    path = None
+    try:
+        for path, content in contents.items():
+            beside[path].write_bytes(content)
+            _flush(beside[path])
+        for path in contents:
+            new = not path.exists()
+            beside[path].replace(path)
+            placed += [path] * new
+    except BaseException as error:
+        for done in placed:
+            done.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+    finally:
+        for file in beside.values():
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")
+
+
+def _flush(file: pathlib.Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())  # a full disk may only be noticed here
+
+
+def _cannot_write(path: Any, error: OSError) -> OSError:
+    return OSError(f"can't write {str(path)!r}: {error.strerror or error}; choose another path or make room")
+
+
+def check_name(path: str | os.PathLike, option: str) -> None:
+    """Raises ValueError for the name of an output file that a disk, or a record in JSON, can't take."""
+    path = pathlib.Path(path)
+    try:
+        length = len(str(path.name).encode()) + len(f".12345678{_PARTIAL}.")
+    except UnicodeEncodeError:
+        raise ValueError(f"{option}={str(path)!r} is not valid text (UTF-8); choose another name") from None
+    if length > _NAME:
+        raise ValueError(
+            f"{option}={path.name[:40]!r}... is {length - _NAME} bytes too long for a file's name; choose a shorter one"
+        )
 
 
 @contextlib.contextmanager
@@ -30,15 +122,13 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     For what is too large to be handed to `write_bytes`. Raises OSError that names the file.
     """
     path = pathlib.Path(path)
-    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
+    beside = _beside(path)
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())  # a full disk may only be noticed here
+        _flush(beside)
         beside.replace(path)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"can't write {str(path)!r}: {reason}; choose another path or make room") from error
+        raise _cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -74,6 +164,9 @@ def new_directory(
             raise ValueError(
                 f"destination {path} is the home or the working directory, or around it; it is not overwritten"
             )
+    if final == pathlib.Path.cwd() or os.path.ismount(final):
+        what = "the working directory" if final == pathlib.Path.cwd() else "a mount point"
+        raise ValueError(f"destination {path} is {what}, which can't be renamed; give a new directory in it")
     made = [parent for parent in final.parents if not parent.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

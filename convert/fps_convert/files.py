@@ -7,10 +7,11 @@ from typing import Any
 
 from fps_convert import unsupported
 from fps_convert.formats.pth import PthFile
-from fps_convert.formats.readers import Reader, open_safetensors, read_json
+from fps_convert.formats.readers import Reader, open_safetensors
 from fps_convert.layouts import Layout
 from fps_convert.parts import tell
 from fps_jax.config import COMPONENTS, Component
+from fps_jax.files import read_json
 
 
 @dataclass
@@ -58,8 +59,8 @@ def open_directory(path: pathlib.Path, layout: Layout) -> Files:
             if reader is not None:
                 files.readers[name] = reader
     _check_kind(path, layout, files.readers.get("dit"))
-    named = index.get("image_encoder") or [None]
-    if "image_encoder" not in files.readers and named[0] is not None and (path / "image_encoder").is_dir():
+    named = unsupported.names_class(index, "image_encoder")
+    if "image_encoder" not in files.readers and named and (path / "image_encoder").is_dir():
         raise FileNotFoundError(f"{path / 'image_encoder'} has no model*.safetensors; copy or download it again")
     if any(place.is_pth for place in layout.places.values()):
         _open_pths(path, layout, files)

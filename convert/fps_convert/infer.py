@@ -7,13 +7,14 @@ import re
 from typing import Any, NamedTuple, cast
 
 from fps_convert import key_patterns, unsupported
-from fps_convert.formats.readers import Reader, read_json
+from fps_convert.formats.readers import Reader
 from fps_convert.layouts import Layout
 from fps_convert.mapping import Naming
 from fps_jax.checkpoints.format import SAMPLING
 from fps_jax.choices import Preset
 from fps_jax.config import (
     LATENTS_MEAN,
+    MAX_SHIFT,
     DiTConfig,
     ImageEncoderConfig,
     SamplingDefaults,
@@ -21,6 +22,7 @@ from fps_jax.config import (
     TextEncoderConfig,
     VAEConfig,
 )
+from fps_jax.files import read_json
 
 _HEAD_DIM = 128
 _QK_NORM = "rms_norm_across_heads"
@@ -64,8 +66,10 @@ def _stated(config: dict[str, Any], name: str, kind: type, where: pathlib.Path, 
     good = isinstance(value, int | float) if kind is float else isinstance(value, kind)
     if value is None or isinstance(value, bool) != (kind is bool) or not good or (kind is int and value <= 0):
         raise ValueError(
-            f"{_file(where)}: {name}={value!r} should be of type {kind.__name__}; restore the original file"
+            f"{_file(where)}: {name}={repr(value)[:80]} should be of type {kind.__name__}; restore the original file"
         )
+    if kind is float and not -1e6 <= value <= 1e6:  # NaN is neither
+        raise ValueError(f"{_file(where)}: {name}={repr(value)[:80]} is not a finite number; restore the original file")
     return kind(value)
 
 
@@ -73,8 +77,18 @@ def _listed(config: dict[str, Any], name: str, default: tuple, where: pathlib.Pa
     """A list of numbers in a JSON config."""
     value = config.get(name, default)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(n, int | float) for n in value):
-        raise ValueError(f"{_file(where)}: {name}={value!r} should be a list of numbers; restore the original file")
+        raise ValueError(
+            f"{_file(where)}: {name}={repr(value)[:80]} should be a list of numbers; restore the original file"
+        )
     return tuple(value)
+
+
+def _built[C](kind: type[C], where: pathlib.Path, **fields: Any) -> C:
+    """A config that says where it is from, if it's wrong."""
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(f"{_file(where)}: {error}; restore the original file") from None
 
 
 class _Stated(NamedTuple):
@@ -112,7 +126,9 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     has_image, has_positions = shapes.any(names.has_image), names.positions in shapes.shapes
     task: Task = "flf2v" if has_image and has_positions else "i2v" if has_image else "t2v"
     unsupported.check_channels(ins, outs, has_image, where)
-    return DiTConfig(
+    return _built(
+        DiTConfig,
+        where,
         task=task,
         dim=dim,
         mlp_dim=stated.number("mlp_dim", int),
@@ -142,7 +158,7 @@ def stated_by_shapes(naming: Naming, reader: Reader, where: pathlib.Path) -> tup
     dim, up = shapes.size(names.q, 0), shapes.size(names.up, 0)
     sizes = [shapes.size(r"patch_embedding\.weight", axis) for axis in (1, 2, 3, 4)]
     noted, notes = reader.metadata.get("num_heads", ""), []
-    if noted.isdecimal() and int(noted) > 0:
+    if noted.isascii() and noted.isdecimal() and len(noted) < 7 and int(noted) > 0:
         heads = int(noted)
     elif dim % _HEAD_DIM == 0:
         heads = dim // _HEAD_DIM
@@ -200,7 +216,7 @@ def vae(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
         if len(lists[name]) != length:
             raise ValueError(f"{where}: {name} has {len(lists[name])} entries, this VAE needs {length}")
     blocks = stated.number("num_res_blocks", int, plain.num_res_blocks)
-    return VAEConfig(base_dim=base, z_dim=z_dim, num_res_blocks=blocks, **lists)
+    return _built(VAEConfig, where, base_dim=base, z_dim=z_dim, num_res_blocks=blocks, **lists)
 
 
 def text_encoder(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.Path) -> TextEncoderConfig:
@@ -210,7 +226,9 @@ def text_encoder(layout: Layout, reader: Reader, config: dict[str, Any], where: 
     if config.get("dense_act_fn", "gelu_new") != "gelu_new" or not config.get("is_gated_act", True):
         raise NotImplementedError(f"{where}: dense_act_fn={config.get('dense_act_fn')!r}; UMT5 has a gated 'gelu_new'")
     num_heads = _stated(config, "num_heads", int, where, shapes.size(names.bias, 1))
-    return TextEncoderConfig(
+    return _built(
+        TextEncoderConfig,
+        where,
         vocab_size=_stated(config, "vocab_size", int, where, shapes.size(re.escape(names.embedding), 0)),
         dim=_stated(config, "d_model", int, where, shapes.size(names.norm, 0)),
         mlp_dim=_stated(config, "d_ff", int, where, shapes.size(names.up, 0)),
@@ -239,6 +257,10 @@ def image_encoder(
     names = key_patterns.IMAGE_ENCODER[layout.places["image_encoder"].naming]
     shapes = _Shapes(reader, f"a CLIP image tower in the {layout.name} layout", where)
     vision = config.get("vision_config", config)
+    if not isinstance(vision, dict):
+        raise ValueError(
+            f"{_file(where)}: vision_config={repr(vision)[:80]} is not an object; restore the original file"
+        )
     if vision.get("hidden_act", "gelu") != "gelu":
         raise NotImplementedError(f"{where}: hidden_act={vision['hidden_act']!r}; Wan's CLIP tower has 'gelu'")
     dim = _stated(vision, "hidden_size", int, where, shapes.size(names.norm, 0))
@@ -248,7 +270,9 @@ def image_encoder(
         _stated(vision, "num_attention_heads", int, where, num_heads) if vision or num_heads else _vit_heads(dim, where)
     )
     head = "visual.head"
-    return ImageEncoderConfig(
+    return _built(
+        ImageEncoderConfig,
+        where,
         image_size=_stated(vision, "image_size", int, where, side * patch_size),
         patch_size=patch_size,
         dim=dim,
@@ -292,6 +316,8 @@ def flow_shift(
         return layout.flow_shift[task]
     name = "flow_shift" if "flow_shift" in scheduler else "shift"
     shift = _stated(scheduler, name, float, where)
-    if shift <= 0:
-        raise ValueError(f"{where}: {name}={shift} must be positive")
+    if not 0 < shift <= MAX_SHIFT:
+        raise ValueError(
+            f"{where}: {name}={shift} must be positive and at most {MAX_SHIFT:g}; restore the original file"
+        )
     return shift, None

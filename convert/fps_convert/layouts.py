@@ -184,8 +184,14 @@ def layout_of(path: pathlib.Path) -> Layout:
     return COMFYUI if any(others) else OFFICIAL
 
 
+MAX_ENTRIES = 50_000
+
+
 def tree(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All files and folders below a folder, sorted. Links to folders are followed, as people link their models; never twice."""
+    """All files and folders below a folder, sorted. Links to folders are followed, as people link their models; never twice.
+
+    Raises: ValueError for more than `MAX_ENTRIES`: no folder of models, or a link to the whole disk.
+    """
     found, seen = [], set()
     for where, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -194,4 +200,8 @@ def tree(folder: pathlib.Path) -> list[pathlib.Path]:
             continue
         seen.add(real)
         found += [pathlib.Path(where) / name for name in (*folders, *files)]
+        if len(found) > MAX_ENTRIES:
+            raise ValueError(
+                f"{folder} has more than {MAX_ENTRIES:,} files; give the folder that holds the models alone"
+            )
     return sorted(found)

@@ -7,7 +7,6 @@ from typing import Any
 from fps_convert import infer, spelling, unsupported
 from fps_convert.check import check
 from fps_convert.files import Files, check_supported, open_directory
-from fps_convert.formats.readers import read_json
 from fps_convert.fp8 import dequantized
 from fps_convert.layouts import Layout, layout_of
 from fps_convert.report import audit
@@ -15,6 +14,8 @@ from fps_convert.single_files import Given, open_single_files
 from fps_convert.source import Part, Source
 from fps_jax.checkpoints.format import is_checkpoint
 from fps_jax.config import COMPONENTS, Component, WanConfig
+from fps_jax.files import read_json
+from fps_jax.models.tokenizer import check_vocabulary, vocabulary
 
 
 def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) -> Source:
@@ -74,7 +75,8 @@ def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Sou
     if "image_encoder" in readers:
         # Where the tower has no config.json, a conversion of ours noted its heads with the DiT.
         noted = readers["dit"].metadata.get("image_encoder_num_heads", "")
-        heads = int(noted) if layout.places["image_encoder"].config is None and noted.isdecimal() else None
+        plain = noted.isascii() and noted.isdecimal() and len(noted) < 7
+        heads = int(noted) if layout.places["image_encoder"].config is None and plain else None
         image_encoder = infer.image_encoder(
             layout, readers["image_encoder"], jsons["image_encoder"], where["image_encoder"], heads
         )
@@ -86,6 +88,8 @@ def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Sou
     index = path / (stated.index or "")
     vae = infer.vae(layout, readers["vae"], jsons["vae"], where["vae"])
     text_encoder = infer.text_encoder(layout, readers["text_encoder"], jsons["text_encoder"], where["text_encoder"])
+    assert files.tokenizer is not None
+    check_vocabulary(files.tokenizer, vocabulary(files.tokenizer), text_encoder.vocab_size)
     unsupported.check_vae_fits(dit.out_channels, vae.z_dim, where["dit"])
     try:
         config = WanConfig(
@@ -118,5 +122,4 @@ def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Sou
     if dit.task != "t2v" and image_encoder is None:
         notes.append("there is no image tower: sampling needs image_embeds")
     report = audit(path, layout.name, config, parts, notes)
-    assert files.tokenizer is not None
     return Source(path, layout.name, config, parts, files.tokenizer, spelt, report)

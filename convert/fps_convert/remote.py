@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from fps_convert import key_patterns, unsupported
 from fps_convert.files import TOKENIZER_FILES, check_parts
-from fps_convert.formats.readers import read_json
 from fps_convert.infer import flow_shift, preset, sampling
 from fps_convert.layouts import Layout, layout_by_names
 from fps_convert.parts import told_apart
@@ -23,6 +22,7 @@ from fps_jax.config import (
     VAEConfig,
     WanConfig,
 )
+from fps_jax.files import read_json
 
 _WEIGHTS = (".safetensors", ".gguf", ".pth")
 

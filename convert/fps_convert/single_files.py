@@ -14,11 +14,12 @@ from typing import Any
 from fps_convert import key_patterns, unsupported
 from fps_convert.files import Files, has_tokenizer
 from fps_convert.formats.pth import PthFile
-from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights, read_json
+from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights
 from fps_convert.infer import stated_by_shapes
 from fps_convert.layouts import COMFYUI, layout_by_names, top_names, tree
 from fps_convert.parts import Found, tell, tokenizer_bytes, told_apart
 from fps_jax.config import COMPONENTS, Component
+from fps_jax.files import read_json
 
 OPTIONS: dict[Component, str] = {name: f"--{name.replace('_', '-')}" for name in COMPONENTS}
 # A field that the config.json of just this component has: one that lies beside its file is read.
@@ -269,23 +270,7 @@ def _tokenizer(
             f"{text_encoder.file} holds no tokenizer (spiece_model); give the folder of UMT5's with --tokenizer DIR: it is "
             "google/umt5-xxl in official directories, tokenizer in diffusers'"
         )
-    _check_vocabulary(tokenizers[0], text_encoder)
     return tokenizers[0]
-
-
-def _check_vocabulary(folder: pathlib.Path, text_encoder: _Candidate) -> None:
-    """Raises ValueError for a tokenizer with more words than the text encoder's table has rows: it is another model's."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    words = (read_json(file).get("model") or {}).get("vocab") or ()
-    key = "token_embedding.weight" if text_encoder.found.naming == "official" else "shared.weight"
-    info = text_encoder.found.reader.tensors.get(key)
-    if info is not None and len(words) > info.shape[0]:
-        raise ValueError(
-            f"{folder} is another model's tokenizer: {len(words)} words, and {text_encoder.file} has {info.shape[0]}; "
-            "give the folder of UMT5's with --tokenizer DIR"
-        )
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import pathlib
 import re
 from collections.abc import Iterable
 
-from fps_convert.formats.readers import read_json
+from fps_jax.files import read_json
 
 SUPPORTED = "supported are Wan2.1 T2V, I2V and FLF2V"
 # Tensors of a DiT, by the beginning of their keys or anywhere in them, that no such model has.
@@ -41,8 +41,9 @@ def _refuse(where: pathlib.Path, what: str) -> NotImplementedError:
 
 def check_dit(keys: Iterable[str], config: dict, where: pathlib.Path) -> None:
     """Raises NotImplementedError, saying what it is, for a DiT with parts that no supported model has."""
-    if config.get("model_type") in _MODEL_TYPES:
-        raise _refuse(where, _MODEL_TYPES[config["model_type"]])
+    model_type = str(config.get("model_type"))
+    if model_type in _MODEL_TYPES:
+        raise _refuse(where, _MODEL_TYPES[model_type])
     keys = list(keys)
     for pattern, what in _TENSORS:
         found = next((key for key in keys if re.search(pattern, key)), None)
@@ -105,6 +106,12 @@ def check_vae_fits(channels: int, z_dim: int, where: pathlib.Path) -> None:
         raise _refuse(where, f"a DiT of 48 channels, as Wan2.2's TI2V-5B, beside a VAE of {z_dim}")
 
 
+def names_class(index: dict, name: str) -> bool:
+    """Whether a model_index.json has a model of this name: [library, class], where [null, null] is none."""
+    entry = index.get(name)
+    return isinstance(entry, list) and bool(entry) and entry[0] is not None
+
+
 def check_directory(path: pathlib.Path, names: Iterable[str], index: dict) -> None:
     """What a checkpoint is, by the names in it and its model_index.json, before any weights: also of a repository's listing.
 
@@ -116,15 +123,15 @@ def check_directory(path: pathlib.Path, names: Iterable[str], index: dict) -> No
     if path.name in _WAN22_FOLDERS:
         raise _refuse(path, "a part of a Wan2.2 checkpoint by its name")
     tops = {name.split("/")[0] for name in names}
-    second = index.get("transformer_2") or [None]
-    if second[0] is not None or "transformer_2" in tops:
+    if names_class(index, "transformer_2") or "transformer_2" in tops:
         raise _refuse(path, "a Wan2.2 checkpoint (it has a transformer_2)")
     if tops & set(_WAN22_FOLDERS):
         raise _refuse(path, f"a Wan2.2 checkpoint (it has a {min(tops & set(_WAN22_FOLDERS))})")
     if any(top.lower().startswith("wan2.2_vae") for top in tops):
         raise _refuse(path, "a Wan2.2 checkpoint (it has a Wan2.2 VAE)")
-    if index.get("_class_name") in _PIPELINES:
-        raise _refuse(path, _PIPELINES[index["_class_name"]])
+    pipeline = str(index.get("_class_name"))
+    if pipeline in _PIPELINES:
+        raise _refuse(path, _PIPELINES[pipeline])
 
 
 def check_jsons(path: pathlib.Path, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.tiles import TileLayout, check_shape3, propose_tiles
 from fps_jax.attention.windows import check_density, propose_window
 from fps_jax.choices import Setting, choices
-from fps_jax.files import write_json
+from fps_jax.files import MAX_JSON, check_regular, write_json
 from fps_jax.sizes import Shape3
 
 # Step i of n is at i / n only up to the grid's end points, which differ by a thousandth (one training timestep) between
@@ -153,10 +153,11 @@ class FPSSchedule:
     def load(cls, path: str | os.PathLike) -> "FPSSchedule":
         """Read a JSON file. Raises FileNotFoundError, or ValueError that names the file and what is wrong in it."""
         try:
+            check_regular(path, MAX_JSON)
             text = pathlib.Path(path).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise FileNotFoundError(f"schedule={str(path)!r} doesn't exist; fps-calibrate makes one") from None
-        except (IsADirectoryError, UnicodeDecodeError):
+        except ValueError:  # a folder, a pipe, no UTF-8, too large
             raise ValueError(f"schedule={str(path)!r} is not a JSON file; fps-calibrate makes one") from None
         try:
             return cls.from_dict(json.loads(text))

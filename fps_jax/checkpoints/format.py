@@ -16,7 +16,7 @@ import numpy as np
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.config import COMPONENTS, WanConfig
-from fps_jax.files import new_directory
+from fps_jax.files import MAX_JSON, check_regular, new_directory, read_json
 from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
@@ -24,7 +24,6 @@ VERSION = 1
 SAMPLING = "fps_sampling.json"  # beside one of a torch layout: `SamplingDefaults`, where they aren't Wan's
 SCHEDULE = "fps_schedule.json"  # beside a checkpoint of any layout: the schedule that it was trained with
 _TOKENIZER = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TEXTS = (".json", ".model", ".txt", ".md", "")
 _IN_FLIGHT_GB = 1  # orbax's default, 96 GB, would let a read double the component in memory
 
 
@@ -46,12 +45,7 @@ def is_checkpoint(path: str | os.PathLike) -> bool:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); convert the checkpoint again") from None
-    return content if isinstance(content, dict) else {}
+    return read_json(path / "config.json", "convert the checkpoint again")
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -78,8 +72,10 @@ def read_config(path: str | os.PathLike) -> WanConfig:
     """The model's config. Raises as `read_manifest`, and ValueError for unknown or missing fields."""
     manifest = read_manifest(path)
     try:
+        if not isinstance(manifest.get("config"), dict):
+            raise ValueError("it has no object 'config'")
         return WanConfig.from_dict(manifest["config"])
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}/config.json doesn't describe a Wan model ({error}); convert the checkpoint again"
         ) from None
@@ -88,7 +84,9 @@ def read_config(path: str | os.PathLike) -> WanConfig:
 def write_config(path: pathlib.Path, config: WanConfig, **notes: Any) -> None:
     """Writes config.json; `notes` are kept beside the config."""
     manifest = {"format": FORMAT, "version": VERSION, "config": config.to_dict(), **notes}
-    (path / "config.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (path / "config.json").write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def _handler(largest: int = 0):
@@ -209,15 +207,24 @@ def load_component(
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a tokenizer's folder whole; of one that holds other things too, as with ComfyUI's files, the tokenizer's files."""
-    alone = all(file.is_file() and file.suffix in _TEXTS for file in source.iterdir())
-    if alone and not (source / "config.json").exists():
-        shutil.copytree(source, target)  # of a Hugging Face cache's links, the content
-        return
-    target.mkdir()
+    """Copies what a tokenizer's folder has of a tokenizer's files, of links the content.
+
+    Raises: ValueError for a link that leads out of the folder, but for those of a Hugging Face cache: whoever made a checkpoint
+      must not choose which of a person's files goes on into the next.
+    """
+    target.mkdir(parents=True)
     for name in _TOKENIZER:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        file = source / name
+        if not file.is_file():
+            continue
+        check_regular(file, MAX_JSON)
+        real = file.resolve()
+        in_cache = any(
+            part.name == "snapshots" and real.parent == part.parent / "blobs" for part in source.resolve().parents
+        )
+        if not (real.is_relative_to(source.resolve()) or in_cache):
+            raise ValueError(f"{file} is a link to {real}, outside of its folder; put the file itself there")
+        shutil.copyfile(real, target / name)
 
 
 def save_checkpoint(

@@ -4,7 +4,6 @@ RUN/run.json, RUN/config.toml, RUN/fps_schedule.json and RUN/checkpoints/<step>/
 are components in the sense of `checkpoints.format`: all of a DiT, the part of it that was trained, or its adapters.
 """
 
-import json
 import os
 import pathlib
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from fps_jax.checkpoints.format import load_component
 from fps_jax.choices import Which
+from fps_jax.files import read_json
 from fps_jax.models.lora import LoRAConfig, merge_lora
 from fps_jax.models.params import Params, flatten, unflatten
 
@@ -93,16 +93,15 @@ class Run:
 def is_run(path: str | os.PathLike) -> bool:
     """Whether `path` is the folder of a run."""
     try:
-        content = json.loads((pathlib.Path(path) / "run.json").read_bytes())
+        return read_json(pathlib.Path(path) / "run.json").get("format") == FORMAT
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def read_run(path: str | os.PathLike) -> Run:
     """Reads run.json. Raises ValueError where it is of another version or isn't whole."""
     directory = pathlib.Path(path)
-    content = json.loads((directory / "run.json").read_bytes())
+    content = read_json(directory / "run.json", "start the run anew")
     if content.get("version") != VERSION:
         raise ValueError(f"{directory} is a run of version {content.get('version')!r}, this release reads {VERSION}")
     try:

@@ -12,7 +12,7 @@ import tyro
 
 from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_json
+from fps_jax.files import read_json, write_json
 from fps_jax.progress import progress_bar
 from fps_jax.tuning.defaults import DENSITIES
 
@@ -161,24 +161,30 @@ def _describe(plan: Any, cost: float) -> dict[str, Any]:
 
 def _read_errors(path: pathlib.Path, plans: Any) -> tuple[Any, dict[str, Any]]:
     """What an earlier run measured. Raises ValueError where it measured other candidates than this call would."""
-    import json
-
     import numpy as np
 
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         errors = np.array(record.pop("errors"), np.float64)
+        if errors.ndim != 3 or not errors.size or not (np.isfinite(errors) & (errors >= 0)).all():
+            raise ValueError("errors")
+        if not isinstance(record.get("settings", {}), dict):
+            raise TypeError("settings")
         known = [
             (c["tile"], c["window"], c["scales_per_tile"], c.get("center_k", False)) for c in record.pop("candidates")
         ]
     except FileNotFoundError:
         raise FileNotFoundError(f"reuse={str(path)!r} doesn't exist; name the .errors.json of an earlier run") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise ValueError(f"reuse={str(path)!r} is no .errors.json that fps-calibrate wrote") from None
     if known != [(list(p.tile), list(p.windows[0]), p.scales_per_tile, p.center_k) for p in plans]:
         raise ValueError(
             f"reuse={str(path)!r} measured other candidates; give the size, --tile, --densities and --center-k of that run, or "
             "measure again"
+        )
+    if errors.shape[2] != len(plans):
+        raise ValueError(
+            f"reuse={str(path)!r} has errors of {errors.shape[2]} candidates and names {len(plans)}; measure again"
         )
     return errors, record
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from fps_jax.files import MAX_JSON, check_regular, read_json
+
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 _UNIGRAM = 1  # TrainerSpec.ModelType
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # SentencePiece.Type
@@ -28,6 +30,38 @@ def clean(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
+
+
+def vocabulary(folder: str | Path) -> int:
+    """The number that all ids of a tokenizer's folder are below, of its files alone: no tokenizer is built.
+
+    Raises: ValueError for a file that can't be read; FileNotFoundError.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        content = read_json(folder / "tokenizer.json")
+        try:
+            words = content["model"]["vocab"]
+            added = [token["id"] for token in content.get("added_tokens") or ()]
+            return max(len(words), *(number + 1 for number in added), 0)
+        except (KeyError, TypeError):
+            raise ValueError(f"{folder / 'tokenizer.json'} holds no vocabulary; download it again") from None
+    check_regular(folder / "spiece.model", MAX_JSON)
+    try:
+        return sum(number == 1 for number, _ in _fields((folder / "spiece.model").read_bytes()))
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"{folder / 'spiece.model'} can't be read as a sentencepiece model ({error}); download it again"
+        ) from None
+
+
+def check_vocabulary(folder: str | Path, words: int, rows: int) -> None:
+    """Raises ValueError for a tokenizer with more words than the text encoder's table has rows: it is another model's."""
+    if words > rows:
+        raise ValueError(
+            f"{folder} is another model's tokenizer: {words} words, and the text encoder's table has {rows} rows; give the folder "
+            "of UMT5's (--tokenizer DIR of fps-convert)"
+        )
 
 
 class Tokenizer:
@@ -52,6 +86,7 @@ class Tokenizer:
         directory = Path(path)
         for name, read in (("tokenizer.json", _read_json), ("spiece.model", _read_sentencepiece)):
             if (directory / name).is_file():
+                check_regular(directory / name, MAX_JSON)
                 return cls(read(directory / name), directory / name)
         raise FileNotFoundError(
             f"{directory} holds neither tokenizer.json nor spiece.model; copy them there from google/umt5-xxl"
@@ -65,6 +100,10 @@ class Tokenizer:
     def ids(self, text: str) -> list[int]:
         """Ids of a text as it is: not cleaned, nothing appended."""
         return self._engine.encode(text, add_special_tokens=False).ids
+
+    def count(self, text: str) -> int:
+        """Tokens of a prompt that isn't cut, the end token included."""
+        return len(self.ids(clean(text))) + 1
 
     def __call__(
         self, prompts: Sequence[str], max_length: int = 512
@@ -96,7 +135,7 @@ def _read_json(path: Path) -> Any:
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} can't be read as a tokenizer ({error}); download it again") from error
+        raise ValueError(f"{path} can't be read as a tokenizer ({str(error)[:200]}); download it again") from error
 
 
 def _read_sentencepiece(path: Path) -> Any:
@@ -154,6 +193,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             if byte < 128:
                 return value
             shift += 7
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
 
     while at < len(data):
         number, wire = divmod(varint(), 8)

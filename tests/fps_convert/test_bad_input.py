@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 
-from fps_convert import to_flax
+from fps_convert import open_checkpoint, to_flax
 from tests.fps_convert.failing import fails, snapshot
 from tests.fps_convert.tensors import rewrite
 
@@ -268,3 +268,63 @@ def test_two_files_of_one_component(refused, source):
     shutil.copy(path / "Wan2.1_VAE.pth", path / "another.pth")
     (path / "Wan2.1_VAE.pth").rename(path / "a_vae.pth")
     refused(path, "has two for the vae: a_vae.pth and another.pth; keep one of them")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}', "'a' lacks a sound dtype, shape or data_offsets"),
+        ('{"a":{"dtype":"F32","shape":[' + "1," * 40 + '1],"data_offsets":[0,4]}}', "lacks a sound dtype, shape"),
+        ('{"a":{"dtype":"F32","shape":[1' + "0" * 5000 + '],"data_offsets":[0,4]}}', "its header is not JSON"),
+        ('{"__metadata__":{"num_heads":3}}', "its __metadata__ is not a JSON object of texts"),
+        ("[" * 100_000, "its header is not JSON"),
+        ('{"a":1,"b":' + '"' + "x" * 4_000_000 + '"}', "its header has 4,000,014 bytes, more than the 4,000,000"),
+    ],
+)
+def test_headers_beyond_what_names_of_tensors_take(refused, source, text, part):
+    path = source("official")
+    (path / DIT).write_bytes(struct.pack("<Q", len(text)) + text.encode() + b"\0" * 8)
+    refused(path, DIT, part)
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "changes", "parts"),
+    [
+        ("official", "config.json", {"num_layers": 10**9}, ["config.json: num_layers=1000000000 is not a whole number in 1"]),
+        ("official", "config.json", {"num_heads": 7}, ["config.json: dim=48 with num_heads=7"]),
+        ("official", "config.json", {"eps": float("nan")}, ["config.json: eps=nan is not a finite number"]),
+        ("diffusers", "vae/config.json", {"latents_std": [float("nan")] * 16}, ["vae/config.json: latents_std=nan is not a"]),
+        ("diffusers", "image_encoder/config.json", {"num_attention_heads": 7}, ["image_encoder/config.json: dim=80 isn't"]),
+        ("diffusers", "image_encoder/config.json", {"vision_config": [1]}, ["vision_config=[1] is not an object"]),
+        ("diffusers", "scheduler/scheduler_config.json", {"flow_shift": 1e6}, ["flow_shift=1000000.0 must be positive and at"]),
+        ("diffusers", "model_index.json", {"_class_name": ["WanPipeline"], "transformer_2": 3}, None),
+    ],
+)  # fmt: skip
+def test_configs_are_held_against_one_set_of_rules(refused, source, tmp_path, layout, file, changes, parts):
+    path = source(layout, "i2v" if layout == "diffusers" else "t2v")
+    edit_json(path / file, **changes)
+    if parts is None:  # odd, and without meaning: nothing is lost
+        open_checkpoint(path)
+    else:
+        refused(path, *parts)
+
+
+def test_a_tokenizer_of_more_words_than_the_table_has_rows(refused, source):
+    path = source("official")
+    file = path / "google" / "umt5-xxl" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append(content["added_tokens"][-1] | {"id": 416, "content": "<more>"})
+    file.write_text(json.dumps(content))
+    refused(path, "google/umt5-xxl is another model's tokenizer: 417 words, and the text encoder's table has 416 rows")
+
+
+def test_of_a_tokenizers_folder_its_own_files_are_copied_and_no_link_out_of_it(refused, source, tmp_path):
+    path = source("official")
+    folder = path / "google" / "umt5-xxl"
+    (tmp_path / "secret").write_text("mine")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    to_flax(path, tmp_path / "ours")
+    assert not (tmp_path / "ours" / "tokenizer" / "notes.txt").exists()
+    (folder / "added_tokens.json").symlink_to(tmp_path / "secret")
+    shutil.rmtree(tmp_path / "ours")
+    refused(path, "added_tokens.json is a link to", "outside of its folder; put the file itself there")

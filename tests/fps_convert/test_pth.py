@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fps_convert.formats import writers
-from fps_convert.formats.pth import PthFile
+from fps_convert.formats.pth import PthFile, interpret
 from fps_convert.formats.writers import Output, write_pth
 from tests.reference import DATA
 
@@ -161,6 +161,9 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, prot
         (_Call(_Call(Fake("collections", "OrderedDict"), ()), ()), "calls dict with arguments"),
         (_Call(Fake("collections", "OrderedDict"), (), {"__class__": 1}), "sets the state of an object"),
         ({"x": tensor(storage(), 1)}, "reaches past its storage of 6 elements"),
+        ({"x": tensor(storage(), -1, (2,), (1,))}, "arguments that no state dict has"),
+        ({"x": tensor(storage(), 0, (2**50, 0), (1, 1))}, "arguments that no state dict has"),
+        ({"x": tensor(storage(), 0, (1,) * 40, (1,) * 40)}, "arguments that no state dict has"),
         ({"x": tensor(storage(), 0, (2, 3), (3, -1))}, "arguments that no state dict has"),
         ({"x": tensor(storage(), 0, (2, 3), (1,))}, "arguments that no state dict has"),
         ({"x": tensor(storage("FloatStorage", "0", 7), 0)}, "record archive/data/0 should have 28 bytes and has 24"),
@@ -208,6 +211,46 @@ def test_files_that_are_no_whole_pth(tmp_path):
         archive.writestr("readme", "x")
     with pytest.raises(ValueError, match=r"0 data\.pkl records"):
         PthFile(tmp_path / "n.pth")
+
+
+def test_small_records_are_believed_only_so_far(tmp_path):
+    """A record that inflates to gigabytes, one that claims to be small, and one that is encrypted."""
+    import tracemalloc
+
+    one = {"x": tensor(storage())}
+    for name, damage, message in (
+        ("bomb", {"byteorder": b"\0" * (64 << 20)}, "byteorder is compressed"),
+        ("long", {"byteorder": b"little" * 10}, "byteorder has 60 bytes, more than the 16 that it may have"),
+        (
+            "pickle",
+            {"data.pkl": b"\x80\x02" + b"(t" * (2 << 20) + b"."},
+            "data.pkl has .* bytes, more than the 2097152",
+        ),
+    ):
+        kind = zipfile.ZIP_DEFLATED if name == "bomb" else zipfile.ZIP_STORED
+        path = tmp_path / f"{name}.pth"
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for record, content in ({"data.pkl": pickled(one), "data/0": SIX.tobytes()} | damage).items():
+                archive.writestr(f"archive/{record}", content)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=rf"{name}\.pth is refused: its (record )?archive/{message}"):
+            PthFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+        tracemalloc.stop()
+    whole = (tmp_path / "long.pth").read_bytes()
+    at = whole.index(b"PK\1\2")
+    (tmp_path / "locked.pth").write_bytes(whole[: at + 8] + b"\1" + whole[at + 9 :])  # the first bit of its flags
+    with pytest.raises(ValueError, match=r"locked.pth is refused: its record archive/data.pkl is encrypted"):
+        PthFile(tmp_path / "locked.pth")
+
+
+def test_marks_and_tuples_take_linear_time():
+    import time
+
+    start = time.process_time()
+    with pytest.raises(ValueError, match="doesn't end"):
+        interpret(b"\x80\x02" + b"(t" * 100_000)
+    assert time.process_time() - start < 5  # from the bottom of the stack each mark was searched for: minutes
 
 
 def test_integers_are_no_weights(tmp_path):

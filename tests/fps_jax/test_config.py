@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig, VAEConfig, WanConfig
+from fps_jax.config import (
+    WAN_FLF2V_14B,
+    WAN_I2V_14B,
+    WAN_T2V_1_3B,
+    WAN_T2V_14B,
+    DiTConfig,
+    ImageEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
 
 SMALL_VAE = VAEConfig(base_dim=8, z_dim=6, latents_mean=(0.0,) * 6, latents_std=(1.0,) * 6)
 
@@ -46,3 +55,49 @@ def test_a_dit_that_doesnt_take_the_vaes_latents_is_refused(task, channels, mess
         WanConfig(dit=dit, vae=SMALL_VAE)
     fitting = dataclasses.replace(dit, in_channels=6 if task == "t2v" else 16, out_channels=6)
     assert WanConfig(dit=fitting, vae=SMALL_VAE).vae.z_dim == 6
+
+
+IMAGE = ImageEncoderConfig(image_size=28, dim=80, mlp_dim=96, num_heads=1, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (WAN_T2V_14B.dit, {"num_layers": 10**9}, "num_layers=1000000000 is not a whole number in 1 to 1,000"),
+        (WAN_T2V_14B.dit, {"dim": 5120.0}, "dim=5120.0 is not a whole number in 1 to 1,048,576"),
+        (WAN_T2V_14B.dit, {"mlp_dim": True}, "mlp_dim=True is not a whole number"),
+        (WAN_T2V_14B.dit, {"num_heads": 0}, "num_heads=0 is not a whole number"),
+        (WAN_T2V_14B.dit, {"num_heads": 7}, "dim=5120 with num_heads=7 doesn't give an even head dim"),
+        (WAN_T2V_14B.dit, {"mlp_dim": 10**5000}, "mlp_dim=a number of thousands of digits is not a whole number"),
+        (WAN_T2V_14B.dit, {"task": "s2v"}, "task='s2v' is not one of 't2v', 'i2v', 'flf2v'"),
+        (WAN_T2V_14B.dit, {"task": ["t2v"]}, "is not one of 't2v', 'i2v', 'flf2v'"),
+        (WAN_T2V_14B.dit, {"patch_size": (1, 2)}, r"patch_size=\(1, 2\) is not a list of 3 of whole numbers"),
+        (WAN_T2V_14B.dit, {"patch_size": 2}, "patch_size=2 is not a list of 3"),
+        (WAN_T2V_14B.dit, {"patch_size": (1, 2, -2)}, "patch_size=-2 is not a whole number"),
+        (WAN_T2V_14B.dit, {"eps": float("nan")}, "eps=nan is not a finite number"),
+        (WAN_T2V_14B.dit, {"eps": 0}, "eps=0 is not above 0"),
+        (WAN_T2V_14B.dit, {"cross_attn_norm": "yes"}, "cross_attn_norm='yes' is not true or false"),
+        (WAN_T2V_14B.vae, {"latents_mean": (float("inf"),) * 16}, "latents_mean=inf is not a finite number"),
+        (WAN_T2V_14B.vae, {"latents_std": (float("nan"),) * 16}, "latents_std=nan is not a finite number"),
+        (WAN_T2V_14B.vae, {"temporal_downsample": (0, 1, 1)}, "temporal_downsample=0 is not true or false"),
+        (WAN_T2V_14B.vae, {"dim_mult": ()}, r"dim_mult=\(\) is not a list of whole numbers"),
+        (WAN_T2V_14B.text_encoder, {"vocab_size": 2**40}, "vocab_size=1099511627776 is not a whole number in 1 to"),
+        (IMAGE, {"num_heads": 3}, "dim=80 isn't a multiple of num_heads=3"),
+        (IMAGE, {"patch_size": 13}, "image_size=28 isn't a multiple of patch_size=13"),
+        (WAN_T2V_14B, {"flow_shift": float("nan")}, "flow_shift=nan is not a finite number"),
+        (WAN_T2V_14B, {"flow_shift": -1.0}, "flow_shift=-1.0 is not a positive number of at most 1000"),
+        (WAN_T2V_14B, {"flow_shift_480p": 1e6}, "flow_shift_480p=1000000.0 is not a positive number of at most 1000"),
+        (WAN_T2V_14B, {"vae": {"z_dim": 16}}, "vae={'z_dim': 16} is not a VAEConfig"),
+        (WAN_T2V_14B, {"preset": "turbo"}, "preset='turbo' is not one of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_every_field_is_of_its_type_and_in_bounds_whoever_makes_the_config(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
+
+
+def test_parts_of_a_record_that_are_no_objects_are_told():
+    for part in ("dit", "vae", "text_encoder", "sampling"):
+        with pytest.raises(ValueError, match=f"{part} is a list, not an object of fields"):
+            WanConfig.from_dict(WAN_T2V_14B.to_dict() | {part: [1]})

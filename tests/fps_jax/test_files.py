@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from fps_jax.files import new_directory
+from fps_jax.files import new_directory, read_json, write_together
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path):
@@ -67,3 +67,48 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_files_that_belong_together_are_all_there_or_none(tmp_path, monkeypatch):
+    first, second = tmp_path / "a.mp4.json", tmp_path / "a.mp4"
+    replace = pathlib.Path.replace
+
+    def full(self, target):
+        if target == second:
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", full)
+    with pytest.raises(
+        OSError, match=r"can't write '.*a.mp4': No space left on device; choose another path or make room"
+    ):
+        write_together({first: b"{}", second: b"video"})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    write_together({first: b"{}", second: b"video"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.mp4.json": b"{}", "a.mp4": b"video"}
+
+
+def test_a_pipe_or_a_huge_file_is_told_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe.json is no regular file; give a file that holds its bytes"):
+        read_json(tmp_path / "pipe.json")
+    with open(tmp_path / "huge.json", "wb") as file:
+        file.truncate(10**12)  # takes no room
+    with pytest.raises(ValueError, match=r"huge.json has 1,000,000,000,000 bytes, more than the 64,000,000"):
+        read_json(tmp_path / "huge.json")
+
+
+def test_a_mount_point_and_the_empty_working_directory_are_no_destination(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place, message in (
+        (".", "is the working directory, which can't be renamed"),
+        ("/proc", "exists and is not empty"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message), new_directory(place):
+            pass
+    (tmp_path / "mount").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: pathlib.Path(path).name == "mount")
+    with pytest.raises(ValueError, match="mount is a mount point, which can't be renamed"), new_directory("mount"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mount"]

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from fps_convert.formats.arrays import write_at
-from fps_convert.formats.readers import map_file, read_json
+from fps_convert.formats.readers import map_file
 from fps_jax.checkpoints.format import abstract_component, save_component
+from fps_jax.files import read_json
 from fps_jax.models.params import flatten, unflatten
 
 _CHUNK_BYTES = 128 << 20  # what any reader holds at least; about one layer of a 14B model's largest parameter

@@ -28,7 +28,7 @@ _STORAGES = {
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
-_MAX_PICKLE = 64 << 20
+_MAX_PICKLE = 2 << 20  # of the largest state dict that there is, 60 kB; interpreted at about a megabyte a second
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _admit(name: str) -> _Global:
 
 
 def _ints(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
+    return isinstance(value, tuple) and len(value) <= 32 and all(type(n) is int and 0 <= n < 2**48 for n in value)
 
 
 def _call(function: Any, args: Any) -> Any:
@@ -106,7 +106,11 @@ def interpret(pickle: bytes) -> Any:
     memo: dict[int, Any] = {}
 
     def pop_mark() -> list[Any]:
-        at = max(i for i, item in enumerate(stack) if item is _MARK)
+        at = (
+            len(stack) - 1
+        )  # from the top: from the bottom a pickle of nothing but marks and tuples takes quadratic time
+        while stack[at] is not _MARK:
+            at -= 1  # IndexError where there is none
         items = stack[at + 1 :]
         del stack[at:]
         return items
@@ -193,6 +197,22 @@ def _state_dict(content: Any, depth: int = 1) -> dict[str, _Tensor]:
     raise _RefusedError("it doesn't hold a state dict (names to tensors)")
 
 
+def _check_stored(entry: zipfile.ZipInfo) -> None:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        raise _RefusedError(f"its record {entry.filename} is compressed; PyTorch doesn't do that")
+    if entry.flag_bits & 1:
+        raise _RefusedError(f"its record {entry.filename} is encrypted; PyTorch doesn't do that")
+
+
+def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:
+    """A small record. Its size is only believed up to `most`, whatever the directory says."""
+    _check_stored(entry)
+    if entry.file_size > most:
+        raise _RefusedError(f"its {entry.filename} has {entry.file_size} bytes, more than the {most} that it may have")
+    with archive.open(entry) as opened:
+        return opened.read(most)
+
+
 class PthFile:
     """The tensors of one `.pth` state dict, each a view of the mapped file.
 
@@ -217,13 +237,10 @@ class PthFile:
                 if len(pickles) != 1:
                     raise _RefusedError(f"it has {len(pickles)} data.pkl records, a .pth has one")
                 self._prefix = pickles[0].removesuffix("data.pkl")
-                if records[pickles[0]].file_size > _MAX_PICKLE:
-                    raise _RefusedError(
-                        f"its data.pkl has {records[pickles[0]].file_size} bytes, more than a state dict needs"
-                    )
-                if self._prefix + "byteorder" in records and archive.read(self._prefix + "byteorder") != b"little":
+                order = records.get(self._prefix + "byteorder")
+                if order is not None and _record(archive, order, 16) != b"little":
                     raise _RefusedError("it was written on a big-endian machine")
-                content = interpret(archive.read(pickles[0]))
+                content = interpret(_record(archive, records[pickles[0]], _MAX_PICKLE))
             self._records = records
             self._tensors = _state_dict(content)
             self._starts = {key: self._place(tensor.storage) for key, tensor in self._tensors.items()}
@@ -231,8 +248,12 @@ class PthFile:
             raise ValueError(f"{path} is truncated or corrupt ({error}); copy or download it again") from None
         except _RefusedError as error:
             raise ValueError(f"{path} is refused: {error}") from None
-        except (ValueError, IndexError, KeyError, TypeError, RecursionError, NotImplementedError) as error:
-            raise ValueError(f"{path} has a corrupt data.pkl ({error!r}); copy or download it again") from None
+        except OSError:
+            raise
+        except Exception as error:  # whatever a damaged archive or pickle leads to
+            raise ValueError(
+                f"{path} has a corrupt data.pkl ({repr(error)[:200]}); copy or download it again"
+            ) from None
         self.tensors = {
             key: TensorInfo(key, tensor.shape, tensor.storage.dtype, path) for key, tensor in self._tensors.items()
         }
@@ -243,8 +264,7 @@ class PthFile:
         entry = self._records.get(name)
         if entry is None:
             raise _RefusedError(f"its pickle names the record {name}, which the archive lacks")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise _RefusedError(f"its record {name} is compressed; PyTorch doesn't do that")
+        _check_stored(entry)
         size = next(width for dtype, width in _STORAGES.values() if dtype == storage.dtype) * storage.numel
         # The local header's name and extra field may be longer than the central directory's.
         head = self._bytes[entry.header_offset : entry.header_offset + 30].tobytes()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from fps_convert import mapping
-from fps_convert.formats.readers import Reader, SafetensorsFile, read_json
+from fps_convert.formats.readers import Reader, SafetensorsFile
 from fps_convert.lora.keys import Match, Spellings, layer_of, other_kind, without_prefix
 from fps_convert.mapping import Row
 from fps_jax.checkpoints.lora import Difference, LoRA, LowRank, Place
 from fps_jax.config import DiTConfig, WanConfig
+from fps_jax.files import read_json
 
 OURS = {"made_by": "fps_jax"}  # in the metadata of files of ours, whose `rank` and `alpha` are to be believed
 _WIDTHS = {1536: "1.3B", 5120: "14B"}
