@@ -104,6 +104,8 @@ def check_operands(q: Any, k: Any, v: Any) -> None:
         )
     if q.shape[3] % 16 or q.shape[3] == 0:
         raise ValueError(f"head dim {q.shape[3]} is not a multiple of 16; pad q, k and v with zeros, or use 64 or 128")
+    if not q.size or not k.size:
+        raise ValueError(f"{shapes}: there is nothing to attend; batch, tokens, heads and head dim must be 1 or more")
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from fps_jax.attention.chunked import chunked_attention
 from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.tiles import TileLayout
+from fps_jax.choices import check_choice
 from pallas_kernels.block_sparse import SAVED, block_sparse_attention, check_operands
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
@@ -98,6 +99,9 @@ def attend(
     Raises: ValueError for operands that don't fit the plan; NotImplementedError for an implementation that can't run here.
     Source: FPSAttention (arXiv 2506.04648) section 3.
     """
+    if not isinstance(plan, AttentionPlan):
+        raise ValueError(f"plan is a {type(plan).__name__}; make one with AttentionPlan.build(grid=(F, Y, X))")
+    check_choice("implementation", implementation, Implementation)
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
     _check_tokens(q, k, plan.layout)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -82,9 +83,15 @@ class Comparison:
             dense, other = (run.seconds["denoising_step"] for run in (self.dense, self.other))
             words += (
                 f" A denoising step took {dense:.3g} s with dense attention and {other:.3g} s with {self.attention}: "
-                f"a speed-up of {self.speedup:.2f}x (mean of the steps after the first, compilation left out)."
+                f"{_faster(self.speedup)} (mean of the steps after the first, compilation left out)."
             )
+            if jax.default_backend() == "cpu":
+                words += " These are times of a CPU, and say nothing of a GPU."
         return words
+
+
+def _faster(speedup: float) -> str:
+    return f"{speedup:.2f} times as fast" if speedup >= 1 else f"{1 / speedup:.2f} times slower"
 
 
 def compare(

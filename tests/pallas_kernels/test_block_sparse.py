@@ -52,6 +52,20 @@ def test_bad_calls_are_refused(change, message):
         block_sparse_attention(X, X, X, TilePattern.build(**table), **keywords)
 
 
+def test_attend_says_what_is_missing_and_names_all_that_there_is():
+    for arguments, message in (
+        ({"plan": None}, "plan is a NoneType; make one with AttentionPlan.build"),
+        (
+            {"q": X[:0], "k": X[:0], "v": X[:0]},
+            r"q \(0, 512, 2, 64\).*: there is nothing to attend; batch, tokens, heads",
+        ),
+        ({"implementation": "fast"}, "is not one of 'auto', 'dense', 'reference', 'portable', 'sm90'"),
+        ({"implementation": ["dense"]}, r"implementation=\['dense'\] is not one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(**{"q": X, "k": X, "v": X, "plan": PLAN, **arguments})
+
+
 def test_queries_and_keys_may_be_different_tokens():
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 16), np.float32)) for n in (64, 192, 192))
@@ -167,3 +181,24 @@ def test_gradients_with_16_bit_operands_are_as_good_in_fp8_as_without(monkeypatc
     plain = errors(None)
     assert max(plain) < 1e-2
     assert all(fp8 < 1.5 * bf16 for fp8, bf16 in zip(errors(128), plain, strict=True))
+
+
+@pytest.mark.parametrize("whole_head", [True, False])
+def test_p_that_the_backward_makes_again_is_at_most_what_the_forward_could_have_rounded(monkeypatch, whole_head):
+    """Large scores that differ in their last bits make exp(score - lse) as large as they like. Here lse is lowered by 30 in their
+    place: P is then 17/16 everywhere, so that dV of a key is 17/16 of the sum of dO over the queries that attend it."""
+    monkeypatch.setattr(portable, "_taken_whole", lambda head: whole_head)
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.standard_normal((1, 64, 2, 16), np.float32)) for _ in range(4))
+    pattern = TilePattern.build(
+        key_tiles=np.array([[0, 1], [1, 0]], np.int32), counts=np.array([2, 1], np.int32), valid=np.ones(64, bool)
+    )
+    out, lse = portable.forward(q, k, v, pattern)
+    _, _, dv = portable.backward(q, k, v, out, lse - 30, d_out, pattern)
+    sums = np.asarray(d_out)[0].reshape(2, 32, 2, 16).sum(1)  # of each query tile
+    want = (
+        17 / 16 * np.stack([sums[0], sums.sum(0)])
+    )  # the first tile of keys is attended by the first tile of queries alone
+    np.testing.assert_allclose(
+        np.asarray(dv)[0].reshape(2, 32, 2, 16), np.repeat(want[:, None], 32, 1), rtol=1e-5, atol=1e-4
+    )
