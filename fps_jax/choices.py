@@ -9,6 +9,8 @@ SigmaGrid = Literal["wan", "diffusers"]
 # How a model is sampled where nothing else is said: `fps_jax.sampling.presets`.
 Preset = Literal["wan", "few-step", "dmd", "causvid"]
 OutputType = Literal["np", "latent", "pil"]
+# Whether height and width are the video's own, or name the area at which it keeps the aspect of its image.
+Size = Literal["exact", "area"]
 Which = Literal["ema", "raw"]  # of a run's weights: the moving average, or themselves
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
 # What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
@@ -35,6 +37,14 @@ def file_and_scale(text: str) -> tuple[str, float]:
             f"lora={text!r} is not FILE or FILE:SCALE with a number as scale, such as style.safetensors:0.8"
         )
     return file, scale
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError for a text that isn't Unicode: bytes of a shell in another encoding, which no record in JSON can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}={text[:60]!r} is not valid text (UTF-8); write it in UTF-8") from None
 
 
 def check_choice(name: str, value: Any, kind: Any) -> None:

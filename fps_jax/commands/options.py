@@ -3,12 +3,14 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Solver, file_and_scale
+from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Size, Solver, check_text, file_and_scale
+from fps_jax.files import check_regular
 
 if TYPE_CHECKING:
     from fps_jax.sampling.pipeline import WanPipeline
@@ -41,6 +43,8 @@ class VideoOptions:
     """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
     width: int | None = None
     """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
+    size: Size = "exact"
+    """exact; area keeps the aspect of --image at the area of height x width, as the official code does."""
     num_frames: int | None = None
     """4k + 1; the checkpoint's own if left out, 81 for Wan's."""
     preset: Preset | None = None
@@ -67,8 +71,8 @@ class VideoOptions:
     """Initial noise as .npy, [1, 16, F, H/8, W/8], in place of the seed's."""
     dtype: Dtype = "bfloat16"
     """Compute dtype of the DiT and the text encoder."""
-    fps: int = 16
-    """Frames a second in the mp4 (Wan's models make 16)."""
+    fps: float = 16
+    """Frames a second in the mp4 (Wan's models make 16); fractions too."""
     vae_tiling: bool = False
     """Decode in spatial tiles, for little memory."""
     batch_guidance: bool = False
@@ -95,6 +99,9 @@ def read_request(options: VideoOptions) -> "Request":
 
     names = {f.name for f in dataclasses.fields(Request)} & {f.name for f in dataclasses.fields(options)}
     request = Request(**{name: getattr(options, name) for name in names} | arrays)
+    for name, value in dataclasses.asdict(options).items():
+        if isinstance(value, str | pathlib.Path):
+            check_text(name, str(value))
     if not 1 <= options.fps <= 1000:
         raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
     return request
@@ -109,15 +116,22 @@ def lora_files(options: VideoOptions) -> list[tuple[pathlib.Path, float]]:
     return files
 
 
-def load_pipeline(options: VideoOptions, request: "Request") -> "WanPipeline":
+def load_pipeline(
+    options: VideoOptions, request: "Request", check: Callable[["Request"], None] = lambda _: None
+) -> "WanPipeline":
     """The checkpoint with the LoRAs merged; these and the request are checked in full before its weights are read, which can take
     minutes.
+
+    check: what a command asks of the request beside, with the model's sizes filled in.
     """
     from fps_jax.checkpoints.open import open_lora, open_model
     from fps_jax.sampling.pipeline import WanPipeline
 
     model = open_model(options.model)
     request.resolve(model.config, model.schedule)
+    check(request.filled(model.config))
+    request.frames(model.config)  # read again later: one that is no image is told now
+    request.check_tower(model.config, "image_encoder" in model.components)
     opened = [
         (open_lora(file, model.config, partial=options.lora_partial), scale) for file, scale in lora_files(options)
     ]
@@ -144,11 +158,17 @@ def _array(options: VideoOptions, name: str) -> Any:
     import numpy as np
 
     try:
-        return np.load(path, allow_pickle=False)
+        check_regular(path)
+        # Mapped first: a header that claims more than the file holds is told before memory is asked for.
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}={str(path)!r} doesn't exist") from None
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{name}={str(path)!r} is not a readable .npy array: {error}") from None
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # NumPy parses headers as Python literals: SyntaxError, RecursionError, MemoryError and others
+        raise ValueError(f"{name}={str(path)!r} is not a readable .npy array: {str(error)[:200]}") from None
 
 
 def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str, Any]:
@@ -163,7 +183,7 @@ def run_record(options: VideoOptions, request: "Request", pipe: Any) -> dict[str
     resolved = request.resolve(pipe.config, pipe.schedule)
     settings = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in dataclasses.asdict(options).items()}
     filled = request.filled(pipe.config)
-    settings |= {name: getattr(filled, name) for name in ("height", "width", "num_frames")}
+    settings |= {name: getattr(filled, name) for name in ("height", "width", "num_frames", "size")}
     settings |= dataclasses.asdict(resolved.settings) | {
         "preset": resolved.preset,
         "flow_shift": resolved.flow_shift,

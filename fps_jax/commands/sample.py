@@ -10,7 +10,7 @@ from typing import Literal
 
 from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_bytes, write_json
+from fps_jax.files import check_name, json_bytes, write_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,10 @@ class Sample(VideoOptions):
     """Sample a video from a Wan2.1 checkpoint."""
 
     output: pathlib.Path = pathlib.Path("out.mp4")
-    """The file to write: .mp4, or .npy with --output-type latent. Settings go to the same name with .json appended."""
+    """The file to write: .mp4 (.mov, .mkv), .png for one frame, or .npy with --output-type latent. Settings go to the same name
+    with .json appended."""
+    overwrite: bool = False
+    """Replace the output and its .json, if they exist."""
     output_type: Literal["np", "latent"] = "np"
     """'latent' writes the denoised latents as .npy and decodes no video."""
 
@@ -32,33 +35,50 @@ def _sample(options: Sample) -> None:
     _check_output(options)
     request = read_request(options)
     start = time.time()
-    pipe = load_pipeline(options, request)
+    pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
     pipe.show_progress = True
     result = pipe.sample(request)
     if options.output_type == "latent":
         import numpy as np
 
         np.save(buffer := io.BytesIO(), result)
-        write_bytes(options.output, buffer.getvalue())
+        content = buffer.getvalue()
     else:
-        from fps_jax.media.video import save_video
+        from fps_jax.media.video import video_bytes
 
-        save_video(result, options.output, fps=options.fps)
+        content = video_bytes(result, options.output, fps=options.fps)
     seconds = time.time() - start
     record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}
-    write_json(record, options.output.with_name(options.output.name + ".json"))
+    write_together({_record_of(options.output): json_bytes(record), options.output: content})
     print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=sys.stderr)
 
 
+def _record_of(output: pathlib.Path) -> pathlib.Path:
+    return output.with_name(output.name + ".json")
+
+
 def _check_output(options: Sample) -> None:
-    suffix = ".npy" if options.output_type == "latent" else ".mp4"
-    if options.output.suffix != suffix:
-        raise ValueError(f"output={str(options.output)!r} must end in {suffix} for --output-type {options.output_type}")
+    suffixes = (".npy",) if options.output_type == "latent" else (".mp4", ".mov", ".mkv", ".png")
+    if options.output.suffix not in suffixes:
+        raise ValueError(
+            f"output={str(options.output)!r} must end in {', '.join(suffixes)} for --output-type {options.output_type}"
+        )
+    check_name(_record_of(options.output), "output")
     folder = options.output.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
-    for path in (options.output, options.output.with_name(options.output.name + ".json")):
+    for path in (options.output, _record_of(options.output)):
         if path.is_dir():
             raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
+        if path.exists() and not options.overwrite:
+            raise FileExistsError(f"output={str(path)!r} exists; give another --output, or --overwrite")
+
+
+def _check_frames(options: Sample, frames: int | None) -> None:
+    """A picture has one frame. To be called when the number of frames is known, and before the weights are read."""
+    if options.output.suffix == ".png" and frames != 1:
+        raise ValueError(
+            f"output={str(options.output)!r} is a picture, and num_frames={frames}; use .mp4, or --num-frames 1"
+        )

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from fps_jax.choices import SigmaGrid, Solver
+from fps_jax.config import MAX_SHIFT
+from fps_jax.sizes import check_integer_up_to
 
 # (solver, grid) pairs that have an original to agree with.
 VALID_PAIRS: tuple[tuple[str, str], ...] = (
@@ -21,6 +23,9 @@ VALID_PAIRS: tuple[tuple[str, str], ...] = (
     ("lcm", "wan"),
     ("lcm", "diffusers"),
 )
+
+
+MAX_STEPS = 1000  # the noise levels of training; more steps would repeat them
 
 
 class Grid(NamedTuple):
@@ -50,11 +55,12 @@ def sigma_grid(solver: Solver, grid: SigmaGrid, num_steps: int, shift: float) ->
     euler/wan: the dpm++ grid. lcm/wan: the same levels, timesteps not truncated, as in ModelTC/LightX2V (step distillation) and
     Self-Forcing. lcm/diffusers: FlowMatchLCMScheduler, whose levels are FlowMatchEulerDiscreteScheduler's.
 
-    Raises: ValueError for another pair, num_steps < 1, or a shift that isn't positive.
+    Raises: ValueError for another pair, num_steps outside [1, `MAX_STEPS`], or a shift outside (0, `MAX_SHIFT`].
     """
     check_pair(solver, grid)
     if num_steps < 1:
         raise ValueError(f"num_inference_steps={num_steps} is less than 1; use 1 or more (Wan's default is 50)")
+    check_integer_up_to("num_inference_steps", num_steps, MAX_STEPS, "the number of noise levels in training")
     _check_shift(shift)
     if solver in ("euler", "lcm") and grid == "diffusers":
         return _flow_match_euler(num_steps, shift)
@@ -104,8 +110,9 @@ def explicit_grid(
 
 
 def _check_shift(shift: float) -> None:
-    if not (np.isfinite(shift) and shift > 0):
-        raise ValueError(f"flow_shift={shift} is not a positive number; Wan uses 3 to 16")
+    number = isinstance(shift, int | float | np.number) and not isinstance(shift, bool)
+    if not (number and 0 < shift <= MAX_SHIFT):  # NaN is neither
+        raise ValueError(f"flow_shift={shift!r} is not a positive number of at most {MAX_SHIFT:g}; Wan uses 3 to 16")
 
 
 def check_levels(name: str, values: Any) -> Float[np.ndarray, "n"]:
@@ -117,6 +124,8 @@ def check_levels(name: str, values: Any) -> Float[np.ndarray, "n"]:
         levels = np.empty(0)
     if levels.ndim != 1 or not levels.size or levels.dtype.kind not in "iuf":
         raise ValueError(f"{name}={values!r} is not a non-empty list of numbers in (0, {top}]")
+    if len(levels) > MAX_STEPS:
+        raise ValueError(f"{name} has {len(levels):,} levels, more than the {MAX_STEPS} of training; use fewer")
     small = levels.astype(np.float32)
     if not ((small > 0) & (small <= top)).all():
         wrong = levels[~((small > 0) & (small <= top))][0]

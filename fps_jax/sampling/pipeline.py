@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,19 +19,20 @@ from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
 from fps_jax.checkpoints.open import Model, open_lora, open_model, open_model_files
 from fps_jax.checkpoints.placement import visiting
-from fps_jax.choices import Dtype, OutputType, Preset, Setting, SigmaGrid, Solver, check_choice
+from fps_jax.choices import Dtype, OutputType, Preset, Setting, SigmaGrid, Size, Solver, check_choice
 from fps_jax.config import WanConfig
+from fps_jax.foreign import answer
 from fps_jax.models.params import Params, flatten, unflatten
-from fps_jax.models.tokenizer import Tokenizer
+from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
-from fps_jax.sampling.denoise import Segments, denoise
+from fps_jax.sampling.denoise import Seen, Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.presets import PRESETS
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.solvers import SolverTable
-from fps_jax.sizes import video_size
+from fps_jax.sizes import check_integer_up_to, video_size
 
 log = logging.getLogger("fps_jax")
 
@@ -118,6 +119,7 @@ class WanPipeline:
         if model.config.preset != "wan":
             log.info("sampled by preset %s: %s", model.config.preset, PRESETS[model.config.preset].words())
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
+        check_vocabulary(model.tokenizer_dir, tokenizer.vocab_size, model.config.text_encoder.vocab_size)
         params: dict[str, Params] = {name: model.load(name, jnp.dtype(dtype)) for name in model.components}
         return cls(
             config=model.config, params=params, tokenizer=tokenizer, dtype=jnp.dtype(dtype), schedule=model.schedule
@@ -211,6 +213,10 @@ class WanPipeline:
         preset: Preset | None = None,
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
+        size: Size = "exact",
+        num_videos_per_prompt: int = 1,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        **foreign: Any,
     ) -> Any:
         """Sample one video per prompt.
 
@@ -218,7 +224,7 @@ class WanPipeline:
           prompt: a text, or B texts.
           negative_prompt: None for the checkpoint's own default, a text ('' is empty), or B texts.
           image: first frame, for i2v and flf2v: a path, PIL image, uint8 [H, W, 3], or float in [0, 1] [H, W, 3] or [B, H, W, 3];
-            of another size it is resized to cover the frame and centre-cropped.
+            of another size it is resized to cover the frame and centre-cropped (logged, where a tenth is lost); or a list of B.
           last_image: last frame, for flf2v.
           image_embeds: [B, 257, E] (flf2v [B, 514, E]) image-tower tokens in place of those computed from the images.
           height, width: pixels, multiples of 16; None for the checkpoint's own, 480 x 832 for all of Wan's.
@@ -241,8 +247,25 @@ class WanPipeline:
             (`fps_jax.sampling.presets.PRESETS`). None for the checkpoint's own, mostly 'wan'. Other arguments win over it.
           sigmas: the noise levels themselves, in (0, 1], falling, without the closing 0; they aren't shifted. For any solver.
           timesteps: in their place what the model is told, in (0, 1000]: `fps_jax.sampling.flow.explicit_grid`.
-        Raises: ValueError for an argument that breaks a rule above; FloatingPointError for NaN or inf (names step and layer).
+          size: 'exact'; 'area' keeps the aspect of `image` at the area of height x width, as the official code does.
+          num_videos_per_prompt: n videos of each prompt, one after the other, from n seeds.
+          callback_on_step_end: called as in diffusers, (pipe, step, timestep, {'latents': float32 NumPy}), from another thread;
+            what it does to the latents has no effect on the sample.
+          foreign: names of other libraries, which are answered with ours (docs/coming-from.md).
+        Raises: TypeError for an argument that isn't there; ValueError for one that breaks a rule above; FloatingPointError for NaN
+          or inf (names step and layer).
         """
+        for name in foreign:
+            said = answer(name, Request.__dataclass_fields__)
+            raise TypeError(f"{name} is no argument of a WanPipeline" + (f"; {said}" if said else ""))
+        check_integer_up_to("num_videos_per_prompt", num_videos_per_prompt, 1000, "more than a call is made for")
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt} is less than 1; use 1 or more")
+        prompt, negative_prompt, image, last_image = (
+            _repeated(value, num_videos_per_prompt) for value in (prompt, negative_prompt, image, last_image)
+        )
+        if isinstance(prompt, str) and num_videos_per_prompt > 1:
+            prompt = [prompt] * num_videos_per_prompt
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -267,12 +290,19 @@ class WanPipeline:
             preset=preset,
             sigmas=sigmas,
             timesteps=timesteps,
+            size=size,
         )
-        return self.sample(request, callback)
+        return self.sample(request, callback, callback_on_step_end)
 
-    def sample(self, request: Request, callback: Progress | None = None) -> Any:
-        """What `__call__` does, of arguments that are one object."""
+    def sample(
+        self, request: Request, callback: Progress | None = None, on_step_end: Callable[..., Any] | None = None
+    ) -> Any:
+        """What `__call__` does, of arguments that are one object. on_step_end: its `callback_on_step_end`."""
         prepared = self.prepare(request)
+        timesteps = prepared.table.timestep
+        seen: Seen | None = None
+        if on_step_end is not None:
+            seen = lambda step, latents: on_step_end(self, step, float(timesteps[step]), {"latents": latents})  # noqa: E731
         with progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -290,6 +320,7 @@ class WanPipeline:
                 batch_guidance=request.batch_guidance,
                 segments=prepared.segments,
                 progress=progress,
+                seen=seen,
             )
         if request.output_type == "latent":
             return np.asarray(out)
@@ -318,12 +349,11 @@ class WanPipeline:
                 guidance_scale,
                 resolved.preset,
             )
-        frames = request.frames(self.config)
+        frames = request.frames(self.config, tell_crop=True)
         embeds = request.image_embeds
         if embeds is not None:
             embeds = jnp.array(np.asarray(embeds), jnp.float32)
-        if self.config.task != "t2v" and embeds is None and "image_encoder" not in self.params:
-            raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
+        request.check_tower(self.config, "image_encoder" in self.params)
         tiling = request.vae_tiling or self.needs_tiling(*video_size(resolved.latent_shape[2:])[:2])
 
         text = self._encode_prompts(resolved.prompts)
@@ -340,6 +370,13 @@ class WanPipeline:
         """Text states of each distinct prompt, zero beyond its own tokens."""
         distinct = list(dict.fromkeys(prompts))
         ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
+        for text in distinct:
+            cut = self.tokenizer.count(text) - self.config.dit.text_len
+            if cut > 0:
+                log.warning(
+                    "prompt %r... has %d tokens more than the %d that the model reads: its end is cut, and has no effect",
+                    text[:40], cut, self.config.dit.text_len,
+                )  # fmt: skip
         with visiting(self.params["text_encoder"]) as params:
             states = text_states(self.config, params, ids, mask, dtype=self.dtype)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
@@ -369,6 +406,15 @@ class WanPipeline:
             return False
         log.info("VAE decode needs %.1f GB and %.1f GB are free: decoding in spatial tiles", needed / 1e9, free / 1e9)
         return True
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """Each item of a list, or of a batch of images, `count` times; what is one for all stays it."""
+    if count == 1:
+        return value
+    if isinstance(value, list | tuple):
+        return [item for item in value for _ in range(count)]
+    return np.repeat(np.asarray(value), count, axis=0) if getattr(value, "ndim", 0) == 4 else value
 
 
 def _to_pil(video: np.ndarray) -> list[list[Any]]:

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
-from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Solver, check_choice
+from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Size, Solver, check_choice, check_text
 from fps_jax.config import NEGATIVE_PROMPTS, SamplingDefaults, WanConfig
-from fps_jax.media.images import load_image
+from fps_jax.media.images import area_size, image_count, image_size, load_image
 from fps_jax.sampling.denoise import Segments
 from fps_jax.sampling.flow import check_levels
 from fps_jax.sampling.presets import Settings, fill
@@ -81,11 +81,20 @@ class Request:
     preset: Preset | None = None
     sigmas: Sequence[float] | None = None
     timesteps: Sequence[float] | None = None
+    size: Size = "exact"
 
     def __post_init__(self):
         check_choice("output_type", self.output_type, OutputType)
+        check_choice("size", self.size, Size)
+        if self.size == "area" and self.image is None:
+            raise ValueError(
+                "size='area' keeps the aspect of an image, and there is none; pass image, or leave size out"
+            )
+        for name in ("vae_tiling", "batch_guidance"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
         self._texts(default_negative="")
-        check_frame(*self._size(SamplingDefaults()))  # a size that is left out can't be wrong
+        check_frame(*self._asked(SamplingDefaults()))  # a size that is left out can't be wrong
         self._check_walk()
         object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
         self._seeds()
@@ -98,10 +107,17 @@ class Request:
             names += ["guidance_scale"] + ["num_inference_steps"] * (self.sigmas is None and self.timesteps is None)
         mine = {name: getattr(own, name) for name in names if getattr(self, name) is None}
         height, width, num_frames = self._size(own)
-        return dataclasses.replace(self, height=height, width=width, num_frames=num_frames, **mine)
+        return dataclasses.replace(self, height=height, width=width, num_frames=num_frames, size="exact", **mine)
 
     def _size(self, own: SamplingDefaults) -> Shape3:
-        """(height, width, num_frames)."""
+        """(height, width, num_frames) of the video. Raises as `load_image`, where the size is the image's."""
+        height, width, num_frames = self._asked(own)
+        if self.size == "area":
+            height, width = area_size(*image_size(self.image), height * width)
+        return height, width, num_frames
+
+    def _asked(self, own: SamplingDefaults) -> Shape3:
+        """(height, width, num_frames) as they are given."""
         return (
             own.height if self.height is None else self.height,
             own.width if self.width is None else self.width,
@@ -118,7 +134,7 @@ class Request:
         settings = given._settings(preset)
         shift = settings.flow_shift
         if shift is None:
-            shift = default_flow_shift(config, height, width)
+            shift = default_flow_shift(config, *self._asked(config.sampling)[:2])
         table = coefficients(settings.solver, settings.levels(shift))
         attention, schedule = self._attention(trained, grid)
         segments = None
@@ -146,13 +162,21 @@ class Request:
         steps = [jnp.stack([_normal(seed, i, shape[1:]) for seed in self._seeds()]) for i in range(num_steps - 1)]
         return jnp.stack([*steps, jnp.zeros(shape, jnp.float32)])
 
-    def frames(self, config: WanConfig) -> list[np.ndarray]:
+    def check_tower(self, config: WanConfig, has_tower: bool) -> None:
+        """Raises ValueError where image-tower tokens are needed, and there is neither a tower nor the tokens."""
+        if config.task != "t2v" and self.image_embeds is None and not has_tower:
+            raise ValueError("this checkpoint has no image tower; pass image_embeds=[B, tokens, width] beside image")
+
+    def frames(self, config: WanConfig, *, tell_crop: bool = False) -> list[np.ndarray]:
         """The given frames, float32 [1 or B, H, W, 3] in [0, 1]: none for t2v, the first for i2v, first and last for flf2v.
 
         Raises: as `fps_jax.media.images.load_image`.
         """
         height, width, _ = self._size(config.sampling)
-        return [load_image(getattr(self, name), height, width, name=name) for name in _IMAGES[config.task]]
+        return [
+            load_image(getattr(self, name), height, width, name=name, tell_crop=tell_crop)
+            for name in _IMAGES[config.task]
+        ]
 
     def _check_walk(self) -> None:
         """The steps and what goes with them, as far as no checkpoint is needed: its preset and its shift aren't known yet."""
@@ -162,8 +186,10 @@ class Request:
         if self.num_inference_steps is not None:
             check_integer("num_inference_steps", self.num_inference_steps)
         scale = self.guidance_scale
-        if scale is not None and (not isinstance(scale, int | float | np.number) or not np.isfinite(scale)):
-            raise ValueError(f"guidance_scale={scale!r} is not a finite number; Wan uses 5.0")
+        if scale is not None and (
+            isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not -1e3 < scale < 1e3
+        ):
+            raise ValueError(f"guidance_scale={scale!r} is not a finite number below 1000; Wan uses 5.0")
         for name in ("sigmas", "timesteps"):
             if getattr(self, name) is not None:
                 levels = check_levels(name, getattr(self, name))
@@ -190,9 +216,12 @@ class Request:
         positive = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
         if not positive or not all(isinstance(p, str) for p in positive):
             raise ValueError(f"prompt={given!r} is not a text or a non-empty list of texts")
+        for text in positive:
+            check_text("prompt", text)
         if negative is None:
             negative = default_negative
         if isinstance(negative, str):
+            check_text("negative_prompt", negative)
             return positive, [negative] * len(positive)
         if not isinstance(negative, Sequence):
             raise ValueError(f"negative_prompt={negative!r} is not None, a text or a list of texts")
@@ -200,6 +229,8 @@ class Request:
             raise ValueError(
                 f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many"
             )
+        for text in negative:
+            check_text("negative_prompt", text)
         return positive, list(negative)
 
     def _seeds(self) -> list[int]:
@@ -237,6 +268,8 @@ class Request:
             raise ValueError(f"latents has shape {given.shape}; this prompt, size and num_frames need {shape}")
         if not jnp.issubdtype(given.dtype, jnp.floating):
             raise ValueError(f"latents has dtype {given.dtype}; pass floating point noise")
+        if not np.isfinite(given.astype(np.float32)).all():
+            raise ValueError("latents holds NaN or inf; pass finite noise")
 
     def _check_images(self, config: WanConfig, batch: int) -> None:
         """Images and image-tower tokens: those that the task needs, no others, tokens of the model's shape."""
@@ -250,6 +283,9 @@ class Request:
                 raise ValueError(
                     f"{name} is missing, and a {config.task} model needs it; pass a path, a PIL image or an array"
                 )
+            count = 1 if value is None else image_count(value, name)
+            if count not in (1, batch):
+                raise ValueError(f"{name} has {count} images for {batch} prompts; pass one, or as many")
         if self.image_embeds is None:
             return
         if config.task == "t2v":
@@ -259,6 +295,9 @@ class Request:
         want = (batch, count, config.dit.image_dim)
         if shape != want:
             raise ValueError(f"image_embeds has shape {shape}; this model and these prompts need {want}")
+        given = np.asarray(self.image_embeds)
+        if not jnp.issubdtype(given.dtype, jnp.floating) or not np.isfinite(given.astype(np.float32)).all():
+            raise ValueError(f"image_embeds has dtype {given.dtype} or NaN or inf; pass finite floats")
 
 
 def _normal(seed: int, step: int | None, shape: tuple[int, ...]) -> Array:

@@ -1,6 +1,7 @@
 """fps-sample: what it writes, and one line on stderr with exit status 2 for anything wrong."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -134,6 +135,22 @@ BAD = [
     ([], "error: Missing from fps-sample: --prompt STR"),
     (["--prompt", "x", "--output", "no/such/folder/a.mp4"], "doesn't exist; make it first"),
     (["--prompt", "x", "--output", "a.gif"], "must end in .mp4"),
+    (
+        ["--prompt", "x", "--output", "a.png"],
+        "output='a.png' is a picture, and num_frames=81; use .mp4, or --num-frames 1",
+    ),
+    (
+        ["--prompt", "x", "--output", "a" * 240 + ".mp4"],
+        "... is 12 bytes too long for a file's name; choose a shorter one",
+    ),
+    (["--prompt", "x", "--output", "caf\udce9.mp4"], "output='caf\\udce9.mp4.json' is not valid text (UTF-8)"),
+    (["--prompt", "caf\udce9"], "prompt='caf\\udce9' is not valid text (UTF-8); write it in UTF-8"),
+    (["--prompt", "x", "--sample_steps", "4"], "--sample_steps: use num_inference_steps; "),
+    (["--prompt", "x", "--offload_model", "True"], "--offload_model: leave it out; nothing: the text encoder is on"),
+    (
+        ["--prompt", "x", "--num-inference-steps", "1000000000"],
+        "is above 1,000, the number of noise levels in training",
+    ),
     (["--prompt", "x", "--latents", "missing.npy"], "latents='missing.npy' doesn't exist"),
     (["--prompt", "x", "--latents", "noise.bin"], "is not a .npy file"),
     (["--prompt", "x", "--lora", "missing.safetensors:0.5"], "lora='missing.safetensors' doesn't exist"),
@@ -152,6 +169,48 @@ def test_bad_arguments_give_one_line_and_status_2(tmp_path, monkeypatch, capsys,
     assert message in lines[0]
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_kept_unless_overwrite_is_given(tmp_path, capsys):
+    out = tmp_path / "a.npy"
+    small = [*SMALL[:-4], "--num-inference-steps", "1", *SMALL[-2:], "--output", out, "--output-type", "latent"]
+    (tmp_path / "a.npy.json").write_text("mine")
+    assert run(T2V, "--prompt", "x", *small) == 2
+    assert "a.npy.json' exists; give another --output, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "a.npy.json").read_text() == "mine"
+    assert run(T2V, "--prompt", "word " * 2000, *small, "--overwrite") == 0
+    assert json.loads((tmp_path / "a.npy.json").read_text())["settings"]["prompt"].startswith("word")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.json"]
+    assert re.search(r"prompt 'word word .*'... has \d+ tokens more than the 512 that the model reads: its end is cut",
+                     capsys.readouterr().err)  # fmt: skip
+
+
+def test_one_frame_is_a_picture(tmp_path):
+    from PIL import Image
+
+    out = tmp_path / "a.png"
+    options = [
+        "--height",
+        "16",
+        "--width",
+        "32",
+        "--num-frames",
+        "1",
+        "--num-inference-steps",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    assert run(T2V, "--prompt", "x", *options, "--output", out) == 0
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == ("PNG", (32, 16))
+
+
+def test_the_version_is_said(capsys):
+    from fps_jax import __version__
+
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"fps-jax {__version__}\n"
 
 
 @pytest.mark.parametrize("taken", ["a.mp4", "a.mp4.json"])

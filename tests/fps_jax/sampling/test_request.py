@@ -25,7 +25,9 @@ WHOLE = FPSSchedule(regimes=(Regime(until=1.0),))
 
 def test_every_field_is_an_argument_of_the_pipeline_with_its_default():
     arguments = dict(inspect.signature(WanPipeline.__call__).parameters)
-    del arguments["self"], arguments["callback"]  # not of the video
+    # not of the video, or made into what is
+    for name in ("self", "callback", "num_videos_per_prompt", "callback_on_step_end", "foreign"):
+        del arguments[name]
     assert list(arguments) == list(FIELDS)
     for name, argument in arguments.items():
         default = FIELDS[name].default
@@ -35,10 +37,11 @@ def test_every_field_is_an_argument_of_the_pipeline_with_its_default():
 
 def test_the_pipeline_passes_each_argument_on_as_its_own_field(monkeypatch):
     monkeypatch.setattr(pipeline, "Request", lambda **arguments: arguments)
-    monkeypatch.setattr(WanPipeline, "sample", lambda self, request, callback: (request, callback))
-    values = {name: object() for name in (*FIELDS, "callback")}
-    request, callback = WanPipeline.__call__(object.__new__(WanPipeline), **values)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(WanPipeline, "sample", lambda self, request, *callbacks: (request, *callbacks))
+    values = {name: object() for name in (*FIELDS, "callback", "callback_on_step_end")}
+    request, callback, on_step_end = WanPipeline.__call__(object.__new__(WanPipeline), **values)  # pyright: ignore[reportArgumentType]
     assert callback is values.pop("callback")
+    assert on_step_end is values.pop("callback_on_step_end")
     assert request == values
 
 
@@ -70,7 +73,7 @@ def test_an_option_becomes_the_field_of_its_name(tmp_path, levels):
         "image_embeds": tmp_path / "tokens.npy", "height": 32, "width": 48, "num_frames": 5,
         "guidance_scale": 3.0, "flow_shift": 4.0, "seed": 9,
         "latents": tmp_path / "noise.npy", "output_type": "latent", "vae_tiling": True, "batch_guidance": True,
-        "attention": "fps", "schedule": tmp_path / "schedule.json",
+        "attention": "fps", "schedule": tmp_path / "schedule.json", "size": "area",
         **levels,
     }  # fmt: skip
     assert given.keys() | set().union(*LEVELS) == FIELDS.keys()  # a grid and levels exclude each other
@@ -170,6 +173,30 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
         ({"preset": "few-step", "num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
         ({"attention": "flash"}, "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
         ({"attention": "dense", "schedule": WHOLE}, "schedule was given, but attention='dense' follows none"),
+        (
+            {"num_inference_steps": 10**9},
+            "num_inference_steps=1000000000 is above 1,000, the number of noise levels in tr",
+        ),
+        ({"sigmas": list(np.linspace(1, 0.1, 1001))}, "sigmas has 1,001 levels, more than the 1000 of training"),
+        (
+            {"height": 160000, "width": 160000},
+            "height=160000 width=160000 num_frames=81 makes 8,400,000,000 latents, more th",
+        ),
+        ({"num_frames": 10**9 + 1}, "num_frames=1000000001 is above 16,777,216, more than any video of this model has"),
+        ({"width": 16**20}, r"width=10\*\*18 and more is above"),
+        ({"flow_shift": 1e6}, "flow_shift=1000000.0 is not a positive number of at most 1000"),
+        ({"flow_shift": float("nan")}, "flow_shift=nan is not a positive number"),
+        ({"flow_shift": "5"}, "flow_shift='5' is not a positive number"),
+        ({"guidance_scale": 1e9}, "guidance_scale=1000000000.0 is not a finite number below 1000"),
+        ({"guidance_scale": True}, "guidance_scale=True is not a finite number"),
+        ({"prompt": "caf\udce9"}, r"prompt='caf.udce9' is not valid text \(UTF-8\)"),
+        ({"negative_prompt": "caf\udce9"}, "negative_prompt='caf.udce9' is not valid text"),
+        (
+            {"size": "area"},
+            "size='area' keeps the aspect of an image, and there is none; pass image, or leave size out",
+        ),
+        ({"size": "fit", "image": "a.png"}, "size='fit' is not one of 'exact', 'area'"),
+        ({"vae_tiling": "no"}, "vae_tiling='no' is not True or False"),
         ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
         ({"seed": [-1]}, "seed=-1 is not in"),
         ({"seed": -1, "latents": np.zeros(1)}, "seed=-1 is not in"),  # solvers that add noise need it beside latents
@@ -210,7 +237,9 @@ def test_a_model_fills_in_what_the_request_leaves_open():
     assert resolved.segments is not None
     assert sum(count for count, _ in resolved.segments) == 50
     image = pathlib.Path("a.png")
-    for size, shift in (((480, 832), 3.0), ((720, 1280), 5.0)):
+    # wan/image2video.py: the lower shift up to 480 x 832 pixels, this size included, in either orientation
+    sizes = ((480, 832), 3.0), ((832, 480), 3.0), ((496, 832), 5.0), ((480, 848), 5.0), ((720, 1280), 5.0)
+    for size, shift in sizes:
         request = Request(prompt="a", image=image, height=size[0], width=size[1])
         assert request.resolve(WAN_I2V_14B).flow_shift == shift
         assert dataclasses.replace(request, flow_shift=7.0).resolve(WAN_I2V_14B).flow_shift == 7.0
@@ -242,6 +271,17 @@ def test_a_model_refuses_what_others_could_do():
     for config, arguments, message in (
         (WAN_T2V_14B, {"image": image}, "image was given, but this is a t2v model"),
         (WAN_I2V_14B, {}, "image is missing, and a i2v model needs it"),
+        (
+            WAN_I2V_14B,
+            {"image": np.zeros((3, 48, 64, 3), np.float32)},
+            "image has 3 images for 1 prompts; pass one, or as many",
+        ),
+        (
+            WAN_I2V_14B,
+            {"image": ["a.png", "b.png"], "prompt": list("xyz")},
+            "image has 2 images for 3 prompts; pass one, or as",
+        ),
+        (WAN_FLF2V_14B, {"image": image, "last_image": [image] * 2}, "last_image has 2 images for 1 prompts"),
         (WAN_FLF2V_14B, {"num_frames": 1}, "num_frames=1 leaves nothing between"),
         (WAN_T2V_14B, {"latents": np.zeros((1, 16, 21, 60, 100))}, "latents has shape"),
         (
@@ -255,7 +295,7 @@ def test_a_model_refuses_what_others_could_do():
             "schedule is for a grid of",
         ),
     ):
-        request = Request(prompt="x", **arguments)
+        request = Request(**{"prompt": "x", **arguments})
         with pytest.raises(ValueError, match=message):
             request.resolve(config)
 
@@ -274,3 +314,55 @@ def test_attention_that_is_left_out_is_what_a_schedule_means():
     given = Request(**size, schedule=other).resolve(config, WHOLE)
     assert (given.attention, given.schedule) == ("fps", other.resolve(given.grid))
     assert Request(**size, attention="fp8").resolve(config, WHOLE).schedule == WHOLE.setting("fp8").resolve(given.grid)
+
+
+def test_a_size_by_area_is_the_images_and_is_recorded_as_what_it_is(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (480, 832)).save(tmp_path / "portrait.png")
+    request = Request(prompt="a", image=tmp_path / "portrait.png", size="area", height=480, width=832)
+    resolved = request.resolve(WAN_I2V_14B)
+    assert resolved.latent_shape[-2:] == (104, 60)
+    assert resolved.flow_shift == 3.0  # of the area that is asked for, as in generate.py
+    assert [frame.shape for frame in request.frames(WAN_I2V_14B)] == [(1, 832, 480, 3)]
+    filled = request.filled(WAN_I2V_14B)
+    assert (filled.height, filled.width, filled.size) == (832, 480, "exact")
+    assert filled.resolve(WAN_I2V_14B).latent_shape == resolved.latent_shape
+
+
+def test_the_noise_of_a_seed_is_the_same_in_every_release_and_under_any_setting():
+    """Golden, from NumPy alone: threefry2x32 (Salmon et al. 2011) counted as JAX does where it is partitionable, and JAX's map from
+    bits to a normal number."""
+    import jax
+
+    want = _normal_by_hand(7, (16, 2, 2, 3))
+    request = Request(prompt=["a", "b"], seed=6)
+    for impl, partitionable in (("threefry2x32", True), ("threefry2x32", False), ("rbg", False)):
+        with jax.default_prng_impl(impl), jax.threefry_partitionable(partitionable):
+            # erf's inverse is a polynomial in float32, good to 1e-6 or so (Giles 2010)
+            np.testing.assert_allclose(request.noise((2, 16, 2, 2, 3))[1], want, rtol=3e-6, atol=2e-6)
+
+
+def _normal_by_hand(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    from scipy.special import erfinv
+
+    count = np.arange(np.prod(shape), dtype=np.uint64)
+    low, high = _threefry((0, seed), (count >> np.uint64(32)).astype(np.uint32), count.astype(np.uint32))
+    bits = low ^ high
+    unit = ((bits >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)  # [0, 1)
+    below = np.nextafter(np.float32(-1), np.float32(0))
+    uniform = np.maximum(below, unit * (np.float32(1) - below) + below)
+    return (np.sqrt(2) * erfinv(uniform.astype(np.float64))).reshape(shape)
+
+
+def _threefry(key: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """20 rounds on two words, as in the paper's figure."""
+    keys = np.array([*key, key[0] ^ key[1] ^ 0x1BD11BDA], np.uint32)
+    rotations = (13, 15, 26, 6), (17, 29, 16, 24)
+    x, y = x + keys[0], y + keys[1]
+    for group in range(5):
+        for turn in rotations[group % 2]:
+            x = x + y
+            y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
+        x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
+    return x, y
