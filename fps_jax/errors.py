@@ -3,9 +3,10 @@
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, get_args, get_origin
 
 from fps_jax.foreign import answer
@@ -76,13 +77,29 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     report = io.StringIO()
     own: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(report):
+        with contextlib.redirect_stderr(report), _no_color():
             return tyro.cli(kind, args=argv, prog=prog, description=description, **own)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         said = _unboxed(report.getvalue())
         raise ValueError(f"{_foreign(said, argv)}{said} (see {prog} --help)") from None
+
+
+@contextlib.contextmanager
+def _no_color() -> Iterator[None]:
+    """Heeds NO_COLOR (https://no-color.org), which tyro doesn't know; a dumb terminal it does."""
+    before = os.environ.get("TERM")
+    if not os.environ.get("NO_COLOR"):
+        yield
+        return
+    os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        os.environ.pop("TERM")
+        if before is not None:
+            os.environ["TERM"] = before
 
 
 def _foreign(said: str, argv: list[str]) -> str:

@@ -1,24 +1,89 @@
-"""How long work says how far it is: a function to call, and a bar on the terminal that is one."""
+"""How long work says how far it is: a function to call, a bar on the terminal that is one, and lines where there is no terminal."""
 
 import contextlib
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
 Moved = Callable[[int], object]  # bytes read or written since the last call
+_LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
+_LONGEST = 60.0
 
 
 @contextlib.contextmanager
 def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
-    """A `Progress` that moves a bar on stderr. show: None for only on a terminal."""
+    """A `Progress` that moves a bar on stderr, whose clock goes on while nothing moves: a first step compiles for minutes.
+
+    show: None for only on a terminal; True writes whole lines where there is none, so that a log holds no bar.
+    """
+    terminal = sys.stderr.isatty()
+    if show is False or (show is None and not terminal):
+        yield lambda done, total: None
+        return
+    with _bar(label) if terminal else _lines(label) as update:
+        yield update
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
-    with tqdm(desc=label, disable=None if show is None else not show, dynamic_ncols=True) as bar:
+    with tqdm(desc=label, dynamic_ncols=True) as bar, _repeated(bar.refresh, 1.0):
 
         def update(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
         yield update
+
+
+@contextlib.contextmanager
+def _lines(label: str) -> Iterator[Progress]:
+    start = said = time.monotonic()
+    wait, state = _LINE, f"{label} ..."
+    lock = threading.Lock()
+
+    def say() -> None:
+        nonlocal said
+        said = time.monotonic()
+        print(f"{state} {said - start:.0f} s", file=sys.stderr, flush=True)
+
+    def beat() -> None:
+        nonlocal wait
+        with lock:
+            if time.monotonic() - said >= wait:
+                wait = min(2 * wait, _LONGEST)
+                say()
+
+    def update(done: int, total: int) -> None:
+        nonlocal wait, state
+        with lock:
+            state, wait = f"{label}: {done} of {total}", _LINE
+            if done >= total or time.monotonic() - said >= _LINE:
+                say()
+
+    with _repeated(beat, _LINE / 2):
+        yield update
+
+
+@contextlib.contextmanager
+def _repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Calls it again and again from another thread while the block runs."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.wait(seconds):
+            call()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -140,7 +140,7 @@ def load_pipeline(
 
         preset = model.config.preset
         print(f"this checkpoint is sampled by preset {preset}: {PRESETS[preset].words()}", file=sys.stderr)
-    pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype)
+    pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype, show_progress=True)
     for lora, scale in opened:
         print(f"{pipe.load_lora(lora, scale).summary} at scale {scale:g}", file=sys.stderr)
     return pipe

@@ -72,18 +72,21 @@ class WanPipeline:
     _before_loras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, *, dtype: str = "bfloat16") -> "WanPipeline":
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, dtype: str = "bfloat16", show_progress: bool | None = None
+    ) -> "WanPipeline":
         """Load a checkpoint of ours, one from PyTorch (converted on the fly), or a Hugging Face repo id.
 
         Args:
           path: a directory (official, diffusers, or with ComfyUI's single files in any tree), or 'owner/name' of a repository to
             download into the Hugging Face cache.
           dtype: 'bfloat16' or 'float32', for the DiT and the text encoder. The VAE and the image tower are float32 always.
+          show_progress: the attribute, which holds for loading too.
         Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
         """
         check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
-        return cls._of(open_model(path), dtype)
+        return cls._of(open_model(path), dtype, show_progress)
 
     @classmethod
     def from_files(
@@ -113,16 +116,25 @@ class WanPipeline:
         return cls._of(model, dtype)
 
     @classmethod
-    def _of(cls, model: Model, dtype: str) -> "WanPipeline":
+    def _of(cls, model: Model, dtype: str, show_progress: bool | None = None) -> "WanPipeline":
         for note in model.notes:
             log.info("%s: %s", model.directory, note)
         if model.config.preset != "wan":
             log.info("sampled by preset %s: %s", model.config.preset, PRESETS[model.config.preset].words())
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         check_vocabulary(model.tokenizer_dir, tokenizer.vocab_size, model.config.text_encoder.vocab_size)
-        params: dict[str, Params] = {name: model.load(name, jnp.dtype(dtype)) for name in model.components}
+        params: dict[str, Params] = {}
+        with progress_bar("load", show_progress) as bar:
+            for name in model.components:
+                params[name] = model.load(name, jnp.dtype(dtype))
+                bar(len(params), len(model.components))
         return cls(
-            config=model.config, params=params, tokenizer=tokenizer, dtype=jnp.dtype(dtype), schedule=model.schedule
+            config=model.config,
+            params=params,
+            tokenizer=tokenizer,
+            dtype=jnp.dtype(dtype),
+            show_progress=show_progress,
+            schedule=model.schedule,
         )
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -356,8 +368,10 @@ class WanPipeline:
         request.check_tower(self.config, "image_encoder" in self.params)
         tiling = request.vae_tiling or self.needs_tiling(*video_size(resolved.latent_shape[2:])[:2])
 
-        text = self._encode_prompts(resolved.prompts)
-        negative = self._encode_prompts(resolved.negatives) if guidance_scale > 1 else None
+        with progress_bar("encode prompt", self.show_progress) as bar:
+            text = self._encode_prompts(resolved.prompts)
+            negative = self._encode_prompts(resolved.negatives) if guidance_scale > 1 else None
+            bar(1, 1)
         condition = None
         if frames:
             if embeds is None:

@@ -1,8 +1,10 @@
 """fps-sample: what it writes, and one line on stderr with exit status 2 for anything wrong."""
 
+import io
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -211,6 +213,19 @@ def test_the_version_is_said(capsys):
 
     assert run("--version") == 0
     assert capsys.readouterr().out == f"fps-jax {__version__}\n"
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_no_color_is_heeded_on_a_terminal(monkeypatch, asked):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("NO_COLOR", asked)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    assert run("--help") == 0
+    assert ("\x1b" in screen.getvalue()) == (not asked)
 
 
 @pytest.mark.parametrize("taken", ["a.mp4", "a.mp4.json"])
