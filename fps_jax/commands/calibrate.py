@@ -33,8 +33,9 @@ class Calibrate(VideoOptions):
     """Text file with one prompt a line. Two or three that are typical of your use are a good start."""
     output: pathlib.Path = pathlib.Path("schedule.json")
     """The schedule. Beside it: .errors.json (all that was measured), .errors.png and .choice.png."""
-    error_budget: float = 0.02
-    """Largest relative L2 error of the attention output at any step, mean over layers and prompts."""
+    error_budget: float | None = None
+    """Largest relative L2 error of the attention output at any step, mean over layers and prompts. Left out: at each step twice the
+    error that FP8 alone makes there."""
     max_regimes: int = 4
     """Largest number of regimes."""
     densities: tuple[float, ...] = DENSITIES
@@ -74,7 +75,7 @@ def _calibrate(options: Calibrate) -> None:
     grid = request.resolve(open_model(options.model).config).grid
     centerings = {"no": (False,), "yes": (True,), "both": (False, True)}[options.center_k]
     plans = calibration.candidates(AttentionPlan.build(grid, options.tile).layout, options.densities, centerings)
-    calibration.check_choice(options.error_budget, options.max_regimes)
+    calibration.check_choice(1.0 if options.error_budget is None else options.error_budget, options.max_regimes)
     if options.query_tiles < 1:
         raise ValueError(f"query_tiles={options.query_tiles} is less than 1; 32 are enough")
     tuned.tuned_entries()  # costs need it: a table that can't be read is found before the measurement, not after
@@ -83,10 +84,11 @@ def _calibrate(options: Calibrate) -> None:
         errors, measured = _measure(options, request, prompts, plans)
     else:
         errors, measured = _read_errors(options.reuse, plans)
+    budget = calibration.measured_budget(plans, errors) if options.error_budget is None else options.error_budget
     result = calibration.choose_schedule(
         plans,
         errors,
-        error_budget=options.error_budget,
+        error_budget=budget,
         max_regimes=options.max_regimes,
         progress=_progress(measured.get("settings", {})),
     )
@@ -99,10 +101,10 @@ def _calibrate(options: Calibrate) -> None:
          "errors": [[[float(f"{e:.4g}") for e in layer] for layer in step] for step in errors]},
         out.with_suffix(".errors.json"),
     )  # fmt: skip
-    calibration_plots.save_errors(result, options.error_budget, out.with_suffix(".errors.png"))
-    calibration_plots.save_choice(result, options.error_budget, out.with_suffix(".choice.png"))
+    calibration_plots.save_errors(result, budget, out.with_suffix(".errors.png"))
+    calibration_plots.save_choice(result, budget, out.with_suffix(".choice.png"))
     result.schedule.save(out)  # last: where it stands, all of it stands
-    print(result.summary(options.error_budget))
+    print(result.summary(budget))
     print(
         f"wrote {out}, {out.stem}.errors.json, {out.stem}.errors.png and {out.stem}.choice.png in {time.time() - start:.0f} s"
     )

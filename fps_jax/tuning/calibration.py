@@ -194,7 +194,7 @@ class Calibration:
         """Estimated speed-up of attention over bf16 dense attention, all steps together."""
         return float(1 / self.costs[self.chosen].mean())
 
-    def summary(self, error_budget: float) -> str:
+    def summary(self, error_budget: float | Float[np.ndarray, "n"]) -> str:
         """A few lines for a person: the regimes, the error where it is worst, the estimate."""
         steps = len(self.chosen)
         errors = self.errors.mean(1)[np.arange(steps), self.chosen]
@@ -204,7 +204,8 @@ class Calibration:
             lines.append(f"steps {start + 1} to {end}: {plan.brief()}, error {errors[start:end].max():.4f} at most")
             start = end
         lines.append(
-            f"largest error {errors.max():.4f} of {error_budget:g} allowed; {self.speed_up:.2f} times the speed of bf16 dense "
+            f"largest error {errors.max():.4f} of {budget_words(error_budget)} allowed; "
+            f"{self.speed_up:.2f} times the speed of bf16 dense "
             "attention, estimated by the cost formula (not measured)"
         )
         return "\n".join([*lines, *self._advice()])
@@ -225,6 +226,12 @@ class Calibration:
         ]
 
 
+def budget_words(error_budget: float | Float[np.ndarray, "n"]) -> str:
+    """For a person: "0.02", or "0.05 to 0.08" of a budget for each step."""
+    least, most = np.min(error_budget), np.max(error_budget)
+    return f"{least:.2g} to {most:.2g}" if np.ndim(error_budget) else f"{error_budget:g}"
+
+
 def check_choice(error_budget: float, max_regimes: int) -> None:
     """Raises ValueError for a budget that isn't a positive number, or no regime."""
     if not (isinstance(error_budget, int | float) and math.isfinite(error_budget) and error_budget > 0):
@@ -235,11 +242,23 @@ def check_choice(error_budget: float, max_regimes: int) -> None:
         raise ValueError(f"max_regimes={max_regimes} is less than 1; the paper has 3")
 
 
+def measured_budget(plans: Sequence[AttentionPlan], errors: Float[np.ndarray, "n L C"]) -> Float[np.ndarray, "n"]:
+    """The budget of each step where nobody states one: twice the error that FP8 alone makes there.
+
+    FP8 alone is the whole grid at the granularity that errs least at the step; where no candidate is that, the one that errs
+    least of all but dense attention. So rounding always has room, and a window may cost as much again.
+    """
+    by_step = errors.mean(1)
+    rounded = [i for i, plan in enumerate(plans) if plan.whole_grid and plan.quantize]
+    others = [i for i, plan in enumerate(plans) if not plan.whole_grid or plan.quantize]
+    return 2 * by_step[:, rounded or others].min(1)
+
+
 def choose_schedule(
     plans: Sequence[AttentionPlan],
     errors: Float[np.ndarray, "n L C"],
     *,
-    error_budget: float,
+    error_budget: float | Float[np.ndarray, "n"],
     max_regimes: int = 4,
     progress: Sequence[float] | None = None,
 ) -> Calibration:
@@ -247,10 +266,11 @@ def choose_schedule(
 
     Exact, by dynamic programming over where regimes end. Dense attention is always a candidate, so there is always an answer.
 
+    error_budget: of every step, or of each.
     progress: of each step (`fps_jax.attention.schedule.progress`); None for a grid, where step i of n is at i / n.
     Raises: ValueError for a budget that isn't positive or fewer than one regime.
     """
-    check_choice(error_budget, max_regimes)
+    check_choice(float(np.min(error_budget)), max_regimes)
     plans = tuple(plans)
     dense = [i for i, plan in enumerate(plans) if plan.whole_grid and not plan.quantize]
     if not dense:
@@ -258,7 +278,7 @@ def choose_schedule(
     costs = np.array([attention_cost(plan) for plan in plans])
     by_step = errors.mean(1)
     by_step[:, dense] = 0  # the model as it is, by definition
-    fits = by_step <= error_budget
+    fits = by_step <= np.broadcast_to(error_budget, len(by_step))[:, None]
     steps = len(by_step)
 
     @functools.cache

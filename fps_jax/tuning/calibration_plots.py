@@ -5,12 +5,13 @@ import pathlib
 import numpy as np
 
 from fps_jax.media import plots
-from fps_jax.tuning.calibration import Calibration
+from fps_jax.tuning.calibration import Calibration, budget_words
 
 
-def save_errors(result: Calibration, error_budget: float, path: pathlib.Path) -> None:
+def save_errors(result: Calibration, error_budget: float | np.ndarray, path: pathlib.Path) -> None:
     """Attention error against denoising step, mean over layers: one panel a window, one line a granularity (the paper's Fig. 5)."""
     by_step = result.errors.mean(1)
+    budget = np.broadcast_to(error_budget, len(by_step))
     windows = list(dict.fromkeys(plan.windows[0] for plan in result.plans))
     scales = list(dict.fromkeys(plan.scales_per_tile for plan in result.plans))
     columns = min(3, len(windows))
@@ -38,7 +39,7 @@ def save_errors(result: Calibration, error_budget: float, path: pathlib.Path) ->
                     continue  # dense itself
                 label = "not quantized" if scale is None else f"FP8, {scale} scale{'s' * (scale > 1)} a tile"
                 ax.plot(steps, by_step[:, index], color=color, label=label, marker="o" if len(steps) < 12 else None)
-            ax.axhline(error_budget, color=plots.GREY, linestyle="--", linewidth=1)
+            ax.plot(steps, budget, color=plots.GREY, linestyle="--", linewidth=1)
             ax.set_title(f"window {window}, density {result.plans[index].density:.2f}")
             ax.set_yscale("log")
         for ax in axes[-1]:
@@ -51,14 +52,20 @@ def save_errors(result: Calibration, error_budget: float, path: pathlib.Path) ->
             handles |= {label: line for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         axes.flat[0].legend(handles.values(), handles.keys(), loc="best")
         axes.flat[0].annotate(
-            f"budget {error_budget:g}", (steps[-1], error_budget), ha="right", va="bottom", fontsize=7, color=plots.GREY
+            f"budget {budget_words(error_budget)}",
+            (steps[-1], budget[-1]),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color=plots.GREY,
         )
         plots.save_png(figure, path)
 
 
-def save_choice(result: Calibration, error_budget: float, path: pathlib.Path) -> None:
+def save_choice(result: Calibration, error_budget: float | np.ndarray, path: pathlib.Path) -> None:
     """The schedule: error of each layer where it is used, and the estimated time of each step."""
     steps = np.arange(len(result.chosen))
+    budget = np.broadcast_to(error_budget, len(steps))
     own = result.errors[steps, :, result.chosen]  # [n, L]
     dense = [plan.whole_grid and not plan.quantize for plan in result.plans]
     own[np.array(dense)[result.chosen]] = 0
@@ -68,7 +75,8 @@ def save_choice(result: Calibration, error_budget: float, path: pathlib.Path) ->
         width=8,
         height=7,
         title="The schedule chosen",
-        subtitle=f"budget {error_budget:g}; {result.speed_up:.2f} times the speed of bf16 dense attention by the cost formula",
+        subtitle=f"budget {budget_words(error_budget)}; "
+        f"{result.speed_up:.2f} times the speed of bf16 dense attention by the cost formula",
         sharex=True,
         height_ratios=(1, 1, 1.3),
     ) as (figure, axes):
@@ -96,7 +104,7 @@ def save_choice(result: Calibration, error_budget: float, path: pathlib.Path) ->
             marker="o" if len(steps) < 12 else None,
         )
         middle.plot(steps + 1, own.max(1), color=plots.COLORS[4], linewidth=1, label="worst layer")
-        middle.axhline(error_budget, color=plots.GREY, linestyle="--", linewidth=1, label="budget")
+        middle.plot(steps + 1, budget, color=plots.GREY, linestyle="--", linewidth=1, label="budget")
         middle.set_ylabel("relative L2 error")
         middle.set_ylim(bottom=0)
         middle.legend()
@@ -106,7 +114,7 @@ def save_choice(result: Calibration, error_budget: float, path: pathlib.Path) ->
             origin="lower",
             cmap="viridis",
             vmin=0,
-            vmax=max(own.max(), error_budget),
+            vmax=max(own.max(), budget.max()),
             extent=(0.5, len(steps) + 0.5, -0.5, own.shape[1] - 0.5),
         )
         bottom.grid(False)

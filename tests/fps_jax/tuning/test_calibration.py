@@ -166,3 +166,17 @@ def test_centring_keys_is_a_choice_that_the_error_decides():
 def test_bad_choices_are_refused(budget, regimes, message):
     with pytest.raises(ValueError, match=message):
         calibration.choose_schedule(PLANS, np.ones((2, 2, 4)), error_budget=budget, max_regimes=regimes)
+
+
+def test_the_budget_that_is_left_out_always_has_room_for_fp8_alone():
+    plans = calibration.candidates(TileLayout((21, 45, 80), (7, 9, 4)), (0.2, 1.0))
+    rounded = [i for i, plan in enumerate(plans) if plan.whole_grid and plan.quantize]
+    errors = np.full((4, 2, len(plans)), 0.9)
+    errors[:, :, rounded[-1]] = np.array([0.08, 0.02, 0.05, 0.3])[:, None]
+    budget = calibration.measured_budget(plans, errors)
+    np.testing.assert_allclose(budget, [0.16, 0.04, 0.1, 0.6])
+    result = calibration.choose_schedule(plans, errors, error_budget=budget)
+    assert set(result.chosen) == {rounded[-1]}  # what no single budget below 0.3 would choose at every step
+    assert "of 0.04 to 0.6 allowed" in result.summary(budget)
+    window = next(i for i, plan in enumerate(plans) if not plan.whole_grid and not plan.quantize)
+    np.testing.assert_allclose(calibration.measured_budget((plans[0], plans[window]), errors[:, :, [0, window]]), 1.8)
