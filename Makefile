@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint types unit memory newest offline-gpu kernel-report clean
+.PHONY: venv demo test lint types unit mutants memory newest offline-gpu kernel-report clean
 
 venv: $(STAMP)
 
@@ -29,6 +29,10 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Faults planted one at a time in formats, windows, schedule, solvers and requests: do the tests notice? Hours; ARGS="--most 20" for less.
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 # The newest jax that pyproject.toml allows, in an environment of its own: imports, lowering and a parity smoke.
 newest:
