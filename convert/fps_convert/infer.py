@@ -43,8 +43,9 @@ class _Shapes:
             if re.fullmatch(pattern, key) and -len(shape) <= axis < len(shape)
         )
         if not found:
-            example = pattern.replace("\\", "").replace("d+", "0")
-            raise ValueError(f"{self.where} is not {self.what}: it has no tensor {example!r}; it may be another model")
+            raise ValueError(
+                f"{self.where} is not {self.what}: it has no tensor {_example(pattern)!r}; it may be another model"
+            )
         return found.most_common(1)[0][0]
 
     def layers(self, pattern: str) -> int:
@@ -54,6 +55,14 @@ class _Shapes:
 
     def any(self, pattern: str) -> bool:
         return any(re.search(pattern, key) for key in self.shapes)
+
+
+def _example(pattern: str) -> str:
+    """A key that a pattern of `key_patterns` matches, for people: the first of every choice."""
+    pattern = re.sub(r"\[(.)[^]]*\]", r"\1", pattern.replace(r"\d+", "0"))
+    while "(" in pattern:
+        pattern = re.sub(r"\(([^()|]*)[^()]*\)", r"\1", pattern)
+    return pattern.replace("\\", "")
 
 
 def _file(where: pathlib.Path) -> pathlib.Path:

@@ -3,11 +3,13 @@
 import dataclasses
 import gzip
 import json
+import re
 
 import numpy as np
 import pytest
 
-from fps_convert import mapping
+from fps_convert import key_patterns, mapping
+from fps_convert.infer import _example
 from fps_convert.synthetic import tiny_config
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import COMPONENTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
@@ -97,3 +99,14 @@ def test_a_linear_kernel_is_transposed_and_a_conv_kernel_has_channels_last():
     rows = {row.path: row for row in mapping.rows("vae", tiny_config())}
     kernel = np.arange(4 * 3 * 27).reshape(4, 3, 3, 3, 3)
     assert mapping.to_ours(kernel, rows["encoder/conv_in/kernel"])[0, 1, 2, 1, 3] == kernel[3, 1, 0, 1, 2]
+
+
+def test_examples_of_patterns_are_keys_that_they_match():
+    """A message shows a tensor's name, never a regular expression."""
+    tables = (key_patterns.DIT, key_patterns.VAE, key_patterns.TEXT_ENCODER, key_patterns.IMAGE_ENCODER)
+    names = {"q", "up", "head", "image", "base", "z_dim", "norm", "bias", "patch"}  # for a whole key
+    for record in (record for table in tables for record in table.values()):
+        for name in names & {field.name for field in dataclasses.fields(record)}:
+            pattern = getattr(record, name)
+            assert re.fullmatch(pattern, _example(pattern)), pattern
+            assert not set("\\()[]|*+?") & set(_example(pattern))

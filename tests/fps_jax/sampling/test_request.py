@@ -366,3 +366,73 @@ def _threefry(key: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[np.nd
             y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
         x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
     return x, y
+
+
+def asked(**arguments) -> Request:
+    """The request that a call makes."""
+    pipe = object.__new__(WanPipeline)
+    pipe.sample = lambda request, *_: request  # pyright: ignore[reportAttributeAccessIssue]
+    return pipe(**arguments)
+
+
+def test_several_videos_of_a_prompt_are_prompts_of_their_own():
+    one = asked(prompt="a", num_videos_per_prompt=3, seed=5)
+    assert (one.prompt, one._seeds(), one.negative_prompt) == (["a"] * 3, [5, 6, 7], None)
+    first, second = np.zeros((32, 48, 3), np.float32), np.ones((32, 48, 3), np.float32)
+    for image in ([first, second], np.stack([first, second])):
+        request = asked(
+            prompt=["a", "b"], negative_prompt=["c", "d"], image=image, num_videos_per_prompt=2, height=32, width=48
+        )
+        assert request.prompt == ["a", "a", "b", "b"]
+        assert request.negative_prompt == ["c", "c", "d", "d"]
+        frames = request.frames(WAN_I2V_14B)[0]
+        np.testing.assert_array_equal(frames.mean((1, 2, 3)), [0, 0, 1, 1])
+    assert asked(prompt="a", image="a.png", num_videos_per_prompt=2).image == "a.png"  # one for all
+    for count, message in (
+        (0, "num_videos_per_prompt=0 is less than 1"),
+        (2.0, "num_videos_per_prompt=2.0 is not a whole"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked(prompt="a", num_videos_per_prompt=count)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sample_steps", "sample_steps is no argument of a WanPipeline; use num_inference_steps"),
+        ("generator", "; use seed: a whole number, or one for each video"),
+        ("ckpt_dir", "; use the checkpoint's folder: WanPipeline.from_pretrained"),
+        ("torch_dtype", "; use dtype of WanPipeline.from_pretrained and fps-sample"),
+        ("enable_model_cpu_offload", "; leave it out; nothing: the text encoder is on the device"),
+        ("guidence_scale", "; did you mean guidance_scale\\?"),
+        ("zzzz", "zzzz is no argument of a WanPipeline$"),
+    ],
+)
+def test_a_name_from_elsewhere_is_answered_with_ours(name, said):
+    with pytest.raises(TypeError, match=said):
+        asked(prompt="a", **{name: 1})
+
+
+def test_what_is_answered_isnt_an_argument_of_ours():
+    from fps_jax.foreign import FOREIGN
+
+    assert not FOREIGN.keys() & inspect.signature(WanPipeline.__call__).parameters.keys()
+
+
+def test_a_callback_is_given_what_diffusers_gives_it(monkeypatch):
+    from types import SimpleNamespace
+
+    def denoise(*_, seen, **__):
+        for step in (0, 1):
+            seen(step, np.full((1, 16, 1, 2, 2), step, np.float32))
+        return np.zeros((1, 16, 1, 2, 2), np.float32)
+
+    monkeypatch.setattr(pipeline, "denoise", denoise)
+    pipe: Any = object.__new__(WanPipeline)
+    pipe.config, pipe.params, pipe.dtype, pipe.show_progress = WAN_T2V_14B, {"dit": {}}, np.float32, False
+    table = SimpleNamespace(timestep=np.array([999.0, 500.0], np.float32))
+    pipe.prepare = lambda request: pipeline.Prepared(None, table, 1.0, None, False)  # pyright: ignore[reportArgumentType]
+    told = []
+    pipe("a", output_type="latent", callback_on_step_end=lambda *arguments: told.append(arguments))
+    assert [(who is pipe, step, timestep) for who, step, timestep, _ in told] == [(True, 0, 999.0), (True, 1, 500.0)]
+    assert [float(keywords["latents"].mean()) for *_, keywords in told] == [0.0, 1.0]
