@@ -1,5 +1,6 @@
 """Our format to a directory in a torch layout."""
 
+import collections
 import os
 import pathlib
 import shutil
@@ -57,6 +58,7 @@ def to_torch(
         root = pathlib.Path(src)
         manifest, config = read_manifest(root), read_config(root)
         components = _saved_components(root, manifest)
+        mixed, spelling = _notes(root, manifest, config)
         tokenizer = root / "tokenizer"
         if not tokenizer.is_dir():
             raise FileNotFoundError(f"{tokenizer} is missing; convert the checkpoint again")
@@ -66,7 +68,7 @@ def to_torch(
         with bytes_bar("converting", total) as progress:
             for name in components:
                 report["components"][name] = _write_component(
-                    root, fresh, name, config, wanted, manifest, progress, report["notes"], dtype
+                    root, fresh, name, config, wanted, mixed, spelling, progress, report["notes"], dtype
                 )
         write_rest(fresh, config, wanted, tokenizer)
         if (root / SCHEDULE).is_file():  # what the weights were trained with goes with them
@@ -83,12 +85,38 @@ def to_torch(
 
 def _saved_components(root: pathlib.Path, manifest: dict[str, Any]) -> list[Component]:
     named = manifest.get("components")
-    if not isinstance(named, list) or not set(named) <= set(COMPONENTS):
+    if not isinstance(named, list) or not all(name in COMPONENTS and named.count(name) == 1 for name in named):
         raise ValueError(f"{root}/config.json lists components={named!r}; convert the checkpoint again")
     missing = [name for name in COMPONENTS[:3] if name not in named]
     if missing:
         raise ValueError(f"{root} has no {missing[0]}, which every Wan checkpoint needs; convert the checkpoint again")
     return cast(list[Component], named)
+
+
+def _notes(
+    root: pathlib.Path, manifest: dict[str, Any], config: WanConfig
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, Any]]:
+    """What `to_flax` noted for the way back: (dtypes of layers that differ, by component and parameter; spelling of keys).
+
+    Raises: ValueError where these aren't what it writes.
+    """
+    mixed, spelling = manifest.get("mixed_dtypes", {}), manifest.get("spelling", {})
+    try:
+        for name, paths in mixed.items():
+            layers = collections.Counter(row.path for row in mapping.rows(name, config))
+            for path, dtypes in paths.items():
+                if not isinstance(dtypes, list) or len(dtypes) < layers[path] or not all(d in FLOATS for d in dtypes):
+                    raise ValueError(f"mixed_dtypes of {path}")
+        known = {"text_embedding": ["shared.weight", "encoder.embed_tokens.weight"], "vision_prefix": [""]}
+        for name, value in spelling.items():
+            listed = value if name == "text_embedding" else [value]
+            if not listed or len(set(listed)) < len(listed) or not set(listed) <= set(known[name]):
+                raise ValueError(f"spelling of {name}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{root}/config.json: mixed_dtypes or spelling aren't what fps-convert writes ({error!r}); convert it again"
+        ) from None
+    return mixed, spelling
 
 
 def _arrays(directory: pathlib.Path, name: Component, config: WanConfig) -> ArrayFiles:
@@ -152,16 +180,17 @@ def _write_component(
     name: Component,
     config: WanConfig,
     layout: Layout,
-    manifest: dict[str, Any],
+    mixed: dict[str, dict[str, list[str]]],
+    spelling: dict[str, Any],
     progress: Moved,
     notes: list[str],
     dtype: ComfyDtype | None,
 ) -> dict[str, Any]:
     arrays = _arrays(root / name, name, config)
-    outputs, left_out = _outputs(name, config, layout, arrays, manifest.get("mixed_dtypes", {}).get(name, {}))
+    outputs, left_out = _outputs(name, config, layout, arrays, mixed.get(name, {}))
     notes.extend(left_out)
     if layout.places[name].naming == "diffusers" and not layout.one_spelling:
-        outputs = spelled(name, outputs, manifest.get("spelling", {}))
+        outputs = spelled(name, outputs, spelling)
     outputs = comfyui.cast(name, outputs, dtype)
     if name == layout.tokenizer_within:
         tokenizer = comfyui.tokenizer_output(root / "tokenizer")

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fps_convert import to_torch
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import SafetensorsFile
 from fps_convert.open import open_checkpoint
@@ -240,3 +241,24 @@ def test_their_configs(pristine, folder, layout, name):
         check()
     finally:
         (source / name).write_text(whole)
+
+
+NOTED = {
+    "components": ["dit", "vae", "text_encoder"],
+    "spelling": {"text_embedding": ["shared.weight"], "vision_prefix": ""},
+    "mixed_dtypes": {"dit": {"blocks/self_attn/q/kernel": ["F32", "BF16"]}},
+}
+
+
+@FEW
+@given(noted=damaged(NOTED))
+def test_what_was_noted_for_the_way_back(folder, noted):
+    """Our config.json beside the config: none of the arrays is there, which is told at the latest."""
+    path = folder / "ours"
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer").mkdir(exist_ok=True)
+    (path / "config.json").write_text(
+        text_of({"format": "fps_jax", "version": 1, "config": json.loads(json.dumps(tiny_config().to_dict())), **noted})
+    )
+    with pytest.raises(TOLD, match="ours"), soon():
+        to_torch(path, folder / "out", "diffusers")
