@@ -8,6 +8,8 @@ Solver = Literal["unipc", "dpm++", "euler", "lcm"]
 SigmaGrid = Literal["wan", "diffusers"]
 # How a model is sampled where nothing else is said: `fps_jax.sampling.presets`.
 Preset = Literal["wan", "few-step", "dmd", "causvid"]
+# How a causal model makes its blocks: `fps_jax.causal`.
+CausalPreset = Literal["self-forcing", "causvid-3", "causvid-4"]
 OutputType = Literal["np", "latent", "pil"]
 # Whether height and width are the video's own, or name the area at which it keeps the aspect of its image.
 Size = Literal["exact", "area"]

@@ -33,8 +33,8 @@ class Room(NamedTuple):
 
 
 LEAVES = (
-    "fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.foreign fps_jax.interrupts fps_jax.mesh fps_jax.processes "
-    "fps_jax.progress fps_jax.sizes"
+    "fps_jax.causal fps_jax.choices fps_jax.config fps_jax.errors fps_jax.files fps_jax.foreign fps_jax.interrupts fps_jax.mesh "
+    "fps_jax.processes fps_jax.progress fps_jax.sizes"
 )
 ARRAYS = "jax jaxtyping numpy"
 # The one table. A room is a package, or a module of one that others need alone; a new one needs its line here.
@@ -42,6 +42,7 @@ ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
     "fps_jax.choices": Room(),
     "fps_jax.sizes": Room(),
+    "fps_jax.causal": Room("fps_jax.choices"),
     "fps_jax.config": Room("fps_jax.choices fps_jax.sizes"),
     "fps_jax.files": Room(),
     "fps_jax.foreign": Room(),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from fps_jax.causal import CausalConfig
 from fps_jax.choices import SigmaGrid, Solver
 from fps_jax.config import MAX_SHIFT
 from fps_jax.sizes import check_integer_up_to
@@ -107,6 +108,17 @@ def explicit_grid(
     if solver == "unipc":
         levels = _below_one(levels)
     return Grid(np.append(levels, 0).astype(np.float32), told.astype(np.float32))
+
+
+def block_levels(causal: CausalConfig) -> Grid:
+    """The levels that a causal model denoises each block at, as Self-Forcing (utils/scheduler.py) and CausVid look them up.
+
+    Raises: ValueError for steps that stand for the same level.
+    """
+    told = np.asarray(causal.steps, np.float64)
+    if causal.warp:
+        told = 1000 * shift_sigma(told / 1000, causal.shift)
+    return explicit_grid("lcm", causal.shift, timesteps=told.tolist())
 
 
 def _check_shift(shift: float) -> None:
