@@ -25,6 +25,8 @@ class TilePattern:
         all tokens); None for no quantization.
       center_k: K minus its mean over valid tokens is quantized: softmax doesn't see it, and what keys share costs no precision.
         Without quantization it does nothing.
+      ordered: 'portable' adds up in the table's order and in steps of one size, so that a row's bits depend on which tiles it lists
+        in which order, and on nothing else: not on where they lie in k, how many others there are, nor how wide the table is.
     """
 
     key_tiles: Int[Array, "*N Tq K"]
@@ -34,6 +36,7 @@ class TilePattern:
     tile_size: int = field(metadata={"static": True})
     tokens_per_scale: int | None = field(metadata={"static": True})
     center_k: bool = field(default=False, metadata={"static": True})
+    ordered: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def build(
@@ -45,6 +48,7 @@ class TilePattern:
         q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
         tokens_per_scale: int | None = None,
         center_k: bool = False,
+        ordered: bool = False,
     ) -> "TilePattern":
         """A pattern, checked. What is NumPy is also checked for its values; inside jit only shapes can be.
 
@@ -67,6 +71,7 @@ class TilePattern:
             tile_size=tile_size,
             tokens_per_scale=tokens_per_scale,
             center_k=center_k,
+            ordered=ordered,
         )
 
     def check_operands(self, q: Any, k: Any) -> None:

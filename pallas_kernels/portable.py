@@ -4,7 +4,7 @@ For each query tile, its key tiles are gathered and reduced a chunk at a time wi
 recurrence, arXiv 2205.14135), so no scores are ever held but those of one query tile and one chunk of keys, a head.
 
 A head of few tokens is taken whole instead, all its pairs in one product and the tiles that aren't listed masked: the steps of
-the loop would cost more than the pairs that it leaves out.
+the loop would cost more than the pairs that it leaves out. An ordered pattern never is: sums over a whole head are in k's order.
 
 Padding is masked as data, at no pass over the scores: a padded key repeats a valid key of its tile, so that it can't move a
 maximum, its V is 0, and a weight of 0 keeps it out of the row sums. (Exact for scores below about 1e8: beyond, float32 sums
@@ -71,17 +71,21 @@ def forward(
     batch, seq, num_heads, head_dim = q.shape
     table, chunk = _chunked_table(pattern)
     heads = _heads(q, k, v, pattern)
-    one_head = functools.partial(_forward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
+    one_head = functools.partial(
+        _forward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5, ordered=pattern.ordered
+    )
     out, lse = _over_heads(one_head, heads, table, chunk * pattern.tile_size**2)
     out = out.reshape(batch, num_heads, seq, head_dim).transpose(0, 2, 1, 3)
     out = jnp.where(pattern.q_valid[None, :, None, None], out, 0).astype(q.dtype)
     return out, jnp.where(pattern.q_valid[None, None], lse.reshape(batch, num_heads, seq), 0)
 
 
-def _forward_head(head: Head, table: Table, *, weights: Array, chunk: int, scale: float) -> tuple[Array, Array]:
+def _forward_head(
+    head: Head, table: Table, *, weights: Array, chunk: int, scale: float, ordered: bool
+) -> tuple[Array, Array]:
     tile_size, head_dim = head.q.shape[1:]
     quantized = head.q_scale is not None
-    if _taken_whole(head):
+    if not ordered and _taken_whole(head):
         return _forward_whole_head(head, table, weights=weights, scale=scale)
 
     def row(inputs):
@@ -287,8 +291,11 @@ def _chunked_table(pattern: TilePattern) -> tuple[Table, int]:
     """The table, with a leading axis of heads where it had one, and the key tiles a chunk."""
     width = pattern.key_tiles.shape[-1]
     most = max(1, _CHUNK_KEYS // pattern.tile_size)
-    sizes = range(max(1, most // 2), most + most // 2 + 1)
-    chunk = min(sizes, key=lambda size: (-(-width // size) * size, -size))  # least padding, then fewest steps
+    if pattern.ordered:
+        chunk = most  # whatever the width
+    else:
+        sizes = range(max(1, most // 2), most + most // 2 + 1)
+        chunk = min(sizes, key=lambda size: (-(-width // size) * size, -size))  # least padding, then fewest steps
     pad = -width % chunk
     tiles = jnp.pad(pattern.key_tiles, ((0, 0),) * (pattern.key_tiles.ndim - 1) + ((0, pad),))
     return Table(tiles, pattern.counts), chunk

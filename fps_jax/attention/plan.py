@@ -9,7 +9,16 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from fps_jax.attention.tiles import TileLayout, propose_tiles
-from fps_jax.attention.windows import KeyTiles, clip_window, per_head_tiles, window_density, window_tiles
+from fps_jax.attention.windows import (
+    KeyTiles,
+    block_causal_tiles,
+    check_causal,
+    clip_window,
+    per_head_tiles,
+    window_density,
+    window_tiles,
+)
+from fps_jax.causal import CausalConfig
 from fps_jax.sizes import Shape3
 from pallas_kernels.block_sparse import tile_alignment
 from pallas_kernels.pattern import TilePattern
@@ -29,12 +38,14 @@ class AttentionPlan:
       window: tiles along (F, Y, X) that a query tile attends, clipped to the tile grid; one for all heads, or one a head.
       scales_per_tile: FP8 scales of Q and K in a tile (granularity); None for no quantization.
       center_k: K minus its mean over tokens is quantized; False without quantization.
+      causal: each block of frames attends itself and those before it, as when it is made from a cache; None for all frames.
     """
 
     layout: TileLayout
     window: Window
     scales_per_tile: int | None
     center_k: bool = False
+    causal: CausalConfig | None = None
 
     @classmethod
     def build(
@@ -46,6 +57,7 @@ class AttentionPlan:
         quantize: bool = True,
         alignment: int | None = None,
         center_k: bool = False,
+        causal: CausalConfig | None = None,
     ) -> "AttentionPlan":
         """A plan, checked.
 
@@ -58,7 +70,10 @@ class AttentionPlan:
           alignment: of the tiles' padding (`TileLayout`); None for what is fast on the device that programs are built for. It
             changes how tokens are stored, and no result but for the order of sums.
           center_k: take the mean off K before it is rounded: exact in the softmax, and what keys have in common costs no precision.
-        Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow.
+          causal: for a block diffusion model; without quantization, with one window whose time axis is whole, for tiles that no
+            block cuts. `portable` adds up in the order of frames, so that a block's bits are those from a cache.
+        Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow,
+          frames that are no whole blocks; NotImplementedError for what a causal plan can't have.
         """
         if not isinstance(quantize, bool | np.bool_):
             raise ValueError(f"quantize={quantize!r} is not True or False")
@@ -69,11 +84,25 @@ class AttentionPlan:
         if not isinstance(center_k, bool | np.bool_):
             raise ValueError(f"center_k={center_k!r} is not True or False")
         scales = int(scales_per_tile) if quantize and scales_per_tile else None
-        return cls(layout, _window(window, layout), scales, bool(center_k) and scales is not None)
+        plan = cls(layout, _window(window, layout), scales, bool(center_k) and scales is not None, causal)
+        if causal is not None:
+            plan._check_causal(causal)
+        return plan
+
+    def _check_causal(self, causal: CausalConfig) -> None:
+        if self.per_head:
+            raise NotImplementedError("a causal plan has one window for all heads; give one")
+        if self.quantize:
+            # V's scale is of all tokens, so a block's rounding would depend on frames that it can't know.
+            raise NotImplementedError(
+                "a causal plan isn't quantized: V has one scale over all frames, those to come among them; give quantize=False"
+            )
+        check_causal(self.layout, self.windows[0], causal)
+        causal.check_frames(self.grid[0])
 
     def dense(self) -> "AttentionPlan":
-        """Whole-grid, unquantized attention in the same token order."""
-        return AttentionPlan(self.layout, self.layout.tile_grid, None)
+        """Whole-grid, unquantized attention in the same token order, to the same frames."""
+        return AttentionPlan(self.layout, self.layout.tile_grid, None, causal=self.causal)
 
     def aligned(self, alignment: int) -> "AttentionPlan":
         """The same plan, its tiles padded to another alignment."""
@@ -108,15 +137,22 @@ class AttentionPlan:
     @property
     def whole_grid(self) -> bool:
         """Every query attends every key."""
-        return all(window == self.layout.tile_grid for window in self.windows)
+        return self.causal is None and all(window == self.layout.tile_grid for window in self.windows)
 
     @functools.cached_property
     def density(self) -> float:
         """Share of all (query, key) pairs of tokens that are attended, mean over heads; padding counts nowhere."""
+        if self.causal is not None:
+            tokens = self.layout.valid_counts
+            used = np.arange(self.key_tiles.shape[1]) < self.counts[:, None]
+            pairs = tokens * np.where(used, tokens[self.key_tiles], 0).sum(1, dtype=np.int64)
+            return int(pairs.sum()) / self.layout.num_tokens**2
         return float(np.mean([window_density(self.layout, window) for window in self.windows]))
 
     @functools.cached_property
     def _table(self) -> KeyTiles:
+        if self.causal is not None:
+            return block_causal_tiles(self.layout, self.windows[0], self.causal)
         return (
             per_head_tiles(self.layout, self.windows) if self.per_head else window_tiles(self.layout, self.windows[0])
         )
@@ -140,6 +176,7 @@ class AttentionPlan:
             valid=self.layout.valid,
             tokens_per_scale=self.tokens_per_scale,
             center_k=self.center_k,
+            ordered=self.causal is not None,
         )
 
     def call_shape(self, *, head_dim: int, dtype: str) -> CallShape:
@@ -168,6 +205,7 @@ class AttentionPlan:
         quantized = "not quantized" if scales is None else f"FP8 with {scales} scale{'s' * (scales > 1)} a tile"
         quantized += ", centred K" if self.center_k else ""
         window = "the whole grid" if self.whole_grid else f"window {self.window}, density {self.density:.3f}"
+        window += ", block-causal" if self.causal is not None else ""
         return f"{window}, {quantized}"
 
 

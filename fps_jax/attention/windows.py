@@ -13,13 +13,15 @@ import numpy as np
 from jaxtyping import Int
 
 from fps_jax.attention.tiles import TileLayout, check_shape3
+from fps_jax.causal import CausalConfig
 from fps_jax.sizes import Shape3
 
 
 class KeyTiles(NamedTuple):
     """The table a kernel reads, int32 NumPy.
 
-    tiles: `[Tq, K]`, or `[N, Tq, K]` with a window per head: key tiles of each query tile, rising; unused slots 0.
+    tiles: `[Tq, K]`, or `[N, Tq, K]` with a window per head: key tiles of each query tile, rising but for those in a cache, which
+      are in the order of their frames; unused slots 0.
     counts: `[Tq]` or `[N, Tq]`: how many of a row are used.
     """
 
@@ -59,6 +61,54 @@ def per_head_tiles(layout: TileLayout, windows: Sequence[Shape3]) -> KeyTiles:
     longest = max(t.tiles.shape[1] for t in tables)
     tiles = np.stack([np.pad(t.tiles, ((0, 0), (0, longest - t.tiles.shape[1]))) for t in tables])
     return _frozen(tiles, np.stack([t.counts for t in tables]))
+
+
+def context_tiles(layout: TileLayout, frame_tiles: Sequence[int], window: Shape3) -> Int[np.ndarray, "Y*X K"]:
+    """Key tiles of the query tiles at each row and column, for queries that attend some frames of a video.
+
+    Args:
+      layout: of the queries; its tiles along rows and columns are the keys' too.
+      frame_tiles: where the attended tiles lie along frames, in the order that keys are to be listed in.
+      window: of which only rows and columns count.
+    """
+    _, num_y, num_x = layout.tile_grid
+    _, width_y, width_x = clip_window(window, layout)
+    y, x = axis_window(num_y, width_y), axis_window(num_x, width_x)
+    place = (y[:, None, :, None] * num_x + x[None, :, None, :]).reshape(num_y * num_x, 1, -1)
+    frames = np.asarray(frame_tiles, np.int32)[None, :, None] * (num_y * num_x)
+    return (frames + place).reshape(num_y * num_x, -1)
+
+
+def block_causal_tiles(layout: TileLayout, window: Shape3, causal: CausalConfig) -> KeyTiles:
+    """Table of a whole video: each block's queries attend the frames that they attend when it is made block after block.
+
+    Within those frames rows and columns have the window. Rows are as wide as the longest, and rise.
+    Source: guandeh17/Self-Forcing wan/modules/causal_model.py (the masks of its training, and its cache's sink).
+    """
+    tile = layout.tile[0]
+    rows = []
+    for start, end in causal.blocks(layout.grid[0]):
+        frame_tiles = [frame // tile for frame in causal.attended(end)[::tile]]
+        rows += [context_tiles(layout, frame_tiles, window)] * ((end - start) // tile)
+    longest = max(row.shape[1] for row in rows)
+    tiles = np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in rows])
+    counts = np.concatenate([np.full(len(row), row.shape[1]) for row in rows])
+    return _frozen(tiles, counts)
+
+
+def check_causal(layout: TileLayout, window: Shape3, causal: CausalConfig) -> None:
+    """Raises ValueError where blocks can't be cut into such tiles, NotImplementedError for a window along frames."""
+    size = causal.slot_frames
+    if size % layout.tile[0]:
+        raise ValueError(
+            f"tile={layout.tile} has {layout.tile[0]} latent frames and would cross what enters and leaves the cache together, "
+            f"{size} frames of these blocks, window and sink; use 1 frame, or a divisor of {size}"
+        )
+    if window[0] != layout.tile_grid[0]:
+        raise NotImplementedError(
+            f"window={window} narrows the time axis, which a causal model's own window does; "
+            f"use {layout.tile_grid[0]} for its first number"
+        )
 
 
 def _frozen(tiles: np.ndarray, counts: np.ndarray) -> KeyTiles:

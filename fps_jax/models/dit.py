@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fps_jax.attention.attend import SAVED, DenseAttention, TokenAttention, dense_attention, keeps_attention
 from fps_jax.choices import Remat, check_choice
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, layer_norm, time_sinusoid
+from fps_jax.models.dit_layers import MLP, Block, ImageEmbedding, TextKV, by_token, layer_norm, time_sinusoid
 from fps_jax.models.linear import Linear
 from fps_jax.models.params import Build, Params, bind, flatten, stacked, unflatten, unstack
 from fps_jax.models.rope import rope_table
@@ -80,7 +80,7 @@ class DiT(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "B C F H W"],
-        t: Float[Array, "B"],
+        t: Float[Array, "B"] | Float[Array, "B F"],
         text_states: Float[Array, "B T E"],
         image_states: Float[Array, "B I G"] | None = None,
         *,
@@ -92,7 +92,7 @@ class DiT(nnx.Module):
 
         Args:
           latents: noisy latents, then (i2v, flf2v) 4 mask and 16 condition channels: `config.in_channels` in all.
-          t: timesteps in [0, 1000], whole or not.
+          t: timesteps in [0, 1000], whole or not; of a sample, or of each of its latent frames.
           text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it.
           image_states: image-tower tokens, 257 (i2v) or 514 (flf2v); None for t2v.
           attention: the self-attention; with a tile layout the whole model runs in tile order, permuted once in and once out.
@@ -103,16 +103,25 @@ class DiT(nnx.Module):
         grid = token_grid(latents.shape[2:], self.config.patch_size)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
         rope = jnp.asarray(rope_table(grid, self.config.head_dim))
+        frames = None
+        if t.ndim == 2:
+            if t.shape[1] != grid[0]:
+                raise ValueError(
+                    f"t has shape {t.shape}; give one for each of {grid[0]} latent frames, or one a sample"
+                )
+            frames = jnp.repeat(jnp.arange(grid[0], dtype=jnp.int32), grid[1] * grid[2])
         layout = attention.layout
         if layout is not None:
             if layout.grid != grid:
                 raise ValueError(f"attention is planned for {layout.grid} tokens; these latents have {grid}")
             patches, rope = layout.to_tiles(patches), layout.to_tiles(rope)
+            frames = None if frames is None else layout.to_tiles(frames[None])[0]
         tokens, first_bad = self.tokens(
             patches,
             t,
             text_states,
             rope,
+            frames=frames,
             image_states=image_states,
             attention=attention,
             attention_taps=attention_taps,
@@ -129,18 +138,20 @@ class DiT(nnx.Module):
     def tokens(
         self,
         patches: Float[Array, "B S P"],
-        t: Float[Array, "B"],
-        text_states: Float[Array, "B T E"],
+        t: Float[Array, "B"] | Float[Array, "B G"],
+        text_states: Float[Array, "B T E"] | TextKV,
         rope: Float[Array, "2 *B S H/2"],
         *,
+        frames: Int[Array, "S"] | None = None,
         image_states: Float[Array, "B I G"] | None = None,
         token_mask: Bool[Array, "B S"] | None = None,
         attention: TokenAttention = DENSE,
         attention_taps: Taps | None = None,
         taps: Taps | None = None,
     ) -> tuple[Float[Array, "B S Q"], Int[Array, ""]]:
-        """The same on patches in any token order, `rope` in that order.
+        """The same on patches in any token order, `rope` in that order, wherever in a video its frames are.
 
+        `frames`: which column of t is each token's, where t is `[B, G]`. `text_states` may be what `text_kv` made of them.
         `token_mask` (true: a real token) is for batches of different grids: masked tokens enter as zeros and are hidden as keys
         from `DenseAttention`; another `attention` has to hide them itself.
         """
@@ -153,14 +164,18 @@ class DiT(nnx.Module):
         tap(taps, "blocks_input", x)
 
         # Time: one modulation for all blocks, to which each adds its own; the head takes the embedding itself.
-        time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t, config.freq_dim)))
+        if (frames is None) != (t.ndim == 1):
+            raise ValueError(
+                f"t has shape {t.shape} {'without' if frames is None else 'with'} frames; [B, G] goes with them"
+            )
+        time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t.reshape(-1), config.freq_dim)))
         modulation = tap(taps, "time_projection", self.time_projection(jax.nn.silu(time)))
-        modulation = modulation.reshape(-1, 6, config.dim)
+        time = time.reshape(t.shape[0], -1, config.dim)
+        modulation = modulation.reshape(t.shape[0], -1, 6, config.dim)
 
-        # Text. Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
-        missing = config.text_len - text_states.shape[1]
-        text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
-        text = attention.place(tap(taps, "text_embedding", self.text_embedding(text)), tokens=False)
+        # Text: embedded here, or keys and values that were made before, a pair a layer.
+        text_kv = text_states if isinstance(text_states, TextKV) else None
+        text = None if isinstance(text_states, TextKV) else self._embed_text(text_states, attention, taps)
 
         # Image: what the task needs, and nothing else.
         if (image_states is None) != (config.image_dim is None):
@@ -176,20 +191,22 @@ class DiT(nnx.Module):
         block_of, layers = unstack(self.blocks)
 
         def layer(x, inputs):
-            params, index = inputs
+            params, index, own_text = inputs
             block_taps, own_taps = (None if wanted is None else {} for wanted in (taps, attention_taps))
             if token_mask is not None and isinstance(attention, DenseAttention):
                 attend = functools.partial(dense_attention, key_mask=token_mask, name=SAVED)
             else:
                 attend = functools.partial(attention, layer=index, taps=own_taps)
-            x = block_of(params)(attention.place(x), modulation, rope, text, image, attend, attention.cross, block_taps)
+            told = text if own_text is None else own_text
+            cross = attention.cross
+            x = block_of(params)(attention.place(x), modulation, frames, rope, told, image, attend, cross, block_taps)
             return x, (jnp.isfinite(x).all(), block_taps, own_taps)
 
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)
         embedded = [a for a in (x, modulation, text, image) if a is not None]
         finite = [jnp.stack([jnp.isfinite(a).all() for a in embedded]).all()[None]]
         x, (finite_layers, layer_taps, own_taps) = jax.lax.scan(
-            _rematerialised(layer, self.remat), x, (layers, indices)
+            _rematerialised(layer, self.remat), x, (layers, indices, text_kv)
         )
         for name, value in (layer_taps or {}).items():
             tap(taps, f"blocks.{name}", value)
@@ -197,10 +214,22 @@ class DiT(nnx.Module):
             tap(attention_taps, name, value)
 
         # Tokens out, and the first stage that isn't finite (`stage_name`): embeddings, blocks, head.
-        out = tap(taps, "head", self.head(x, time))
+        out = tap(taps, "head", self.head(x, time, frames))
         finite += [finite_layers, jnp.isfinite(out).all()[None]]
         bad = ~jnp.concatenate(finite)
         return out, jnp.where(bad.any(), jnp.argmax(bad).astype(jnp.int32), jnp.int32(-1))
+
+    def text_kv(self, text_states: Float[Array, "B T E"]) -> TextKV:
+        """Cross-attention's keys and values of a text in every layer, for many calls of `tokens`: `[L, B, text_len, N, H]`."""
+        text = self._embed_text(text_states, DENSE, None)
+        block_of, layers = unstack(self.blocks)
+        return jax.lax.scan(lambda _, params: (None, block_of(params).cross_attn.text_kv(text)), None, layers)[1]
+
+    def _embed_text(self, text_states: Array, attention: TokenAttention, taps: Taps | None) -> Float[Array, "B T D"]:
+        # Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
+        missing = self.config.text_len - text_states.shape[1]
+        text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
+        return attention.place(tap(taps, "text_embedding", self.text_embedding(text)), tokens=False)
 
 
 class Head(nnx.Module):
@@ -212,9 +241,12 @@ class Head(nnx.Module):
         self.proj = Linear(d, config.out_channels * patch_dim, dtype=jnp.float32, rngs=rngs)
         self.eps = config.eps
 
-    def __call__(self, x: Float[Array, "B S D"], time: Float[Array, "B D"]) -> Float[Array, "B S Q"]:
-        shift, scale = jnp.moveaxis(self.modulation.astype(jnp.float32)[None] + time[:, None], 1, 0)
-        return self.proj(layer_norm(x, self.eps) * (1 + scale[:, None]) + shift[:, None])
+    def __call__(
+        self, x: Float[Array, "B S D"], time: Float[Array, "B G D"], frames: Int[Array, "S"] | None
+    ) -> Float[Array, "B S Q"]:
+        modulation = self.modulation.astype(jnp.float32)[None, None] + time[:, :, None]
+        shift, scale = (by_token(m, frames) for m in jnp.moveaxis(modulation, 2, 0))
+        return self.proj(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
 def _block(config: DiTConfig, dtype: Any, rngs: nnx.Rngs) -> Block:

@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from fps_jax.config import DiTConfig
 from fps_jax.models.linear import Linear
@@ -46,6 +46,13 @@ def time_sinusoid(t: Float[Array, "B"], dim: int) -> Float[Array, "B dim"]:
     return jnp.concatenate([cos_w * cos_f - sin_w * sin_f, sin_w * cos_f + cos_w * sin_f], axis=-1)
 
 
+class TextKV(NamedTuple):
+    """Keys and values that cross-attention makes of a text, in the compute dtype; of all layers with a leading axis."""
+
+    k: Float[Array, "*L B T N H"]
+    v: Float[Array, "*L B T N H"]
+
+
 class RMSNorm(nnx.Module):
     """RMS norm over the whole model dim, in float32, output float32."""
 
@@ -57,6 +64,11 @@ class RMSNorm(nnx.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         return x * self.scale.astype(jnp.float32)[None, None]
+
+
+def by_token(modulation: Float[Array, "B G D"], frames: Int[Array, "S"] | None) -> Float[Array, "B S|1 D"]:
+    """A modulation spread over the tokens: of each one's frame where there is a time a frame, else one for all (G = 1)."""
+    return modulation if frames is None else jnp.take(modulation, frames, axis=1)
 
 
 class MLP(nnx.Module):
@@ -103,15 +115,19 @@ class CrossAttention(nnx.Module):
             self.norm_k_img = RMSNorm(d, config.eps)
         self.heads, self.dtype = config.num_heads, dtype
 
-    def __call__(self, x: Array, text: Array, image: Array | None, cross: Attend, taps: Taps | None) -> Array:
-        def split(a):
-            return a.reshape(*a.shape[:2], self.heads, -1).astype(self.dtype)
-
-        q = split(tap(taps, "cross_attn.norm_q", self.norm_q(self.q(x))))
-        out = cross(q, split(self.norm_k(self.k(text))), split(self.v(text)))
+    def __call__(self, x: Array, text: Array | TextKV, image: Array | None, cross: Attend, taps: Taps | None) -> Array:
+        q = self._split(tap(taps, "cross_attn.norm_q", self.norm_q(self.q(x))))
+        out = cross(q, *(text if isinstance(text, TextKV) else self.text_kv(text)))
         if image is not None:
-            out = out + cross(q, split(self.norm_k_img(self.k_img(image))), split(self.v_img(image)))
+            out = out + cross(q, self._split(self.norm_k_img(self.k_img(image))), self._split(self.v_img(image)))
         return self.o(out.reshape(x.shape))
+
+    def text_kv(self, text: Float[Array, "B T D"]) -> TextKV:
+        """Keys and values of embedded text: the same at every step and for every token of the video."""
+        return TextKV(self._split(self.norm_k(self.k(text))), self._split(self.v(text)))
+
+    def _split(self, a: Array) -> Array:
+        return a.reshape(*a.shape[:2], self.heads, -1).astype(self.dtype)
 
 
 class Block(nnx.Module):
@@ -130,17 +146,18 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        time: Float[Array, "B 6 D"],
+        time: Float[Array, "B G 6 D"],
+        frames: Int[Array, "S"] | None,
         rope: Float[Array, "2 *B S H/2"],
-        text: Float[Array, "B T D"],
+        text: Float[Array, "B T D"] | TextKV,
         image: Float[Array, "B I D"] | None,
         attend: Attend,
         cross: Attend,
         taps: Taps | None,
     ) -> Float[Array, "B S D"]:
         eps, norm_cross = self.config.eps, self.config.cross_attn_norm
-        modulation = self.modulation.astype(jnp.float32)[None] + time
-        shift1, scale1, gate1, shift2, scale2, gate2 = (m[:, None] for m in jnp.moveaxis(modulation, 1, 0))
+        modulation = self.modulation.astype(jnp.float32)[None, None] + time
+        shift1, scale1, gate1, shift2, scale2, gate2 = (by_token(m, frames) for m in jnp.moveaxis(modulation, 2, 0))
         h = tap(taps, "norm1", layer_norm(x, eps)) * (1 + scale1) + shift1
         h = tap(taps, "self_attn", self.self_attn(h, rope, attend, taps))
         x = x + h.astype(jnp.float32) * gate1

@@ -25,13 +25,18 @@ def axis_frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @functools.lru_cache(maxsize=16)
-def rope_table(grid: tuple[int, int, int], head_dim: int) -> Float[np.ndarray, "2 S H/2"]:
+def rope_table(grid: tuple[int, int, int], head_dim: int, first_frame: int = 0) -> Float[np.ndarray, "2 S H/2"]:
     """Cosines and sines for the tokens of a grid (F, Y, X) in raster order, float32.
 
+    first_frame: the latent frame that the grid begins at; there is no last one. Rows and columns begin at 0.
     Angles are float64: in float32 the last frames of a long video would be off by 1e-5 rad.
     """
     ladders = zip(grid, axis_frequencies(head_dim), strict=True)
-    axes = [np.arange(n, dtype=np.float64)[:, None] * frequencies for n, frequencies in ladders]
+    starts = (first_frame, 0, 0)
+    axes = [
+        (start + np.arange(n, dtype=np.float64))[:, None] * frequencies
+        for start, (n, frequencies) in zip(starts, ladders, strict=True)
+    ]
     shapes = [tuple(n if a == axis else 1 for a in range(3)) for axis, n in enumerate(grid)]
     angles = np.concatenate(
         [

@@ -126,4 +126,5 @@ def test_no_block_starts_inside_another():
 
 def test_settings_that_are_equal_are_one():
     """Plans and programs are kept by it."""
-    assert hash(CausalConfig(**{"steps": [1000, 500]})) == hash(CausalConfig(steps=(1000, 500)))
+    listed: Any = [1000, 500]
+    assert hash(CausalConfig(steps=listed)) == hash(CausalConfig(steps=(1000, 500)))

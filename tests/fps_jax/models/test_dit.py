@@ -11,7 +11,7 @@ import pytest
 from fps_jax.attention.attend import dense_attention
 from fps_jax.config import WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B
 from fps_jax.models.dit import build_dit, cast_params, dit, stage_name
-from fps_jax.models.params import abstract_params, flatten, init_params
+from fps_jax.models.params import abstract_params, bind, flatten, init_params
 from fps_jax.models.rope import rope_table
 from tests.checkpoints import TINY, TINY_FLF2V, tiny_dit
 from tests.reference import golden, rel_l2
@@ -92,8 +92,6 @@ def test_batch_of_two_grids_with_masked_padding_matches_upstream():
         rope[:, i, :n] = rope_table((f, y, x), 32)
         mask[i, :n] = True
     texts = [np.pad(g[f"in.context{i}"], ((0, 512 - len(g[f"in.context{i}"])), (0, 0))) for i in range(2)]
-    from fps_jax.models.params import bind
-
     taps: dict[str, jax.Array] = {}
     with jax.default_matmul_precision("highest"):
         tokens, _ = bind(build_dit(TINY), tiny_dit()).tokens(
@@ -214,3 +212,30 @@ def test_image_states_have_to_fit_the_task():
         dit(TINY, tiny_dit(), *batch_of(g), jnp.zeros((1, 257, 80)))
     with pytest.raises(ValueError, match="a flf2v model needs image_states"):
         dit(TINY_FLF2V, tiny_dit("flf2v"), jnp.zeros((1, 36, 1, 4, 4)), jnp.zeros(1), jnp.zeros((1, 3, 32)))
+
+
+def test_text_may_be_keys_and_values_that_were_made_before():
+    _, t, text = batch_of(golden("dit_t2v_main"))
+    model = bind(build_dit(TINY), tiny_dit())
+    patches = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 64), np.float32))
+    rope = jnp.asarray(rope_table((1, 2, 3), 32))
+    with jax.default_matmul_precision("highest"):
+        kv = model.text_kv(text)
+        assert kv.k.shape == kv.v.shape == (3, 2, 512, 2, 32)
+        want, got = (model.tokens(patches, t, told, rope)[0] for told in (text, kv))
+    assert rel_l2(got, want) <= 1e-6
+
+
+def test_frames_of_a_video_may_begin_anywhere():
+    whole = rope_table((1030, 2, 3), 32).reshape(2, 1030, 6, 16)
+    assert np.array_equal(rope_table((3, 2, 3), 32, 1027), whole[:, 1027:].reshape(2, 18, 16))
+
+
+def test_times_have_to_fit_the_frames():
+    latents, _, text = batch_of(golden("dit_t2v_single"))
+    with pytest.raises(ValueError, match=r"t has shape \(1, 9\); give one for each of .* latent frames"):
+        dit(TINY, tiny_dit(), latents, jnp.zeros((1, 9)), text)
+    with pytest.raises(ValueError, match=r"t has shape \(1, 3\) without frames"):
+        bind(build_dit(TINY), tiny_dit()).tokens(
+            jnp.zeros((1, 6, 64)), jnp.zeros((1, 3)), text, jnp.asarray(rope_table((1, 2, 3), 32))
+        )
