@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 __all__ = [
     "AttentionPlan",
+    "CausalConfig",
+    "CausalPipeline",
     "FPSSchedule",
     "Regime",
     "WanPipeline",
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
     from fps_jax.attention.attend import attend
     from fps_jax.attention.plan import AttentionPlan
     from fps_jax.attention.schedule import FPSSchedule, Regime
+    from fps_jax.causal import CausalConfig
     from fps_jax.media.video import save_video
     from fps_jax.sampling.pipeline import WanPipeline
+    from fps_jax.sampling.stream import CausalPipeline
 
 _LAZY = {
     "AttentionPlan": "fps_jax.attention.plan",
+    "CausalConfig": "fps_jax.causal",
+    "CausalPipeline": "fps_jax.sampling.stream",
     "FPSSchedule": "fps_jax.attention.schedule",
     "Regime": "fps_jax.attention.schedule",
     "WanPipeline": "fps_jax.sampling.pipeline",

@@ -10,6 +10,8 @@ SigmaGrid = Literal["wan", "diffusers"]
 Preset = Literal["wan", "few-step", "dmd", "causvid"]
 # How a causal model makes its blocks: `fps_jax.causal`.
 CausalPreset = Literal["self-forcing", "causvid-3", "causvid-4"]
+# What becomes of the frames so far where a stream's prompt changes: `fps_jax.sampling.stream.Session.switch`.
+Switch = Literal["continue", "recache", "cut"]
 OutputType = Literal["np", "latent", "pil"]
 # Whether height and width are the video's own, or name the area at which it keeps the aspect of its image.
 Size = Literal["exact", "area"]

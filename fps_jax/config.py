@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from fps_jax.causal import CausalConfig
 from fps_jax.choices import Preset, check_choice
 from fps_jax.sizes import PATCH
 
@@ -248,12 +249,15 @@ class WanConfig(_Checked):
     flow_shift_480p: float | None = None  # official I2V code: 3.0 up to 480 x 832 pixels, `flow_shift` above
     preset: Preset = "wan"  # how it is sampled where nothing else is said (`fps_jax.sampling.presets`)
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    causal: CausalConfig | None = None  # how it makes video block after block; None for a model of whole videos
 
     def _check(self) -> None:
         for name in ("flow_shift", "flow_shift_480p"):
             shift = getattr(self, name)
             if shift is not None and not 0 < shift <= MAX_SHIFT:
                 raise ValueError(f"{name}={shift} is not a positive number of at most {MAX_SHIFT:g}; Wan uses 3 to 16")
+        if self.causal is not None and self.task != "t2v":
+            raise ValueError(f"causal is set for a {self.task} model; block diffusion is for t2v models")
         z = self.vae.z_dim
         channels = (z if self.task == "t2v" else 4 + 2 * z, z)  # noise, then mask and condition
         if (self.dit.in_channels, self.dit.out_channels) != channels:
@@ -273,6 +277,8 @@ class WanConfig(_Checked):
         record["sampling"] = self.sampling.to_dict()
         if not record["sampling"]:
             del record["sampling"]
+        if self.causal is None:
+            del record["causal"]  # as with the preset
         return record
 
     @classmethod
@@ -290,6 +296,7 @@ class WanConfig(_Checked):
             "text_encoder": TextEncoderConfig,
             "image_encoder": ImageEncoderConfig,
             "sampling": SamplingDefaults,
+            "causal": CausalConfig,
         }
         fields: dict[str, Any] = {k: build(k, parts[k], v) if k in parts and v is not None else v for k, v in d.items()}
         return cls(**fields)

@@ -41,9 +41,9 @@ ARRAYS = "jax jaxtyping numpy"
 ROOMS = {
     "pallas_kernels": Room("", ARRAYS, inside="jaxlib"),
     "fps_jax.choices": Room(),
-    "fps_jax.sizes": Room(),
     "fps_jax.causal": Room("fps_jax.choices"),
-    "fps_jax.config": Room("fps_jax.choices fps_jax.sizes"),
+    "fps_jax.sizes": Room(),
+    "fps_jax.config": Room("fps_jax.causal fps_jax.choices fps_jax.sizes"),
     "fps_jax.files": Room(),
     "fps_jax.foreign": Room(),
     "fps_jax.interrupts": Room(),
@@ -72,7 +72,7 @@ ROOMS = {
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", f"{ARRAYS} scipy", inside="PIL"
     ),
     # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
-    "fps_jax": Room(inside="fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
+    "fps_jax": Room(inside="fps_jax.causal fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
     "fps_train.config": Room(LEAVES, inside="tomli_w"),
     "fps_train.vae_options": Room(),
     "fps_train": Room(

@@ -17,7 +17,7 @@ log = logging.getLogger("fps_jax")
 
 _CONTAINERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 # The code of colour primaries, transfer and matrix alike (ITU-T H.273); the default, BT.601, shifts HD colours.
-_BT709 = 1
+BT709 = 1
 _THUMBNAIL = 320  # pixels, the longer side
 
 
@@ -123,7 +123,6 @@ def _encode(frames: UInt8[np.ndarray, "F H W 3"], container: str, fps: float, cr
 
     import av
     from av.codec import codecs_available
-    from av.video.reformatter import Colorspace
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
@@ -136,10 +135,17 @@ def _encode(frames: UInt8[np.ndarray, "F H W 3"], container: str, fps: float, cr
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = _BT709
+        context.color_primaries = context.color_trc = context.colorspace = BT709
         for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
-            output.mux(stream.encode(frame))
+            output.mux(stream.encode(rgb_frame(pixels)))
         output.mux(stream.encode())
     return buffer.getvalue()
+
+
+def rgb_frame(pixels: UInt8[np.ndarray, "H W 3"]) -> Any:
+    """A frame for an encoder: 4:2:0, BT.709."""
+    import av
+    from av.video.reformatter import Colorspace
+
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)

@@ -81,9 +81,10 @@ class DiT(nnx.Module):
         self,
         latents: Float[Array, "B C F H W"],
         t: Float[Array, "B"] | Float[Array, "B F"],
-        text_states: Float[Array, "B T E"],
+        text_states: Float[Array, "B T E"] | TextKV,
         image_states: Float[Array, "B I G"] | None = None,
         *,
+        rope: Float[Array, "2 S H/2"] | None = None,
         attention: TokenAttention = DENSE,
         attention_taps: Taps | None = None,
         taps: Taps | None = None,
@@ -93,8 +94,10 @@ class DiT(nnx.Module):
         Args:
           latents: noisy latents, then (i2v, flf2v) 4 mask and 16 condition channels: `config.in_channels` in all.
           t: timesteps in [0, 1000], whole or not; of a sample, or of each of its latent frames.
-          text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it.
+          text_states: text encoder outputs without padding tokens, T <= config.text_len; zeros are appended to it. Or what
+            `text_kv` made of them.
           image_states: image-tower tokens, 257 (i2v) or 514 (flf2v); None for t2v.
+          rope: the tokens' table in raster order; None for a video's first frames.
           attention: the self-attention; with a tile layout the whole model runs in tile order, permuted once in and once out.
           attention_taps: a dict that is filled with what `attention` records, with a leading layer axis.
           taps: a dict that is filled with named intermediates, `blocks.*` with a leading layer axis.
@@ -102,7 +105,7 @@ class DiT(nnx.Module):
         pf, py, px = self.config.patch_size
         grid = token_grid(latents.shape[2:], self.config.patch_size)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
-        rope = jnp.asarray(rope_table(grid, self.config.head_dim))
+        rope = jnp.asarray(rope_table(grid, self.config.head_dim)) if rope is None else rope
         frames = None
         if t.ndim == 2:
             if t.shape[1] != grid[0]:

@@ -335,3 +335,33 @@ def decode_bytes(config: VAEConfig, height: int, width: int) -> int:
     activation = 4 * video.size // 3 * time_factor(config) * config.base_dim
     held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((params, cache)))
     return held + _LIVE_ACTIVATIONS * activation
+
+
+class DecodeStream:
+    """Latents of one video to its frames as they come: the bits of `decode`, however the latents are split.
+
+    Attributes:
+      cache: what the frames so far left for the next, of constant size; None before the first. It may be set, to go on elsewhere.
+    """
+
+    def __init__(self, config: VAEConfig, params: Params):
+        self.config, self._params = config, _float32(params)
+        self.cache: Cache | None = None
+
+    def push(self, latents: Float[Array, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
+        """The frames of the next latents, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one.
+
+        Raises: ValueError for latents of another shape, or of several videos.
+        """
+        check_latents(self.config, latents.shape)
+        if latents.shape[0] != 1:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; a stream decodes one video, [1, ...]")
+        frames = []
+        for z in np.split(np.moveaxis(np.asarray(latents, np.float32), 1, -1), latents.shape[2], axis=1):
+            video, self.cache = _decode_chunk(self.config, self._params, np.ascontiguousarray(z), self.cache)
+            frames.append(video)
+        return np.concatenate([np.asarray(f)[0] for f in frames])
+
+    def restart(self) -> None:
+        """Begins another video."""
+        self.cache = None

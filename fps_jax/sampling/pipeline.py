@@ -380,6 +380,10 @@ class WanPipeline:
         inputs = Inputs(noise, text, negative, condition, embeds, step_noise)
         return Prepared(inputs, resolved.table, guidance_scale, resolved.segments, tiling)
 
+    def encode_prompt(self, prompt: str) -> Float[Array, "1 T E"]:
+        """Text states of a prompt, zero beyond its own tokens."""
+        return self._encode_prompts([prompt])
+
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""
         distinct = list(dict.fromkeys(prompts))

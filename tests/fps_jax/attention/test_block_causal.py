@@ -170,7 +170,7 @@ def test_plans_that_blocks_cut_are_refused():
         build((3, 2, 2), (1, 2, 2), causal=CausalConfig())
     with pytest.raises(NotImplementedError, match="one window for all heads"):
         build((3, 2, 2), [(2, 1, 1), (2, 2, 2)], causal=CausalConfig())
-    with pytest.raises(NotImplementedError, match="isn't quantized.*give quantize=False"):
+    with pytest.raises(NotImplementedError, match=r"isn't quantized.*give quantize=False"):
         AttentionPlan.build((6, 4, 4), (3, 2, 2), causal=CausalConfig())
 
 

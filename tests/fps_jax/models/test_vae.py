@@ -358,3 +358,17 @@ def test_latents_of_a_wrong_shape_are_refused(params, shape):
     for call in (vae.decode, vae.decode_video):
         with pytest.raises(ValueError, match=r"latents has shape .*; pass \[batch, 16, frames, height, width\]"):
             call(TINY, params, np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("split", [(5,), (3, 2), (1, 1, 3)])
+def test_a_stream_gives_the_bits_of_the_whole_decode_however_it_is_split(params, split):
+    latents = random_latents(1, 16, 5, 4, 4)
+    whole = vae.decode(TINY, params, latents)[0]
+    stream = vae.DecodeStream(TINY, params)
+    parts = [stream.push(part) for part in np.split(latents, np.cumsum(split)[:-1], axis=2)]
+    assert [len(part) for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(split)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    stream.restart()
+    assert np.array_equal(stream.push(latents[:, :, :1]), whole[:1])
+    with pytest.raises(ValueError, match="a stream decodes one video"):
+        stream.push(random_latents(2, 16, 1, 4, 4))

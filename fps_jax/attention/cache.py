@@ -1,0 +1,200 @@
+"""A KV cache for block diffusion: what earlier blocks left, in slots of a ring, and the attention of one block to it.
+
+A slot holds the keys and values of as many latent frames as enter and leave together (a block, where the model's window allows
+it) in tile order, rotated for their own place in the video; nothing is moved or rotated again. The slots of the sink stay, the
+others are a ring. Which slots a block attends is a table, data to the compiled program, so one program serves every fill and every
+position of the ring. The table lists frames in the order of the video, wherever they lie: with the pattern's ordered sums a block's
+attention is bit for bit the masked forward's (`AttentionPlan.build(causal=)`).
+Source: guandeh17/Self-Forcing wan/modules/causal_model.py, whose cache moves its frames; only which are attended matters.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fps_jax.attention.attend import TokenAttention
+from fps_jax.attention.tiles import TileLayout, propose_tiles
+from fps_jax.attention.windows import check_causal, clip_window, context_tiles
+from fps_jax.causal import CausalConfig
+from fps_jax.sizes import Shape3
+from pallas_kernels.block_sparse import Implementation, block_sparse_attention, tile_alignment
+from pallas_kernels.pattern import TilePattern
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers, in the compute dtype. Zero where nothing was written: unlisted slots have to be finite."""
+
+    k: Float[Array, "L B S_cache N H"]
+    v: Float[Array, "L B S_cache N H"]
+
+
+class Context(NamedTuple):
+    """What one block attends and where it will be kept, int32: data to the compiled program.
+
+    key_tiles: tiles of the cache for each query tile, in the order of their frames, the block's own last; unused slots 0.
+    counts: how many of a row are used.
+    slots: of the block's own frames. Until it is finished they hold frames that it doesn't attend any more.
+    """
+
+    key_tiles: Int[np.ndarray, "Tq K"]
+    counts: Int[np.ndarray, "Tq"]
+    slots: Int[np.ndarray, "m"]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Where the latent frames of a video lie in a cache. Make it with `build`. Hashable: programs are compiled for it.
+
+    Attributes:
+      causal: blocks, window and sink.
+      slot: the tile order of one slot.
+      window: tiles along (F, Y, X) that a query tile attends in the frames that its block attends; F counts for nothing.
+      frames: latent frames that there is room for.
+    """
+
+    causal: CausalConfig
+    slot: TileLayout
+    window: Shape3
+    frames: int
+
+    @classmethod
+    def build(
+        cls,
+        causal: CausalConfig,
+        space: tuple[int, int],
+        *,
+        num_frames: int | None = None,
+        tile: Shape3 | None = None,
+        window: tuple[int, int] | None = None,
+        alignment: int | None = None,
+    ) -> "CacheLayout":
+        """A layout, checked.
+
+        Args:
+          space: tokens (Y, X): rows and columns of 16 x 16 pixels.
+          num_frames: latent frames that are to be made; None for no end, which takes a window.
+          tile: tokens of a tile, along frames a divisor of `causal.slot_frames`; None for the proposed one.
+          window: key tiles along rows and columns; None for all.
+          alignment: as of `AttentionPlan.build`.
+        Raises: ValueError for a tile or a number of frames that doesn't fit, and for an endless video without a window.
+        """
+        if num_frames is not None:
+            causal.check_frames(num_frames, "num_frames")
+        sizes = [size for size in (causal.window, num_frames) if size is not None]
+        if not sizes:
+            raise ValueError(
+                "a model without a window attends all frames, so its cache grows with the video; "
+                "give num_frames, or a window such as 21 frames"
+            )
+        size = causal.slot_frames
+        grid = (size, *space)
+        if tile is None:
+            tile = next(p.tile for p in propose_tiles(grid) if size % p.tile[0] == 0)
+        slot = TileLayout(grid, tile, tile_alignment() if alignment is None else alignment)
+        whole = slot.tile_grid if window is None else clip_window((slot.tile_grid[0], *window), slot)
+        check_causal(slot, whole, causal)
+        return cls(causal, slot, whole, min(sizes) // size * size)
+
+    @property
+    def slots(self) -> int:
+        return self.frames // self.causal.slot_frames
+
+    def block_layout(self, num_frames: int) -> TileLayout:
+        """The tile order of a block of so many frames: slots, one after the other."""
+        return TileLayout((num_frames, *self.slot.grid[1:]), self.slot.tile, self.slot.alignment)
+
+    def slot_of(self, index: int) -> int:
+        """The slot of the frames that are `index`-th among all slots of the video."""
+        sink = self.causal.sink // self.causal.slot_frames
+        return index if index < sink else sink + (index - sink) % (self.slots - sink)
+
+    def context(self, start: int, since: int = 0) -> Context:
+        """What the block that starts at a latent frame attends. Raises ValueError where there is no room for it.
+
+        since: of the frames behind the sink, those before this one are left out.
+        """
+        start, end = self.causal.block(start)
+        size = self.causal.slot_frames
+        if self.causal.window is None and end > self.frames:
+            raise ValueError(
+                f"the cache has room for {self.frames} latent frames and the next block ends at {end}; "
+                "give a window to go on without end, or begin with room for more"
+            )
+        frames = [f for f in self.causal.attended(end)[::size] if f < self.causal.sink or f >= since]
+        attended = [self.slot_of(frame // size) for frame in frames]
+        along = self.slot.tile_grid[0]
+        frame_tiles = [slot * along + i for slot in attended for i in range(along)]
+        row = context_tiles(self.slot, frame_tiles, self.window)
+        widest = self.slots * along * (row.shape[1] // len(frame_tiles))
+        row = np.pad(row, ((0, 0), (0, widest - row.shape[1])))
+        key_tiles = np.tile(row, ((end - start) // self.slot.tile[0], 1)).astype(np.int32)
+        used = len(frame_tiles) * (widest // (self.slots * along))
+        own = np.array([self.slot_of(i) for i in range(start // size, end // size)], np.int32)
+        return Context(key_tiles, np.full(len(key_tiles), used, np.int32), own)
+
+    def zeros(self, num_layers: int, batch: int, heads: int, head_dim: int, dtype: Any) -> KVCache:
+        """An empty cache."""
+        shape = (num_layers, batch, self.slots * self.slot.num_stored, heads, head_dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def write(self, cache: KVCache, k: Array, v: Array, slots: Array) -> KVCache:
+        """The cache with a block's keys and values, `[L, B, S, N, H]`, in its slots. In place where the cache is donated."""
+        return KVCache(self._put(cache.k, k, slots, 2), self._put(cache.v, v, slots, 2))
+
+    def read(self, x: Float[Array, "L B S_cache N H"], end: int) -> Float[Array, "L B S N H"]:
+        """`cache.k` or `cache.v` of the frames that are attended up to `end`, in the video's order, tokens in raster order."""
+        size, stored = self.causal.slot_frames, self.slot.num_stored
+        slots = [self.slot_of(frame // size) for frame in self.causal.attended(end)[::size]]
+        parts = [x[:, :, slot * stored : (slot + 1) * stored] for slot in slots]
+        return jnp.concatenate([jax.vmap(self.slot.from_tiles)(part) for part in parts], axis=2)
+
+    def _put(self, x: Array, own: Array, slots: Array, axis: int) -> Array:
+        stored = self.slot.num_stored
+        for i in range(slots.shape[0]):
+            part = lax.slice_in_dim(own, i * stored, (i + 1) * stored, axis=axis)
+            x = lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), slots[i] * stored, axis)
+        return x
+
+
+@dataclass(frozen=True)
+class CachedAttention(TokenAttention):
+    """One block's attention to itself and to what is in the cache. `taps` takes its keys and values, "k" and "v", for `write`.
+
+    Attributes:
+      where: the cache's layout.
+      num_frames: of the block.
+      cache, context: arrays, inside a compiled program traced ones.
+    """
+
+    where: CacheLayout
+    num_frames: int
+    cache: KVCache
+    context: Context
+    implementation: Implementation = "auto"
+
+    @property
+    def layout(self) -> TileLayout:
+        return self.where.block_layout(self.num_frames)
+
+    def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
+        if taps is not None:
+            taps["k"], taps["v"] = k, v
+        # One operand for the kernel: the block's own lie where they will be kept, over frames that are no longer attended.
+        slots = jnp.asarray(self.context.slots)
+        put = functools.partial(self.where._put, slots=slots, axis=1)
+        keys, values = (put(kept[layer], own) for kept, own in zip(self.cache, (k, v), strict=True))
+        valid = np.tile(self.where.slot.valid, self.where.slots)
+        pattern = TilePattern.build(
+            key_tiles=self.context.key_tiles,
+            counts=self.context.counts,
+            valid=valid,
+            q_valid=self.layout.valid,
+            ordered=True,
+        )
+        return block_sparse_attention(q, keys, values, pattern, implementation=self.implementation)

@@ -1,0 +1,136 @@
+"""fps-stream: an endless video from a causal model, written while it is made."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+import tyro
+
+from fps_jax.causal import CausalConfig
+from fps_jax.choices import CausalPreset, Dtype, Switch, choices
+from fps_jax.errors import parse, run_cli
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Make a video block after block from a causal Wan2.1 checkpoint (Self-Forcing, CausVid), and write it as it is made."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint directory or a Hugging Face repo id."""
+    prompt: str
+    """What the video shows."""
+    output: pathlib.Path = pathlib.Path("out.mp4")
+    """The file to write, .mp4. It plays at every moment, up to what was written last."""
+    blocks: int | None = None
+    """How many blocks to make; left out, the video goes on until Ctrl-C."""
+    script: pathlib.Path | None = None
+    """A JSON file of other prompts: [{"at": 12.5, "prompt": "...", "how": "continue"}, ...], at in seconds of video, rising; how is
+    continue (the default), recache or cut."""
+    preset: CausalPreset | None = None
+    """How the model makes its blocks, where the checkpoint doesn't say."""
+    window: int | None = None
+    """Latent frames that a block attends, in place of the model's own."""
+    sink: int | None = None
+    """Of those, the first ones of the video, which stay."""
+    height: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
+    width: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
+    seed: int = 0
+    """Of all noise."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype of the DiT and the text encoder."""
+    fps: float = 16
+    """Frames a second of the file."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of fps-stream."""
+    sys.exit(run_cli(lambda args: _stream(parse(Stream, args, prog="fps-stream")), argv))
+
+
+def _stream(options: Stream) -> None:
+    script = [] if options.script is None else read_script(options.script)
+    _check(options)
+    from fps_jax.media.fragments import fragmented_mp4
+    from fps_jax.sampling.stream import CausalPipeline
+
+    pipe = CausalPipeline.from_pretrained(options.model, causal=options.preset, dtype=options.dtype)
+    pipe.causal = _with_window(pipe.causal, options)
+    session = pipe.session(
+        options.prompt, seed=options.seed, blocks=options.blocks, height=options.height, width=options.width
+    )
+    started = time.perf_counter()
+    with fragmented_mp4(options.output, fps=options.fps) as writer:
+        while session.blocks is None or session.index < session.blocks:
+            while script and writer.frames >= script[0]["at"] * options.fps:
+                due = script.pop(0)
+                session.switch(due["prompt"], due["how"])
+            begun = time.perf_counter()
+            block = next(session)
+            writer.push(block.frames)
+            took = time.perf_counter() - begun
+            stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
+            print(
+                f"block {block.index + 1}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
+                file=sys.stderr,
+            )
+    print(f"wrote {options.output}: {writer.frames} frames in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+
+def _check(options: Stream) -> None:
+    """What can be known without jax or a checkpoint."""
+    if options.output.suffix != ".mp4":
+        raise ValueError(f"output={str(options.output)!r} must end in .mp4")
+    folder = options.output.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
+    if options.output.is_dir():
+        raise IsADirectoryError(f"output={str(options.output)!r} is a folder; name a file")
+    if options.blocks is not None and options.blocks < 1:
+        raise ValueError(f"blocks={options.blocks} is not 1 or more; leave it out for a video without end")
+    if not options.prompt.strip():
+        raise ValueError(f"prompt={options.prompt!r} is not a text; give a few words")
+    if not 0 < options.fps <= 1000:
+        raise ValueError(f"fps={options.fps} must be above 0 and at most 1000; Wan's videos are 16")
+
+
+def _with_window(causal: CausalConfig, options: Stream) -> CausalConfig:
+    given = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}
+    return dataclasses.replace(causal, **given)
+
+
+def read_script(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The prompts of a script, in order. Raises FileNotFoundError, or ValueError that names the file and what is wrong in it."""
+    try:
+        script = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"script={str(path)!r} doesn't exist") from None
+    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"script={str(path)!r} is not a JSON file") from None
+    if not isinstance(script, list):
+        raise ValueError(f"script={str(path)!r} is not a list of prompts, each with 'at' and 'prompt'")
+    read: list[dict[str, Any]] = []
+    for i, entry in enumerate(script):
+        where = f"script={str(path)!r}, entry {i}"
+        if not isinstance(entry, dict) or not {"at", "prompt"} <= set(entry) <= {"at", "prompt", "how"}:
+            raise ValueError(f"{where}: give an object of 'at', 'prompt' and, where it isn't 'continue', 'how'")
+        at, how = entry["at"], entry.get("how", "continue")
+        if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < math.inf:
+            raise ValueError(f"{where}: at={at!r} is not a number of seconds, 0 or more")
+        if read and at <= read[-1]["at"]:
+            raise ValueError(f"{where}: at={at:g} is not after the entry before it, at {read[-1]['at']:g}")
+        if not isinstance(entry["prompt"], str) or not entry["prompt"].strip():
+            raise ValueError(f"{where}: prompt={entry['prompt']!r} is not a text; give a few words")
+        if how not in get_args(Switch):
+            raise ValueError(f"{where}: how={how!r} is not one of {choices(Switch)}")
+        read.append({"at": at, "prompt": entry["prompt"], "how": how})
+    return read

@@ -1,0 +1,265 @@
+"""Block diffusion's rollout: one block of latents after the other, each from the cache of those before it.
+
+A block is one call of one compiled program: the few denoising steps, which leave the cache alone, and one pass over the finished
+block, whose keys and values go into it. So a block that is not finished leaves no trace.
+Source: guandeh17/Self-Forcing pipeline/causal_inference.py.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fps_jax.attention.cache import CachedAttention, CacheLayout, Context, Implementation, KVCache
+from fps_jax.causal import CausalConfig
+from fps_jax.config import DiTConfig
+from fps_jax.models.dit import build_dit, dit, stage_name
+from fps_jax.models.dit_layers import TextKV
+from fps_jax.models.params import Params, bind
+from fps_jax.models.rope import rope_table
+from fps_jax.sampling.flow import block_levels
+from fps_jax.sampling.solvers import SolverState, SolverTable, coefficients, solver_step
+from fps_jax.sizes import token_grid
+
+
+class BlockInputs(NamedTuple):
+    """What a block's program is given beside parameters, text and cache. A pytree.
+
+    Attributes:
+      noise: `[B, 16, m, H, W]` float32.
+      step_noise: `[n, B, 16, m, H, W]` float32: what is added after each of n steps; after the last, nothing.
+      rope: `[2, S, H/2]` float32, of the block's own frames in the video, in raster order.
+      context: what the block attends.
+    """
+
+    noise: Float[Array, "B 16 m H W"]
+    step_noise: Float[Array, "n B 16 m H W"]
+    rope: Float[np.ndarray, "2 S H/2"]
+    context: Context
+
+
+class BlockOutputs(NamedTuple):
+    """latents: the finished block, float32. cache: with it. first_bad: (step, stage) of the first NaN or inf, -1 for none.
+
+    velocities: the model's at each step, `[n, B, 16, m, H, W]`.
+    """
+
+    latents: Float[Array, "B 16 m H W"]
+    cache: KVCache
+    first_bad: Int[Array, "2"]
+    velocities: Float[Array, "n B 16 m H W"]
+
+
+def text_kv(config: DiTConfig, params: Params, text_states: Float[Array, "B T E"], *, dtype: Any) -> TextKV:
+    """Cross-attention's keys and values of a prompt, `[L, B, text_len, N, H]`: made once, read at every step of every block."""
+    return _text_kv(params, text_states, config=config, dtype=jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def _text_kv(params, text_states, *, config, dtype):
+    with jax.default_matmul_precision("highest"):
+        return bind(build_dit(config, dtype=dtype), params).text_kv(text_states)
+
+
+def denoise_block(
+    params: Params,
+    text: TextKV,
+    cache: KVCache,
+    block: BlockInputs,
+    table: SolverTable,
+    context_time: Float[Array, ""],
+    *,
+    config: DiTConfig,
+    layout: CacheLayout,
+    dtype: Any,
+    implementation: Implementation = "auto",
+) -> BlockOutputs:
+    """One block from noise, and the cache with it. Pure: for `jax.jit`, with the cache donated, and ahead-of-time compiles.
+
+    Args:
+      text: of `text_kv`.
+      table: the levels' coefficients (`solvers.coefficients` of solver "lcm").
+      context_time: the timestep that the model is told in the pass over the finished block.
+    """
+    attention = CachedAttention(layout, block.noise.shape[2], cache, block.context, implementation)
+    model = functools.partial(dit, config, params, rope=block.rope, attention=attention, dtype=dtype)
+
+    def step(carry, numbered_row):
+        state, bad = carry
+        index, row, noise = numbered_row
+        v, stage = model(state.x, jnp.broadcast_to(row.timestep, state.x.shape[:1]), text)
+        return (solver_step(state, row, v, noise), _first(bad, index, stage)), v
+
+    steps = table.sigma.shape[0]
+    zeros = jnp.zeros_like(block.noise)
+    carry = (SolverState(block.noise, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
+    rows = (jnp.arange(steps, dtype=jnp.int32), table, block.step_noise)
+    (state, bad), velocities = jax.lax.scan(step, carry, rows)
+    cache, stage = _kept(model, layout, cache, block.context, state.x, context_time, text)
+    return BlockOutputs(state.x, cache, _first(bad, jnp.int32(steps), stage), velocities)
+
+
+def keep_block(
+    params: Params,
+    text: TextKV,
+    cache: KVCache,
+    latents: Float[Array, "B 16 m H W"],
+    rope: Float[Array, "2 S H/2"],
+    context: Context,
+    context_time: Float[Array, ""],
+    *,
+    config: DiTConfig,
+    layout: CacheLayout,
+    dtype: Any,
+    implementation: Implementation = "auto",
+) -> tuple[KVCache, Int[Array, "2"]]:
+    """The cache with a block that is given, not made. As `denoise_block`; the first NaN or inf is of step 0."""
+    attention = CachedAttention(layout, latents.shape[2], cache, context, implementation)
+    model = functools.partial(dit, config, params, rope=rope, attention=attention, dtype=dtype)
+    cache, stage = _kept(model, layout, cache, context, latents, context_time, text)
+    return cache, _first(jnp.full(2, -1, jnp.int32), jnp.int32(0), stage)
+
+
+def _kept(model, layout: CacheLayout, cache: KVCache, context: Context, latents: Array, time: Array, text: TextKV):
+    """The cache with a finished block, and the first stage of that pass with a NaN or inf."""
+    own: dict[str, Array] = {}
+    _, stage = model(latents, jnp.broadcast_to(time, latents.shape[:1]), text, attention_taps=own)
+    return layout.write(cache, own["k"], own["v"], jnp.asarray(context.slots)), stage
+
+
+def _first(bad: Array, step: Array, stage: Array) -> Array:
+    return jnp.where((bad[0] < 0) & (stage >= 0), jnp.stack([step, stage]), bad)
+
+
+_STATIC = ("config", "layout", "dtype", "implementation")
+_denoise_block = jax.jit(denoise_block, static_argnames=_STATIC, donate_argnames="cache")
+_keep_block = jax.jit(keep_block, static_argnames=_STATIC, donate_argnames="cache")
+
+
+class Rollout:
+    """A video as it is made: its cache, and the latent frame where the next block begins.
+
+    Attributes:
+      layout: of the cache.
+      cache: keys and values so far, on the device.
+      next_frame: latent frames so far.
+      text: of the prompt that the next block follows; another may be set between blocks.
+    """
+
+    def __init__(
+        self,
+        config: DiTConfig,
+        params: Params,
+        text: TextKV,
+        layout: CacheLayout,
+        *,
+        dtype: Any = jnp.float32,
+        implementation: Implementation = "auto",
+    ):
+        if config.task != "t2v":
+            raise NotImplementedError(f"a {config.task} model isn't causal; block diffusion is for t2v models")
+        self.config, self.params, self.text, self.layout = config, params, text, layout
+        self.dtype, self.implementation = jnp.dtype(dtype), implementation
+        self.table = jax.tree.map(jnp.asarray, coefficients("lcm", block_levels(layout.causal)))
+        self.next_frame = 0
+        self.cache = self._empty()
+
+    def _empty(self) -> KVCache:
+        heads, size = self.config.num_heads, self.config.head_dim
+        return self.layout.zeros(self.config.num_layers, self.text.k.shape[1], heads, size, self.dtype)
+
+    @property
+    def causal(self) -> CausalConfig:
+        return self.layout.causal
+
+    def next_shape(self) -> tuple[int, ...]:
+        """Of the next block's latents, `(B, 16, m, H/8, W/8)`."""
+        start, end = self.causal.block(self.next_frame)
+        _, py, px = self.config.patch_size
+        _, rows, columns = self.layout.slot.grid
+        return self.text.k.shape[1], self.config.out_channels, end - start, rows * py, columns * px
+
+    def block(self, noise: Array, step_noise: Array) -> Float[Array, "B 16 m H W"]:
+        """The next block's latents, from noise (`next_shape`) and what is added after each step (`[n, *next_shape]`).
+
+        Raises: ValueError for noise of another shape, or no room for the block; FloatingPointError that names block, step and
+          layer of the first NaN or inf: the rollout then can't go on.
+        """
+        shape, steps = self.next_shape(), len(self.table.sigma)
+        for name, value, want in (("noise", noise, shape), ("step_noise", step_noise, (steps, *shape))):
+            if jnp.shape(value) != want:
+                raise ValueError(f"{name} has shape {jnp.shape(value)}; the next block needs {want}")
+        rope, context = self._place(shape)
+        inputs = BlockInputs(jnp.asarray(noise, jnp.float32), jnp.asarray(step_noise, jnp.float32), rope, context)
+        time = jnp.float32(self.causal.context_noise)
+        out = _denoise_block(self.params, self.text, self.cache, inputs, self.table, time, **self._static)
+        self.cache = out.cache
+        self._advance(out.first_bad, shape[2])
+        return out.latents
+
+    def give(self, latents: Float[Array, "B 16 f H W"]) -> None:
+        """Goes on from latents that are given, clean: of a clip that is continued, or of an image.
+
+        Raises: ValueError where they are no whole blocks, or of another size; FloatingPointError as `block`.
+        """
+        given = jnp.asarray(latents, jnp.float32)
+        if given.ndim != 5:
+            raise ValueError(f"latents have shape {given.shape}; give [B, 16, F, H/8, W/8]")
+        self.causal.check_frames(self.next_frame + given.shape[2], "given latent frames")
+        self._keep(given, 0, 0.0)
+
+    def recache(self, latents: Float[Array, "B 16 f H W"], start: int) -> None:
+        """Computes the keys and values of the last frames, from `start` to `next_frame`, again: under a `text` that is another now.
+
+        Of the frames before them they attend the sink alone.
+        Raises: as `give`.
+        """
+        end, self.next_frame = self.next_frame, start
+        self._keep(jnp.asarray(latents, jnp.float32), start, self.causal.context_noise)
+        assert self.next_frame == end
+
+    def _keep(self, latents: Array, since: int, time: float) -> None:
+        done = 0
+        while done < latents.shape[2]:
+            shape = self.next_shape()
+            part = latents[:, :, done : done + shape[2]]
+            if part.shape != shape:
+                raise ValueError(f"a block of the given latents has shape {part.shape}; this video needs {shape}")
+            rope, context = self._place(shape, since)
+            self.cache, bad = _keep_block(
+                self.params, self.text, self.cache, part, rope, context, jnp.float32(time), **self._static
+            )
+            self._advance(bad, shape[2])
+            done += shape[2]
+
+    def restart(self) -> None:
+        """Forgets all frames: the next block is the first."""
+        self.next_frame, self.cache = 0, self._empty()
+
+    @property
+    def _static(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "layout": self.layout,
+            "dtype": self.dtype,
+            "implementation": self.implementation,
+        }
+
+    def _place(self, shape: tuple[int, ...], since: int = 0) -> tuple[np.ndarray, Context]:
+        """What tells the program where in the video the block is."""
+        grid = token_grid(shape[2:], self.config.patch_size)
+        return rope_table(grid, self.config.head_dim, self.next_frame), self.layout.context(self.next_frame, since)
+
+    def _advance(self, bad: Array, frames: int) -> None:
+        step, stage = (int(i) for i in jax.device_get(bad))
+        if step >= 0:
+            n = len(self.table.sigma)
+            where = "the pass over the finished block" if step == n else f"step {step + 1} of {n}"
+            raise FloatingPointError(
+                f"NaN or inf in the block of latent frames {self.next_frame} to {self.next_frame + frames - 1}, in {where}, first "
+                f"in {stage_name(self.config, stage)}; try dtype='float32', and check the weights and the inputs for NaN"
+            )
+        self.next_frame += frames

@@ -1,0 +1,265 @@
+"""CausalPipeline: a prompt in, video out block after block, without end; and the session behind a stream.
+
+Memory is constant in the length of the video: the cache is a ring, the VAE's is of a chunk, and nothing else is kept.
+"""
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from fps_jax.attention.cache import CacheLayout
+from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
+from fps_jax.choices import CausalPreset, Switch, check_choice
+from fps_jax.media.video import video_to_uint8
+from fps_jax.models.vae import DecodeStream
+from fps_jax.sampling.pipeline import WanPipeline
+from fps_jax.sampling.request import Request
+from fps_jax.sampling.rollout import Rollout, text_kv
+from fps_jax.sizes import Shape3, latent_grid, token_grid
+
+log = logging.getLogger("fps_jax")
+
+TRAINED_FRAMES = 21  # latent frames of the videos that Self-Forcing and CausVid were trained on
+
+
+class Block(NamedTuple):
+    """What a stream yields.
+
+    Attributes:
+      index: of the block in the stream, from 0.
+      frames: the video's next frames: of the first latent frame of a video 1, of each other 4.
+      latents: normalised.
+      prompt: that the block was made by.
+      seconds: what each stage took, by its name: 'denoise' (all steps, and the pass that fills the cache) and 'decode'.
+    """
+
+    index: int
+    frames: UInt8[np.ndarray, "T H W 3"]
+    latents: Float[np.ndarray, "16 m H/8 W/8"]
+    prompt: str
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass
+class CausalPipeline:
+    """A Wan2.1 checkpoint that was made causal (Self-Forcing, CausVid), and makes video block after block.
+
+    Attributes:
+      wan: the checkpoint itself.
+      causal: its blocks, steps and window.
+    """
+
+    wan: WanPipeline
+    causal: CausalConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, *, causal: CausalConfig | CausalPreset | None = None, dtype: str = "bfloat16"
+    ) -> "CausalPipeline":
+        """Load a checkpoint.
+
+        Args:
+          path, dtype: as of `WanPipeline.from_pretrained`.
+          causal: how it makes its blocks, or the name of a preset; None for what the checkpoint says. No torch file says it.
+        Raises: as `WanPipeline.from_pretrained`; ValueError where nothing says how blocks are made, or the model isn't t2v.
+        """
+        if isinstance(causal, str):
+            check_choice("causal", causal, CausalPreset)
+            causal = CAUSAL_PRESETS[causal]
+        if causal is not None and not isinstance(causal, CausalConfig):
+            raise ValueError(f"causal={causal!r} is not a CausalConfig or the name of a preset")
+        return cls.of(WanPipeline.from_pretrained(path, dtype=dtype), causal)
+
+    @classmethod
+    def of(cls, wan: WanPipeline, causal: CausalConfig | None = None) -> "CausalPipeline":
+        """The same from a pipeline that is loaded. Raises ValueError as `from_pretrained`."""
+        if wan.config.task != "t2v":
+            raise ValueError(f"this is a {wan.config.task} model; block diffusion is for t2v models")
+        causal = causal or wan.config.causal
+        if causal is None:
+            names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)
+            raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig")
+        return cls(wan, causal)
+
+    def stream(self, prompt: str, *, seed: int = 0, blocks: int | None = None, **options: Any) -> Iterator[Block]:
+        """The video, block after block, made as they are taken.
+
+        Args:
+          prompt, seed, blocks, options: as of `session`.
+        Raises: as `session`; FloatingPointError that names block, step and layer of a NaN or inf.
+        """
+        return self.session(prompt, seed=seed, blocks=blocks, **options)
+
+    def session(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        blocks: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        tile: Shape3 | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> "Session":
+        """A stream whose prompt may change while it runs.
+
+        Args:
+          prompt: a text.
+          seed: of all noise. Noise is a function of seed, latent frame and step.
+          blocks: how many; None for no end. A model without a window of its own then has one of 21 latent frames, as many as it
+            was trained on; with `blocks` it attends all.
+          height, width: pixels, multiples of 16; None for the checkpoint's own.
+          tile: tokens of a tile, along frames a divisor of what enters and leaves the cache together; None for the proposed one.
+          window: key tiles along rows and columns, within the frames that a block attends (FPSAttention); None for all.
+        Raises: ValueError for an argument that breaks a rule.
+        """
+        return Session(self, prompt, seed, blocks, (height, width), tile, window)
+
+
+class Session(Iterator[Block]):
+    """A stream: an iterator of `Block`. Between blocks its prompt may be changed, and it may be written down.
+
+    Attributes:
+      rollout, decoder: where the latents and the frames come from.
+      made: latent frames so far, those before a cut among them.
+      index: blocks so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: CausalPipeline,
+        prompt: str,
+        seed: int,
+        blocks: int | None,
+        size: tuple[int | None, int | None],
+        tile: Shape3 | None,
+        window: tuple[int, int] | None,
+    ):
+        wan, causal = pipeline.wan, pipeline.causal
+        if blocks is not None and (not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1):
+            raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
+        check_prompt(prompt)
+        request = Request(prompt=prompt, seed=seed, height=size[0], width=size[1], num_frames=1).filled(wan.config)
+        assert request.height is not None
+        assert request.width is not None
+        num_frames = None
+        if blocks is not None:
+            num_frames = causal.frames_per_block * (blocks - causal.first_frame_alone) + causal.first_frame_alone
+        elif causal.window is None:
+            n = causal.frames_per_block
+            causal = dataclasses.replace(causal, window=max(TRAINED_FRAMES // n, 2) * n)
+            log.info("a stream without end: a block attends the last %d latent frames", causal.window)
+        self.latent_shape = (1, wan.config.dit.out_channels, *latent_grid(request.height, request.width, 1))
+        space = token_grid(self.latent_shape[2:], wan.config.dit.patch_size)[1:]
+        layout = CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window)
+        self.pipeline, self.seed, self.blocks = pipeline, seed, blocks
+        self._prompt, self._pending = prompt, None
+        self._text = wan.encode_prompt(prompt)
+        self.rollout = Rollout(wan.config.dit, wan.params["dit"], self._kv(self._text), layout, dtype=wan.dtype)
+        self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
+        self.made = self.index = 0
+        self._finished: list[tuple[int, np.ndarray]] = []  # (first frame, latents) of blocks that are still attended
+
+    def _kv(self, text: Array) -> Any:
+        wan = self.pipeline.wan
+        return text_kv(wan.config.dit, wan.params["dit"], text, dtype=wan.dtype)
+
+    @property
+    def prompt(self) -> str:
+        """Of the next block. Setting it is `switch(prompt, "continue")`."""
+        return self._prompt if self._pending is None else self._pending[0]
+
+    @prompt.setter
+    def prompt(self, prompt: str) -> None:
+        self.switch(prompt)
+
+    def switch(self, prompt: str, how: Switch = "continue") -> None:
+        """Another prompt from the next block on; the newest one wins.
+
+        Args:
+          how: 'continue' leaves the cache as it is, made under the old prompt. 'recache' computes what the next block attends again
+            under the new one (LongLive, arXiv 2509.22622), apart from a sink that has left the window behind. 'cut' begins another
+            video.
+        Raises: ValueError for a prompt that is none; the stream is then as it was.
+        """
+        check_choice("how", how, Switch)
+        check_prompt(prompt)
+        self._pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
+
+    def __next__(self) -> Block:
+        if self.blocks is not None and self.index == self.blocks:
+            raise StopIteration
+        if self._pending is not None:
+            self._apply(*self._pending)
+        started = time.perf_counter()
+        shape, steps = self.rollout.next_shape(), len(self.pipeline.causal.steps)
+        noise = block_noise(self.seed, self.made, steps, shape)
+        latents = np.asarray(self.rollout.block(noise[0], noise[1:]))
+        denoised = time.perf_counter()
+        frames = video_to_uint8(np.clip(0.5 * self.decoder.push(latents) + 0.5, 0, 1))
+        seconds = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
+        block = Block(self.index, frames, latents[0], self._prompt, seconds)
+        self._finished.append((self.rollout.next_frame - shape[2], latents))
+        self._finished = [part for part in self._finished if part[0] + part[1].shape[2] > self._since]
+        self.made += shape[2]
+        self.index += 1
+        return block
+
+    @property
+    def _since(self) -> int:
+        """The first latent frame behind the sink that the next block attends."""
+        causal = self.rollout.causal
+        _, end = causal.block(self.rollout.next_frame)
+        return 0 if causal.window is None or end <= causal.window else end - (causal.window - causal.sink)
+
+    def _apply(self, prompt: str, how: Switch, text: Array) -> None:
+        self._prompt, self._text, self._pending = prompt, text, None
+        self.rollout.text = self._kv(text)
+        if how == "cut":
+            self.rollout.restart()
+            self.decoder.restart()
+            self._finished.clear()
+        elif how == "recache" and self._finished:
+            latents = np.concatenate([part for _, part in self._finished], axis=2)
+            self.rollout.recache(latents, self._finished[0][0])
+
+
+def check_prompt(prompt: Any) -> None:
+    """Raises ValueError for what is no text, or an empty one."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt={prompt!r} is not a text; give a few words")
+
+
+def block_noise(seed: int, start: int, steps: int, shape: tuple[int, ...]) -> Float[Array, "n+1 1 16 m H W"]:
+    """What a block starts from, and what is added after each of its steps; after the last, zeros.
+
+    A function of seed, latent frame and step alone: whatever the block's size, and wherever a session was taken up again.
+
+    Args:
+      start: latent frame, counted from the beginning of the stream.
+      shape: of the block's latents, `(1, 16, m, H/8, W/8)`.
+    """
+    with jax.threefry_partitionable(True):
+        return _block_noise(jax.random.key(seed, impl="threefry2x32"), jnp.int32(start), steps, shape)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _block_noise(key, start, steps, shape):
+    def draw(step, frame):
+        own = jax.random.fold_in(jax.random.fold_in(key, start + frame), step)
+        return jax.random.normal(own, (shape[1], *shape[3:]), jnp.float32)
+
+    frames = jnp.arange(shape[2], dtype=jnp.int32)
+    drawn = jax.vmap(lambda step: jax.vmap(lambda frame: draw(step, frame), out_axes=1)(frames))(
+        jnp.arange(steps, dtype=jnp.int32)
+    )
+    return jnp.concatenate([drawn, jnp.zeros_like(drawn[:1])])[:, None]

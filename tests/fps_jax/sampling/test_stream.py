@@ -1,0 +1,175 @@
+"""Streams of the tiny checkpoint: frames as they are made, prompts that change, and what is refused."""
+
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fps_jax import CausalConfig, CausalPipeline
+from fps_jax.config import WanConfig
+from fps_jax.media.video import video_to_uint8
+from fps_jax.models.vae import DecodeStream
+from fps_jax.sampling import rollout
+from fps_jax.sampling.rollout import Rollout
+from fps_jax.sampling.stream import block_noise
+from tests.checkpoints import T2V, TINY_I2V
+from tests.fps_jax.attention.test_block_causal import case
+from tests.reference import rel_l2
+
+SIZE = {"height": 32, "width": 48}
+BOAT, STORM = "A boat sails.", "The storm clears."
+CAUSAL = CausalConfig(frames_per_block=2, window=4, steps=(1000, 500))
+
+
+@pytest.fixture(scope="module")
+def pipe() -> CausalPipeline:
+    return CausalPipeline.from_pretrained(T2V, causal=CAUSAL, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def boat(pipe):
+    """Four blocks: the window leaves the first behind."""
+    return list(pipe.stream(BOAT, seed=3, blocks=4, **SIZE))
+
+
+def test_a_stream_is_the_video_of_its_latents(pipe, boat):
+    """Block after block gives the bits of the whole latents decoded at once."""
+    assert [block.frames.shape for block in boat] == [(5, 32, 48, 3)] + [(8, 32, 48, 3)] * 3
+    assert [block.index for block in boat] == [0, 1, 2, 3]
+    assert all(block.prompt == BOAT and set(block.seconds) == {"denoise", "decode"} for block in boat)
+    latents = np.concatenate([block.latents for block in boat], axis=1)
+    whole = video_to_uint8(pipe.wan.decode(jnp.asarray(latents[None]), tiling=False))
+    assert np.array_equal(np.concatenate([block.frames for block in boat]), whole)
+
+
+def test_blocks_and_window_do_not_change_what_is_made_before_they_matter(pipe, boat):
+    """Made a second time, without end: the same bits."""
+    session = pipe.session(BOAT, seed=3, **SIZE)
+    for block in boat[:2]:
+        assert np.array_equal(next(session).latents, block.latents)
+    other = next(pipe.stream(BOAT, seed=4, blocks=4, **SIZE))
+    assert rel_l2(other.latents, boat[0].latents) > 1e-3
+
+
+def test_noise_is_of_seed_frame_and_step_alone():
+    three = np.asarray(block_noise(7, 3, 4, (1, 16, 3, 4, 6)))
+    one = np.asarray(block_noise(7, 4, 4, (1, 16, 1, 4, 6)))
+    assert three.shape == (5, 1, 16, 3, 4, 6)
+    assert np.array_equal(three[:, :, :, 1:2], one)
+    assert not three[4].any()
+    drawn = three[:4].transpose(0, 3, 1, 2, 4, 5).reshape(12, -1)
+    assert abs(np.corrcoef(drawn) - np.eye(12)).max() < 0.2, "all draws differ"
+    with jax.threefry_partitionable(True):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), 5), 2)
+        assert np.array_equal(jax.random.normal(key, (16, 4, 6)), three[2, 0, :, 2])
+
+
+def test_a_prompt_that_changes_is_a_splice(pipe, boat):
+    """The blocks before it are as they were; those behind it are the new text's, from the old cache."""
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    latents = [next(session).latents for _ in range(2)]
+    session.prompt = "never seen"
+    session.prompt = STORM  # the newest wins
+    assert session.prompt == STORM
+    blocks = list(session)
+    assert [block.prompt for block in blocks] == [STORM, STORM]
+    for got, want in zip(latents, boat, strict=False):
+        assert np.array_equal(got, want.latents)
+    assert rel_l2(blocks[0].latents, boat[2].latents) > 1e-4
+    kv = [
+        rollout.text_kv(pipe.wan.config.dit, pipe.wan.params["dit"], pipe.wan.encode_prompt(p), dtype=jnp.float32)
+        for p in (BOAT, STORM)
+    ]
+    spliced = Rollout(pipe.wan.config.dit, pipe.wan.params["dit"], kv[0], session.rollout.layout)
+    for i in range(3):
+        spliced.text = kv[i == 2]
+        noise = block_noise(3, 2 * i, 2, spliced.next_shape())
+        made = spliced.block(noise[0], noise[1:])
+    assert np.array_equal(np.asarray(made)[0], blocks[0].latents)
+
+
+def test_recache_is_a_cache_that_the_new_prompt_made(pipe):
+    """Nothing has left the window yet: the next block is that of a video given under the new prompt."""
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    first = next(session).latents
+    session.switch(STORM, "recache")
+    got = next(session).latents
+    fresh = pipe.session(STORM, seed=3, blocks=4, **SIZE)
+    fresh.rollout.give(first[None])
+    noise = block_noise(3, 2, 2, fresh.rollout.next_shape())
+    assert np.array_equal(fresh.rollout.block(noise[0], noise[1:])[0], got)
+    session.switch(BOAT, "recache")  # the window has left the first block behind: only the second is computed again
+    assert np.isfinite(next(session).latents).all()
+    assert session.rollout.next_frame == 6
+
+
+def test_a_cut_begins_another_video(pipe):
+    session = pipe.session(BOAT, seed=3, **SIZE)
+    next(session)
+    session.switch(STORM, "cut")
+    block = next(session)
+    assert len(block.frames) == 5, "the VAE begins again too"
+    assert session.rollout.next_frame == 2
+    other = next(pipe.stream(STORM, seed=3, blocks=4, **SIZE))
+    assert rel_l2(block.latents, other.latents) > 1e-3, "its noise is not that of the first video"
+
+
+def test_a_bad_prompt_leaves_the_stream_as_it_was(pipe, boat):
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    next(session)
+    with pytest.raises(ValueError, match="prompt='  ' is not a text; give a few words"):
+        session.prompt = "  "
+    with pytest.raises(ValueError, match="how='fade' is not one of 'continue', 'recache', 'cut'"):
+        session.switch(STORM, "fade")
+    assert np.array_equal(next(session).latents, boat[1].latents)
+
+
+def test_the_decoded_video_is_the_originals(pipe):
+    g = case("global_init3")
+    stream = DecodeStream(pipe.wan.config.vae, pipe.wan.params["vae"])
+    parts = np.split(np.moveaxis(g["out.latents"], 1, 2), 3, axis=2)
+    video = 0.5 * np.concatenate([stream.push(part) for part in parts]) + 0.5
+    assert rel_l2(np.moveaxis(video, -1, 1)[[0, 1, 16, 32]], g["out.video"][0]) <= 1e-5
+
+
+def test_a_model_without_a_window_has_one_where_there_is_no_end(pipe, caplog):
+    endless = CausalPipeline.of(pipe.wan, dataclasses.replace(CAUSAL, window=None))
+    with caplog.at_level(logging.INFO, "fps_jax"):
+        layout = endless.session(BOAT, **SIZE).rollout.layout
+    assert layout.frames == layout.causal.window == 20, "whole blocks of two in the 21 frames of training"
+    assert "a block attends the last 20 latent frames" in caplog.text
+    assert endless.session(BOAT, blocks=12, **SIZE).rollout.layout.frames == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt='' is not a text"),
+        ({"prompt": ["a", "b"]}, "is not a text; give a few words"),
+        ({"blocks": 0}, "blocks=0 is not a whole number of 1 or more; None is a stream without end"),
+        ({"seed": -1}, "seed=-1 is not in"),
+        ({"height": 40}, "height=40 is not a positive multiple of 16"),
+        ({"tile": (3, 1, 1)}, "is larger than the grid"),
+    ],
+)
+def test_bad_requests_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.session(**{"prompt": BOAT, **SIZE, **arguments})
+
+
+def test_a_checkpoint_says_how_it_makes_blocks_or_somebody_has_to(pipe):
+    with pytest.raises(ValueError, match="doesn't say how it makes blocks; give causal='self-forcing' or"):
+        CausalPipeline.of(pipe.wan)
+    with pytest.raises(ValueError, match="causal='wan' is not one of 'self-forcing'"):
+        CausalPipeline.from_pretrained(T2V, causal="wan")  # pyright: ignore[reportArgumentType]
+    config = dataclasses.replace(pipe.wan.config, causal=CAUSAL)
+    assert CausalPipeline.of(dataclasses.replace(pipe.wan, config=config)).causal == CAUSAL
+    assert "causal" not in pipe.wan.config.to_dict()
+    record = config.to_dict()
+    record["causal"]["steps"] = list(record["causal"]["steps"])  # as JSON has it
+    assert WanConfig.from_dict(record) == config
+    with pytest.raises(ValueError, match="causal is set for a i2v model"):
+        WanConfig(dit=TINY_I2V, causal=CAUSAL)
