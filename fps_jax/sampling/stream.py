@@ -24,6 +24,7 @@ from fps_jax.models.vae import DecodeStream
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.rollout import Rollout, text_kv
+from fps_jax.sampling.snapshot import load_session, save_session
 from fps_jax.sizes import Shape3, latent_grid, token_grid
 
 log = logging.getLogger("fps_jax")
@@ -90,6 +91,14 @@ class CausalPipeline:
             raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig")
         return cls(wan, causal)
 
+    def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Write the checkpoint in our format, with how it makes its blocks: it is then loaded without `causal`.
+
+        Raises: as `WanPipeline.save_pretrained`.
+        """
+        config = dataclasses.replace(self.wan.config, causal=self.causal)
+        dataclasses.replace(self.wan, config=config).save_pretrained(path, overwrite=overwrite)
+
     def stream(self, prompt: str, *, seed: int = 0, blocks: int | None = None, **options: Any) -> Iterator[Block]:
         """The video, block after block, made as they are taken.
 
@@ -124,6 +133,13 @@ class CausalPipeline:
         """
         return Session(self, prompt, seed, blocks, (height, width), tile, window)
 
+    def load_session(self, path: str | os.PathLike) -> "Session":
+        """A session that `Session.save` wrote, which goes on with the same bits where the weights are the same.
+
+        Raises: FileNotFoundError; ValueError for a file that is none, is damaged, or is of another model or other settings.
+        """
+        return load_session(self, path)
+
 
 class Session(Iterator[Block]):
     """A stream: an iterator of `Block`. Between blocks its prompt may be changed, and it may be written down.
@@ -132,6 +148,8 @@ class Session(Iterator[Block]):
       rollout, decoder: where the latents and the frames come from.
       made: latent frames so far, those before a cut among them.
       index: blocks so far.
+      finished: (first latent frame, latents) of the blocks that the next one attends behind the sink.
+      arguments: what it was made with, but for the prompt: `CausalPipeline.session(prompt, **arguments)`.
     """
 
     def __init__(
@@ -162,16 +180,39 @@ class Session(Iterator[Block]):
         space = token_grid(self.latent_shape[2:], wan.config.dit.patch_size)[1:]
         layout = CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window)
         self.pipeline, self.seed, self.blocks = pipeline, seed, blocks
-        self._prompt, self._pending = prompt, None
-        self._text = wan.encode_prompt(prompt)
-        self.rollout = Rollout(wan.config.dit, wan.params["dit"], self._kv(self._text), layout, dtype=wan.dtype)
+        self.arguments = {
+            "seed": seed,
+            "blocks": blocks,
+            "height": size[0],
+            "width": size[1],
+            "tile": tile,
+            "window": window,
+        }
+        self._prompt = prompt
+        self._pending: tuple[str, Switch, Array] | None = None
+        text = self._kv(wan.encode_prompt(prompt))
+        self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, layout, dtype=wan.dtype)
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
         self.made = self.index = 0
-        self._finished: list[tuple[int, np.ndarray]] = []  # (first frame, latents) of blocks that are still attended
+        self.finished: list[tuple[int, np.ndarray]] = []
 
     def _kv(self, text: Array) -> Any:
         wan = self.pipeline.wan
         return text_kv(wan.config.dit, wan.params["dit"], text, dtype=wan.dtype)
+
+    @property
+    def followed(self) -> str:
+        """The prompt of the last block."""
+        return self._prompt
+
+    @property
+    def pending(self) -> tuple[str, Switch] | None:
+        """The prompt that the next block begins with, and how; None where it goes on with `followed`."""
+        return None if self._pending is None else self._pending[:2]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the session down, to go on with `CausalPipeline.load_session`: a .npz, about as large as the cache."""
+        save_session(self, path)
 
     @property
     def prompt(self) -> str:
@@ -208,8 +249,8 @@ class Session(Iterator[Block]):
         frames = video_to_uint8(np.clip(0.5 * self.decoder.push(latents) + 0.5, 0, 1))
         seconds = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
         block = Block(self.index, frames, latents[0], self._prompt, seconds)
-        self._finished.append((self.rollout.next_frame - shape[2], latents))
-        self._finished = [part for part in self._finished if part[0] + part[1].shape[2] > self._since]
+        self.finished.append((self.rollout.next_frame - shape[2], latents))
+        self.finished = [part for part in self.finished if part[0] + part[1].shape[2] > self._since]
         self.made += shape[2]
         self.index += 1
         return block
@@ -222,15 +263,15 @@ class Session(Iterator[Block]):
         return 0 if causal.window is None or end <= causal.window else end - (causal.window - causal.sink)
 
     def _apply(self, prompt: str, how: Switch, text: Array) -> None:
-        self._prompt, self._text, self._pending = prompt, text, None
+        self._prompt, self._pending = prompt, None
         self.rollout.text = self._kv(text)
         if how == "cut":
             self.rollout.restart()
             self.decoder.restart()
-            self._finished.clear()
-        elif how == "recache" and self._finished:
-            latents = np.concatenate([part for _, part in self._finished], axis=2)
-            self.rollout.recache(latents, self._finished[0][0])
+            self.finished.clear()
+        elif how == "recache" and self.finished:
+            latents = np.concatenate([part for _, part in self.finished], axis=2)
+            self.rollout.recache(latents, self.finished[0][0])
 
 
 def check_prompt(prompt: Any) -> None:

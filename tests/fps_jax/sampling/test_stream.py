@@ -173,3 +173,49 @@ def test_a_checkpoint_says_how_it_makes_blocks_or_somebody_has_to(pipe):
     assert WanConfig.from_dict(record) == config
     with pytest.raises(ValueError, match="causal is set for a i2v model"):
         WanConfig(dit=TINY_I2V, causal=CAUSAL)
+
+
+def test_a_saved_checkpoint_says_how_it_makes_blocks(pipe, boat, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    again = CausalPipeline.from_pretrained(tmp_path / "model", dtype="float32")
+    assert again.causal == CAUSAL
+    assert np.array_equal(next(again.stream(BOAT, seed=3, blocks=4, **SIZE)).latents, boat[0].latents)
+
+
+def test_a_session_that_was_saved_goes_on_with_the_same_bits(pipe, tmp_path):
+    session = pipe.session(BOAT, seed=3, **SIZE)
+    for _ in range(3):
+        next(session)
+    session.switch(STORM, "recache")
+    session.save(tmp_path / "boat.npz")
+    want = [next(session) for _ in range(2)]
+    again = pipe.load_session(tmp_path / "boat.npz")
+    for block in want:
+        got = next(again)
+        assert (got.index, got.prompt) == (block.index, STORM)
+        assert np.array_equal(got.latents, block.latents)
+        assert np.array_equal(got.frames, block.frames)
+
+
+def test_sessions_that_are_none_are_refused(pipe, tmp_path):
+    path = tmp_path / "boat.npz"
+    with pytest.raises(FileNotFoundError, match=r"session='.*boat.npz' doesn't exist"):
+        pipe.load_session(path)
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="is damaged or no saved session"):
+        pipe.load_session(path)
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(ValueError, match="is damaged or no saved session"):
+        pipe.load_session(path)
+    pipe.session(BOAT, **SIZE).save(path)
+    other = CausalPipeline(pipe.wan, dataclasses.replace(CAUSAL, window=6))
+    with pytest.raises(ValueError, match="it was made with window=4, and this pipeline has 6"):
+        other.load_session(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "cache.k": np.zeros((9, 9), np.float32)})
+    with pytest.raises(ValueError, match=r"cache.k is float32 .* belongs: another model or size"):
+        pipe.load_session(path)
+    np.savez(path, **{**arrays, "cache.v": np.zeros(10**6, np.float32)})
+    with pytest.raises(ValueError, match=r"cache.v has .* bytes where .* belong"):
+        pipe.load_session(path)

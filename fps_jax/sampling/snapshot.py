@@ -1,0 +1,132 @@
+"""A session on disk: what it takes to go on with the same bits, in a .npz without pickles."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import zipfile
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fps_jax.files import new_file
+from fps_jax.models.vae import decode_chunk
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.stream import CausalPipeline, Session
+
+_VERSION = 1
+_RECORD_BYTES = 2**20  # a prompt and a dozen numbers
+_HEADER_BYTES = 2**16  # of an array in the file, at most
+
+
+def save_session(session: "Session", path: str | os.PathLike) -> None:
+    """Writes a session between two blocks; the file appears whole. Raises OSError naming the path."""
+    rollout, pending = session.rollout, session.pending
+    record = {
+        "version": _VERSION,
+        "causal": dataclasses.asdict(session.pipeline.causal),
+        "dtype": str(rollout.dtype),
+        "prompt": session.followed,
+        "pending": pending,
+        "arguments": session.arguments,
+        "index": session.index,
+        "made": session.made,
+        "next_frame": rollout.next_frame,
+        "finished": [start for start, _ in session.finished],
+    }
+    arrays: dict[str, Any] = {"cache.k": rollout.cache.k, "cache.v": rollout.cache.v}
+    arrays |= {f"vae.{i}": x for i, x in enumerate(session.decoder.cache or ())}
+    arrays |= {f"finished.{i}": latents for i, (_, latents) in enumerate(session.finished)}
+    text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    with new_file(path) as fresh, open(fresh, "wb") as file:
+        np.savez(file, allow_pickle=False, record=text, **{name: _bits(np.asarray(x)) for name, x in arrays.items()})
+
+
+def load_session(pipeline: "CausalPipeline", path: str | os.PathLike) -> "Session":
+    """A session that goes on where it was saved, with the same bits if the weights are the same.
+
+    Raises: FileNotFoundError; ValueError, in one line, for a file that is none, is damaged, or of another model or other settings.
+    """
+    path = pathlib.Path(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = _read_record(file)
+            session = _begin(pipeline, record)
+            _restore(session, record, file)
+            return session
+    except FileNotFoundError:
+        raise FileNotFoundError(f"session={str(path)!r} doesn't exist") from None
+    except (zipfile.BadZipFile, KeyError, TypeError, EOFError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"session={str(path)!r} is damaged or no saved session ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"session={str(path)!r}: {error}") from None
+
+
+def _read_record(file: zipfile.ZipFile) -> dict[str, Any]:
+    record = json.loads(_read(file, "record", None, np.dtype(np.uint8)).tobytes().decode())
+    if not isinstance(record, dict) or record.get("version") != _VERSION:
+        raise ValueError(f"it is no session of version {_VERSION}")
+    return record
+
+
+def _begin(pipeline: "CausalPipeline", record: dict[str, Any]) -> "Session":
+    """A fresh session with the saved one's settings, which have to be this pipeline's."""
+    ours = json.loads(json.dumps(dataclasses.asdict(pipeline.causal)))
+    for name, value in ours.items():
+        if record["causal"].get(name) != value:
+            raise ValueError(f"it was made with {name}={record['causal'].get(name)!r}, and this pipeline has {value!r}")
+    if record["dtype"] != str(pipeline.wan.dtype):
+        raise ValueError(f"it was made in {record['dtype']}; load the pipeline with dtype={record['dtype']!r}")
+    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in record["arguments"].items()}
+    return pipeline.session(record["prompt"], **arguments)
+
+
+def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) -> None:
+    rollout, wan = session.rollout, session.pipeline.wan
+    index, made, next_frame = (record[name] for name in ("index", "made", "next_frame"))
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (index, made, next_frame)):
+        raise ValueError(f"index={index!r}, made={made!r}, next_frame={next_frame!r} are not whole numbers")
+    if next_frame:
+        rollout.causal.check_frames(next_frame, "next_frame")
+    kept = [_read(file, f"cache.{name}", x.shape, x.dtype) for name, x in zip("kv", rollout.cache, strict=True)]
+    finished = []
+    for i, start in enumerate(record["finished"]):
+        begin, end = rollout.causal.block(start)
+        shape = (*session.latent_shape[:2], end - begin, *session.latent_shape[3:])
+        finished.append((start, _read(file, f"finished.{i}", shape, np.dtype(np.float32))))
+    if next_frame:
+        z = jax.ShapeDtypeStruct((1, 1, *session.latent_shape[3:], wan.config.vae.z_dim), jnp.float32)
+        decode = functools.partial(decode_chunk, wan.config.vae, cache=None)
+        _, shapes = jax.eval_shape(decode, wan.params["vae"], z)
+        cache = [_read(file, f"vae.{i}", x.shape, x.dtype) for i, x in enumerate(shapes)]
+        session.decoder.cache = tuple(map(jnp.asarray, cache))
+    rollout.cache = type(rollout.cache)(*map(jnp.asarray, kept))
+    rollout.next_frame, session.index, session.made, session.finished = next_frame, index, made, finished
+    if record["pending"] is not None:
+        session.switch(*record["pending"])
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """bf16 as the whole numbers that its bits are: NumPy's files don't know it."""
+    return x.view(np.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _read(file: zipfile.ZipFile, name: str, shape: tuple[int, ...] | None, dtype: np.dtype) -> np.ndarray:
+    """An array whose size and dtype are known before it is read; shape None: of any length, up to a record's."""
+    info = file.getinfo(f"{name}.npy")
+    most = _RECORD_BYTES if shape is None else math.prod(shape) * dtype.itemsize
+    if info.file_size > most + _HEADER_BYTES:
+        raise ValueError(f"{name} has {info.file_size} bytes where {most} belong: another model, or another size")
+    with file.open(info) as member:
+        x = np.lib.format.read_array(member, allow_pickle=False)
+    stored = np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
+    if x.dtype != stored or (shape is not None and x.shape != shape):
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)} where {stored} {list(shape or ())} belongs: another model or size"
+        )
+    return x.view(dtype)
