@@ -348,7 +348,7 @@ class DecodeStream:
         self.config, self._params = config, _float32(params)
         self.cache: Cache | None = None
 
-    def push(self, latents: Float[Array, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
+    def push(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
         """The frames of the next latents, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one.
 
         Raises: ValueError for latents of another shape, or of several videos.

@@ -182,7 +182,7 @@ class Rollout:
         _, rows, columns = self.layout.slot.grid
         return self.text.k.shape[1], self.config.out_channels, end - start, rows * py, columns * px
 
-    def block(self, noise: Array, step_noise: Array) -> Float[Array, "B 16 m H W"]:
+    def block(self, noise: Array | np.ndarray, step_noise: Array | np.ndarray) -> Float[Array, "B 16 m H W"]:
         """The next block's latents, from noise (`next_shape`) and what is added after each step (`[n, *next_shape]`).
 
         Raises: ValueError for noise of another shape, or no room for the block; FloatingPointError that names block, step and
@@ -200,7 +200,7 @@ class Rollout:
         self._advance(out.first_bad, shape[2])
         return out.latents
 
-    def give(self, latents: Float[Array, "B 16 f H W"]) -> None:
+    def give(self, latents: Float[Array | np.ndarray, "B 16 f H W"]) -> None:
         """Goes on from latents that are given, clean: of a clip that is continued, or of an image.
 
         Raises: ValueError where they are no whole blocks, or of another size; FloatingPointError as `block`.
@@ -211,7 +211,7 @@ class Rollout:
         self.causal.check_frames(self.next_frame + given.shape[2], "given latent frames")
         self._keep(given, 0, 0.0)
 
-    def recache(self, latents: Float[Array, "B 16 f H W"], start: int) -> None:
+    def recache(self, latents: Float[Array | np.ndarray, "B 16 f H W"], start: int) -> None:
         """Computes the keys and values of the last frames, from `start` to `next_frame`, again: under a `text` that is another now.
 
         Of the frames before them they attend the sink alone.
