@@ -39,6 +39,7 @@ class AttentionPlan:
       scales_per_tile: FP8 scales of Q and K in a tile (granularity); None for no quantization.
       center_k: K minus its mean over tokens is quantized; False without quantization.
       causal: each block of frames attends itself and those before it, as when it is made from a cache; None for all frames.
+      teacher_forcing: the grid has the video twice, clean and then noisy, and noisy blocks attend the clean ones before them.
     """
 
     layout: TileLayout
@@ -46,6 +47,7 @@ class AttentionPlan:
     scales_per_tile: int | None
     center_k: bool = False
     causal: CausalConfig | None = None
+    teacher_forcing: bool = False
 
     @classmethod
     def build(
@@ -58,6 +60,7 @@ class AttentionPlan:
         alignment: int | None = None,
         center_k: bool = False,
         causal: CausalConfig | None = None,
+        teacher_forcing: bool = False,
     ) -> "AttentionPlan":
         """A plan, checked.
 
@@ -72,6 +75,8 @@ class AttentionPlan:
           center_k: take the mean off K before it is rounded: exact in the softmax, and what keys have in common costs no precision.
           causal: for a block diffusion model; without quantization, with one window whose time axis is whole, for tiles that no
             block cuts. `portable` adds up in the order of frames, so that a block's bits are those from a cache.
+          teacher_forcing: with `causal`, for training: the grid has 2 F frames, F clean ones (told time 0) and the same F noisy,
+            both rotated for frames 0 to F - 1. A noisy block attends itself and the clean frames that it would find in a cache.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow,
           frames that are no whole blocks; NotImplementedError for what a causal plan can't have.
         """
@@ -84,9 +89,15 @@ class AttentionPlan:
         if not isinstance(center_k, bool | np.bool_):
             raise ValueError(f"center_k={center_k!r} is not True or False")
         scales = int(scales_per_tile) if quantize and scales_per_tile else None
-        plan = cls(layout, _window(window, layout), scales, bool(center_k) and scales is not None, causal)
+        plan = cls(
+            layout, _window(window, layout), scales, bool(center_k) and scales is not None, causal, teacher_forcing
+        )
         if causal is not None:
             plan._check_causal(causal)
+        elif teacher_forcing:
+            raise ValueError(
+                "teacher_forcing=True without causal: a model that sees all frames at once has no context; leave it out"
+            )
         return plan
 
     def _check_causal(self, causal: CausalConfig) -> None:
@@ -98,11 +109,15 @@ class AttentionPlan:
                 "a causal plan isn't quantized: V has one scale over all frames, those to come among them; give quantize=False"
             )
         check_causal(self.layout, self.windows[0], causal)
-        causal.check_frames(self.grid[0])
+        if self.teacher_forcing and self.grid[0] % 2:
+            raise ValueError(
+                f"grid={self.grid} has an odd number of frames; teacher forcing has each of them clean and noisy"
+            )
+        causal.check_frames(self.grid[0] // (2 if self.teacher_forcing else 1))
 
     def dense(self) -> "AttentionPlan":
         """Whole-grid, unquantized attention in the same token order, to the same frames."""
-        return AttentionPlan(self.layout, self.layout.tile_grid, None, causal=self.causal)
+        return dataclasses.replace(self, window=self.layout.tile_grid, scales_per_tile=None, center_k=False)
 
     def aligned(self, alignment: int) -> "AttentionPlan":
         """The same plan, its tiles padded to another alignment."""
@@ -152,7 +167,7 @@ class AttentionPlan:
     @functools.cached_property
     def _table(self) -> KeyTiles:
         if self.causal is not None:
-            return block_causal_tiles(self.layout, self.windows[0], self.causal)
+            return block_causal_tiles(self.layout, self.windows[0], self.causal, self.teacher_forcing)
         return (
             per_head_tiles(self.layout, self.windows) if self.per_head else window_tiles(self.layout, self.windows[0])
         )
@@ -206,6 +221,7 @@ class AttentionPlan:
         quantized += ", centred K" if self.center_k else ""
         window = "the whole grid" if self.whole_grid else f"window {self.window}, density {self.density:.3f}"
         window += ", block-causal" if self.causal is not None else ""
+        window += " with teacher forcing" if self.teacher_forcing else ""
         return f"{window}, {quantized}"
 
 

@@ -79,17 +79,27 @@ def context_tiles(layout: TileLayout, frame_tiles: Sequence[int], window: Shape3
     return (frames + place).reshape(num_y * num_x, -1)
 
 
-def block_causal_tiles(layout: TileLayout, window: Shape3, causal: CausalConfig) -> KeyTiles:
+def block_causal_tiles(
+    layout: TileLayout, window: Shape3, causal: CausalConfig, teacher_forcing: bool = False
+) -> KeyTiles:
     """Table of a whole video: each block's queries attend the frames that they attend when it is made block after block.
 
     Within those frames rows and columns have the window. Rows are as wide as the longest, and rise.
+
+    Args:
+      teacher_forcing: the layout has the video twice, clean and then noisy: a clean block attends clean ones, a noisy block itself
+        and the clean ones before it.
     Source: guandeh17/Self-Forcing wan/modules/causal_model.py (the masks of its training, and its cache's sink).
     """
-    tile = layout.tile[0]
+    copies = 2 if teacher_forcing else 1
+    frames, tile = layout.grid[0] // copies, layout.tile[0]
     rows = []
-    for start, end in causal.blocks(layout.grid[0]):
-        frame_tiles = [frame // tile for frame in causal.attended(end)[::tile]]
-        rows += [context_tiles(layout, frame_tiles, window)] * ((end - start) // tile)
+    for copy in range(copies):
+        for start, end in causal.blocks(frames):
+            own = frames * copy  # where the block itself is taken from
+            attended = [frame + own * (frame >= start) for frame in causal.attended(end)[::tile]]
+            row = context_tiles(layout, [frame // tile for frame in attended], window)
+            rows += [row] * ((end - start) // tile)
     longest = max(row.shape[1] for row in rows)
     tiles = np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in rows])
     counts = np.concatenate([np.full(len(row), row.shape[1]) for row in rows])

@@ -88,6 +88,29 @@ def test_the_masked_forward_with_a_time_a_frame_is_the_originals(name):
     assert rel_l2(out.velocity[:, ::4], g["out.flow"]) <= 1e-5
 
 
+def test_teacher_forcing_is_the_originals_mask_and_numbers():
+    """The video twice, clean and noisy, both rotated for the same frames."""
+    g = case("train_teacher_forcing")
+    frames = g["in.t"].shape[1]
+    plan = AttentionPlan.build(
+        (2 * frames, 2, 3), (3, 1, 2), quantize=False, causal=CausalConfig(), teacher_forcing=True
+    )
+    assert np.array_equal(tokens_attended(plan), g["mask"].astype(bool))
+    rope = rope_table((frames, 2, 3), 32)
+    out = dit(
+        TINY,
+        tiny_dit(),
+        jnp.concatenate([g["in.clean_x"], g["in.x"]], axis=2),
+        jnp.concatenate([jnp.zeros_like(g["in.t"]), g["in.t"]], axis=1),
+        jnp.asarray(g["in.context"]),
+        rope=jnp.concatenate([rope, rope], axis=1),
+        attention=PlannedAttention(plan, implementation="portable"),
+    )
+    assert rel_l2(out.velocity[:, ::4, frames:], g["out.flow"]) <= 1e-5
+    assert plan.dense() == plan
+    assert plan.brief().endswith("block-causal with teacher forcing, not quantized")
+
+
 def test_a_time_a_frame_is_frames_as_a_batch():
     """Another way to the same, which the model needs nothing for: each frame a sample, and attention puts them together."""
     g = case("train_local6")
@@ -168,6 +191,10 @@ def test_plans_that_blocks_cut_are_refused():
         build((2, 2, 2), causal=CausalConfig(frames_per_block=4))
     with pytest.raises(NotImplementedError, match=r"window=\(1, 2, 2\) narrows the time axis.*use 2 for its first"):
         build((3, 2, 2), (1, 2, 2), causal=CausalConfig())
+    with pytest.raises(ValueError, match="teacher_forcing=True without causal"):
+        build((3, 2, 2), teacher_forcing=True)
+    with pytest.raises(ValueError, match=r"grid=\(7, 4, 4\) has an odd number of frames"):
+        AttentionPlan.build((7, 4, 4), (1, 2, 2), quantize=False, causal=CausalConfig(), teacher_forcing=True)
     with pytest.raises(NotImplementedError, match="one window for all heads"):
         build((3, 2, 2), [(2, 1, 1), (2, 2, 2)], causal=CausalConfig())
     with pytest.raises(NotImplementedError, match=r"isn't quantized.*give quantize=False"):
