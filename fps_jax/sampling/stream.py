@@ -25,7 +25,7 @@ from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.request import Request
 from fps_jax.sampling.rollout import Rollout, text_kv
 from fps_jax.sampling.snapshot import load_session, save_session
-from fps_jax.sizes import Shape3, latent_grid, token_grid
+from fps_jax.sizes import Shape3, check_integer, latent_grid, token_grid
 
 log = logging.getLogger("fps_jax")
 
@@ -166,6 +166,7 @@ class Session(Iterator[Block]):
         if blocks is not None and (not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1):
             raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
         check_prompt(prompt)
+        check_integer("seed", seed)
         request = Request(prompt=prompt, seed=seed, height=size[0], width=size[1], num_frames=1).filled(wan.config)
         assert request.height is not None
         assert request.width is not None
@@ -179,9 +180,9 @@ class Session(Iterator[Block]):
         self.latent_shape = (1, wan.config.dit.out_channels, *latent_grid(request.height, request.width, 1))
         space = token_grid(self.latent_shape[2:], wan.config.dit.patch_size)[1:]
         layout = CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window)
-        self.pipeline, self.seed, self.blocks = pipeline, seed, blocks
+        self.pipeline, self.seed, self.blocks = pipeline, int(seed), blocks
         self.arguments = {
-            "seed": seed,
+            "seed": int(seed),
             "blocks": blocks,
             "height": size[0],
             "width": size[1],

@@ -151,6 +151,7 @@ def test_a_model_without_a_window_has_one_where_there_is_no_end(pipe, caplog):
         ({"prompt": ["a", "b"]}, "is not a text; give a few words"),
         ({"blocks": 0}, "blocks=0 is not a whole number of 1 or more; None is a stream without end"),
         ({"seed": -1}, "seed=-1 is not in"),
+        ({"seed": [3]}, r"seed=\[3\] is not a whole number"),
         ({"height": 40}, "height=40 is not a positive multiple of 16"),
         ({"tile": (3, 1, 1)}, "is larger than the grid"),
     ],
