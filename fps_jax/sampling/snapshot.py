@@ -82,7 +82,7 @@ def _begin(pipeline: "CausalPipeline", record: dict[str, Any]) -> "Session":
             raise ValueError(f"it was made with {name}={record['causal'].get(name)!r}, and this pipeline has {value!r}")
     if record["dtype"] != str(pipeline.wan.dtype):
         raise ValueError(f"it was made in {record['dtype']}; load the pipeline with dtype={record['dtype']!r}")
-    arguments = {name: tuple(v) if isinstance(v, list) else v for name, v in record["arguments"].items()}
+    arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in record["arguments"].items()}
     return pipeline.session(record["prompt"], **arguments)
 
 
