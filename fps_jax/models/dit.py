@@ -105,7 +105,7 @@ class DiT(nnx.Module):
         pf, py, px = self.config.patch_size
         grid = token_grid(latents.shape[2:], self.config.patch_size)
         patches = rearrange(latents, "b c (f pf) (y py) (x px) -> b (f y x) (c pf py px)", pf=pf, py=py, px=px)
-        rope = jnp.asarray(rope_table(grid, self.config.head_dim)) if rope is None else rope
+        rope = rope_table(grid, self.config.head_dim) if rope is None else rope
         frames = None
         if t.ndim == 2:
             if t.shape[1] != grid[0]:
@@ -119,6 +119,7 @@ class DiT(nnx.Module):
                 raise ValueError(f"attention is planned for {layout.grid} tokens; these latents have {grid}")
             patches, rope = layout.to_tiles(patches), layout.to_tiles(rope)
             frames = None if frames is None else layout.to_tiles(frames[None])[0]
+        rope = jnp.concatenate([attention.place(angles[None]) for angles in rope])  # on a mesh, cut as the tokens are
         tokens, first_bad = self.tokens(
             patches,
             t,

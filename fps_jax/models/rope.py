@@ -7,6 +7,7 @@ import functools
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 THETA = 10000.0
@@ -24,28 +25,32 @@ def axis_frequencies(head_dim: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return f, y, x
 
 
-@functools.lru_cache(maxsize=16)
-def rope_table(grid: tuple[int, int, int], head_dim: int, first_frame: int = 0) -> Float[np.ndarray, "2 S H/2"]:
+def rope_table(grid: tuple[int, int, int], head_dim: int, first_frame: int = 0) -> Float[Array, "2 S H/2"]:
     """Cosines and sines for the tokens of a grid (F, Y, X) in raster order, float32.
 
     first_frame: the latent frame that the grid begins at; there is no last one. Rows and columns begin at 0.
-    Angles are float64: in float32 the last frames of a long video would be off by 1e-5 rad.
+    Angles are float64: in float32 the last frames of a long video would be off by 1e-5 rad. A program holds a small table an axis,
+    and puts the large one together when it runs: on a mesh each device its part, where it would hold all of a constant.
     """
-    ladders = zip(grid, axis_frequencies(head_dim), strict=True)
-    starts = (first_frame, 0, 0)
-    axes = [
-        (start + np.arange(n, dtype=np.float64))[:, None] * frequencies
-        for start, (n, frequencies) in zip(starts, ladders, strict=True)
-    ]
+    axes = lax.optimization_barrier(tuple(jnp.asarray(table) for table in _axis_tables(grid, head_dim, first_frame)))
     shapes = [tuple(n if a == axis else 1 for a in range(3)) for axis, n in enumerate(grid)]
-    angles = np.concatenate(
-        [
-            np.broadcast_to(angle.reshape(*shape, -1), (*grid, angle.shape[-1])).reshape(-1, angle.shape[-1])
-            for angle, shape in zip(axes, shapes, strict=True)
-        ],
-        axis=-1,
+    parts = [
+        jnp.broadcast_to(table.reshape(2, *shape, -1), (2, *grid, table.shape[-1]))
+        for table, shape in zip(axes, shapes, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=-1).reshape(2, -1, head_dim // 2)
+
+
+@functools.lru_cache(maxsize=16)
+def _axis_tables(
+    grid: tuple[int, int, int], head_dim: int, first_frame: int
+) -> tuple[Float[np.ndarray, "2 n pairs"], ...]:
+    """Cosines and sines of each axis's angles at its n places."""
+    angles = (
+        np.arange(start, start + n, dtype=np.float64)[:, None] * frequencies
+        for start, n, frequencies in zip((first_frame, 0, 0), grid, axis_frequencies(head_dim), strict=True)
     )
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    return tuple(np.stack([np.cos(angle), np.sin(angle)]).astype(np.float32) for angle in angles)
 
 
 def apply_rope(x: Float[Array, "B S N H"], table: Float[Array, "2 *B S H/2"]) -> Float[Array, "B S N H"]:
