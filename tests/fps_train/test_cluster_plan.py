@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,12 @@ def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):
         if shard.device == here
     )
     assert plan.state == held < sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 3
+    assert plan.whole_state == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    # As XLA counts them: the state, a gradient that is cut as the parameters are, and the losses.
+    assert plan.programs["update"].arguments == plan.state + plan.gradient + 4 * meshed.accumulate
+    assert plan.gradient == sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.params)
+    )
     assert [name.rpartition(" ")[2] for name in plan.programs] == ["regime0", "regime1", "update"]
     sent = {(row.kind, row.axes) for row in plan.programs["2x4x4 tokens, regime0"].sent}
     assert ("all-gather", ("context",)) in sent, "keys and values come together"

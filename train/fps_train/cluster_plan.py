@@ -19,8 +19,16 @@ _WORKSPACE = 0.94  # of a GPU's memory: the rest is CUDA's, NCCL's and what an a
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """One compiled program. temporaries, results: bytes a device. seconds: at least, by arithmetic and by traffic."""
+    """One compiled program. Sizes: bytes a device. seconds: at least, by arithmetic and by traffic.
 
+    Attributes:
+      arguments: all that it is given.
+      beside: what of that isn't state or frozen weights: a batch, a gradient.
+      results: what it makes that doesn't take an argument's place.
+    """
+
+    arguments: int
+    beside: int
     temporaries: int
     results: int
     sent: tuple[Traffic, ...]
@@ -30,17 +38,26 @@ class ProgramPlan:
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """A run on described devices. state, frozen: bytes a device that stay there. total: bytes a device at the worst moment."""
+    """A run on described devices.
+
+    Attributes:
+      state, frozen: bytes a device that stay there.
+      whole_state: bytes of one copy of the state.
+      gradient: bytes a device of a step's gradient.
+      total: bytes a device at the worst moment.
+    """
 
     kind: DeviceKind
     devices: int
     state: int
     frozen: int
+    whole_state: int
+    gradient: int
     programs: dict[str, ProgramPlan] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        return self.state + self.frozen + max(p.temporaries + p.results for p in self.programs.values())
+        return self.state + self.frozen + max(p.beside + p.temporaries + p.results for p in self.programs.values())
 
     @property
     def fits(self) -> bool:
@@ -70,26 +87,25 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     begun = abstract_start(setup)
     programs = Programs(setup, begun)
     programs.compile(say)
-    compiled = programs.compiled()
     count, axes = setup.mesh.size, dict(setup.mesh.shape)
     peak = peak_flops(setup.mesh.devices.flat[0])
     flops = programs.flops()
+    state, params, frozen = map(_bytes, (begun.state, begun.state.params, (begun.frozen, begun.teacher)))
     found = {}
-    for name, program in compiled.items():
+    for name, program in programs.compiled().items():
         memory = program.memory_analysis()
         sent = tuple(traffic(program.as_text(), axes))
         found[name] = ProgramPlan(
+            memory.argument_size_in_bytes,
+            memory.argument_size_in_bytes - (state if name == "update" else params + frozen),
             memory.temp_size_in_bytes,
             memory.output_size_in_bytes - memory.alias_size_in_bytes,
             sent,
             flops.get(name, 0.0) / (count * peak) if peak else 0.0,
             sum(row.sent for row in sent) / kind.link,
         )
-    if "update" in found:  # the gradient is there beside the state
-        update = found["update"]
-        found["update"] = ProgramPlan(update.temporaries, update.results + _bytes(begun.state.params), update.sent)
-    kept = _bytes((begun.frozen, begun.teacher))
-    return ClusterPlan(kind, count, _bytes(begun.state), kept, found)
+    whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(begun.state))
+    return ClusterPlan(kind, count, state, frozen, whole, params, found)
 
 
 def _bytes(tree: Any) -> int:
