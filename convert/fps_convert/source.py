@@ -1,7 +1,7 @@
 """A torch checkpoint that was opened and checked: loaded or saved in our format, a tensor at a time."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,20 +131,44 @@ class Source:
 
         def fill(tensor: SourceTensor) -> int:
             whole = part.reader.read(tensor.key)
-            pieces = np.split(whole, len(tensor.rows)) if len(tensor.rows) > 1 else [whole]
-            for row, piece in zip(tensor.rows, pieces, strict=True):
-                most = overflow(piece, dtypes[row.path])
-                if most is not None:
-                    raise ValueError(
-                        f"{part.reader.tensors[tensor.key].file}: tensor {tensor.key!r} holds {most:g}, which {dtypes[row.path]} "
-                        "can't; convert to bfloat16 or float32"
-                    )
+            for row, piece in _pieces(tensor, whole):
+                _check_range(part, tensor, piece, dtypes[row.path])
                 take(row, mapping.to_ours(piece, row))
             return whole.nbytes
 
         for nbytes in in_threads(fill, part.tensors):
             if progress is not None:
                 progress(nbytes)
+
+    def read(self, component: Component, path: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        """The part of one parameter that `index` cuts out, in `dtype`: only that is copied from the mapped files.
+
+        index: a slice with step 1 for each of our dimensions, the layer axis included. Raises as `each`.
+        """
+        part, dtype = self.parts[component], np.dtype(dtype)
+        spans = [range(*cut.indices(n)) for cut, n in zip(index, mapping.leaves(part.table)[path], strict=True)]
+        target = empty_aligned(tuple(map(len, spans)), dtype)
+
+        def wanted(row: Row) -> bool:
+            return row.path == path and (row.layer is None or row.layer in spans[0])
+
+        def cut(row: Row, values: np.ndarray) -> np.ndarray:
+            return values[index if row.layer is None else index[1:]]
+
+        def put(row: Row, values: np.ndarray) -> None:
+            copy(target if row.layer is None else target[row.layer - spans[0].start], cut(row, values))
+
+        take = self._merging(component, put, {path: dtype})
+
+        def fill(tensor: SourceTensor) -> None:
+            for row, piece in _pieces(tensor, part.reader.read(tensor.key)):
+                if wanted(row):
+                    values = mapping.to_ours(piece, row)
+                    _check_range(part, tensor, cut(row, values), dtype)
+                    take(row, values)
+
+        list(in_threads(fill, [tensor for tensor in part.tensors if any(map(wanted, tensor.rows))]))
+        return target
 
     def save(self, component: Component, directory: pathlib.Path, dtype: Any, progress: Moved | None = None) -> None:
         """What `save_component(directory, load(component, dtype))` writes, with one tensor a thread in memory."""
@@ -160,3 +184,18 @@ class Source:
                 files.write(row.path, row.layer, values[None])
 
         self.each(component, self._merging(component, write, files.dtypes), progress, files.dtypes)
+
+
+def _pieces(tensor: SourceTensor, whole: np.ndarray) -> Iterator[tuple[Row, np.ndarray]]:
+    """Each row of a tensor with its part of it."""
+    parts = np.split(whole, len(tensor.rows)) if len(tensor.rows) > 1 else [whole]
+    return zip(tensor.rows, parts, strict=True)
+
+
+def _check_range(part: Part, tensor: SourceTensor, values: np.ndarray, dtype: np.dtype) -> None:
+    most = overflow(values, dtype)
+    if most is not None:
+        raise ValueError(
+            f"{part.reader.tensors[tensor.key].file}: tensor {tensor.key!r} holds {most:g}, which {dtype} can't; convert to "
+            "bfloat16 or float32"
+        )

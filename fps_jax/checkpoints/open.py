@@ -4,11 +4,12 @@ The only module of fps_jax that imports the converter, and only for a checkpoint
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,13 +17,23 @@ from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints import hub
 from fps_jax.checkpoints.format import SCHEDULE, abstract_component, is_checkpoint, read_config
 from fps_jax.checkpoints.lora import LoRA
-from fps_jax.checkpoints.placement import builds, place, restore
+from fps_jax.checkpoints.placement import builds, place, place_shards, restore
 from fps_jax.checkpoints.runs import Which, is_run, read_run
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, flatten
 
 if TYPE_CHECKING:
     from fps_convert.source import Source
+
+
+class Load(Protocol):
+    """Reads a component: load(name, dtype, shardings).
+
+    dtype: of the DiT and the text encoder; what else there is has its own.
+    shardings: nested as the parameters are: each is read straight into its shards. None: to the devices that sampling wants.
+    """
+
+    def __call__(self, name: Component, dtype: Any, shardings: Params | None = None) -> Params: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +47,7 @@ class Model:
       components: those that it has.
       tokenizer_dir: the folder that holds tokenizer.json or spiece.model.
       stored_dtypes: stored_dtypes() is the dtype of every parameter, by component and path, as the files hold it.
-      load: load(name, dtype) is a component's parameters, in the dtypes and on the devices that sampling wants them; `dtype`
-        is that of the DiT and the text encoder.
+      load: load(name, dtype) is a component's parameters.
       schedule: that it was trained with; None for dense.
       notes: what a person should know of how it was read: files left out, FP8, a guess.
     """
@@ -48,7 +58,7 @@ class Model:
     components: tuple[Component, ...]
     tokenizer_dir: pathlib.Path
     stored_dtypes: Callable[[], dict[Component, dict[str, np.dtype]]]
-    load: Callable[[Component, Any], Params]
+    load: Load
     schedule: FPSSchedule | None = None
     notes: tuple[str, ...] = ()
 
@@ -74,8 +84,10 @@ def open_run(directory: pathlib.Path, which: Which | None = None) -> Model:
     base = model if run.base == run.model else open_model(run.base)
     run.trained_folder(which)  # that there is one is known now
 
-    def load(name: Component, dtype: Any) -> Params:
-        return run.apply(base.load(name, dtype), run.trained(which)) if name == "dit" else model.load(name, dtype)
+    def load(name: Component, dtype: Any, shardings: Params | None = None) -> Params:
+        if name != "dit":
+            return model.load(name, dtype, shardings)
+        return run.apply(base.load(name, dtype, shardings), run.trained(which, shardings=shardings))
 
     return dataclasses.replace(model, directory=directory, layout="run", load=load, schedule=_schedule(directory))
 
@@ -106,7 +118,7 @@ def _ours(directory: pathlib.Path) -> Model:
             name: {path: np.dtype(leaf.dtype) for path, leaf in flatten(abstract_component(directory / name))}
             for name in components
         },
-        load=lambda name, dtype: restore(directory / name, models[name], dtype),
+        load=lambda name, dtype, shardings=None: restore(directory / name, models[name], dtype, shardings),
     )
 
 
@@ -135,6 +147,13 @@ def _theirs(directory: pathlib.Path) -> Model:
 
 
 def _of_source(source: "Source") -> Model:
+    models = builds(source.config)
+
+    def load(name: Component, dtype: Any, shardings: Params | None = None) -> Params:
+        if shardings is None:
+            return place(name, source.load(name), dtype)
+        return place_shards(name, functools.partial(source.read, name), models[name], dtype, shardings)
+
     on_parts = [f"{name}: {note}" for name, part in source.parts.items() for note in part.notes]
     return Model(
         notes=(*source.audit["notes"], *on_parts),
@@ -144,7 +163,7 @@ def _of_source(source: "Source") -> Model:
         components=source.components,
         tokenizer_dir=source.tokenizer_dir,
         stored_dtypes=lambda: {name: source.stored_dtypes(name) for name in source.components},
-        load=lambda name, dtype: place(name, source.load(name), dtype),
+        load=load,
     )
 
 
@@ -205,7 +224,7 @@ def open_description(path: str | os.PathLike) -> Model:
         repository = judge(folder, names, str(path), hub.tensor_names(str(path)))
         layout, config = repository.layout.name, repository.config
 
-    def load(name: Component, dtype: Any) -> Params:
+    def load(name: Component, dtype: Any, shardings: Params | None = None) -> Params:
         raise ValueError(f"{path}: the weights of {name} were not downloaded; open it with open_model")
 
     return Model(

@@ -1,6 +1,7 @@
 """Where a checkpoint's parameters live, in which dtype, and the encoders' visits to the device."""
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,15 +60,16 @@ def _stored_dtype(name: str, path: str, dtype: Any) -> Any:
     return jnp.dtype(dtype if name == "text_encoder" else jnp.float32)
 
 
-def restore(directory: pathlib.Path, build: Build, dtype: Any) -> Params:
-    """A component of our format, cast while it is read, straight to where it lives."""
+def restore(directory: pathlib.Path, build: Build, dtype: Any, shardings: Params | None = None) -> Params:
+    """A component of our format, cast while it is read, straight to where it lives: as `shardings` says, or sampling wants it."""
     device = jax.local_devices()[0]
     on_device = directory.name in _ON_DEVICE or _shares_host_memory(device)
+    where: Any = jax.sharding.SingleDeviceSharding(device) if on_device else None
     return load_component(
         directory,
         expected=abstract_params(build),
         dtype=lambda path: _stored_dtype(directory.name, path, dtype),
-        shardings=jax.sharding.SingleDeviceSharding(device) if on_device else None,
+        shardings=where if shardings is None else dict(flatten(shardings)).__getitem__,
     )
 
 
@@ -83,3 +85,33 @@ def place(name: str, params: Params, dtype: Any) -> Params:
     leaves = dict(flatten(params))
     params.clear()
     return unflatten({path: put(path, leaves.pop(path)) for path in list(leaves)})
+
+
+def place_shards(
+    name: str,
+    read: Callable[[str, tuple[slice, ...], np.dtype], np.ndarray],
+    build: Build,
+    dtype: Any,
+    shardings: Params,
+) -> Params:
+    """A component on a mesh. Every process reads what its own devices hold, and has one device's part of one parameter in memory.
+
+    Args:
+      read: read(path, index, dtype) is the part of a parameter that `index` cuts out.
+      shardings: of every parameter, nested as they are.
+    """
+
+    def put(path: str, shape: tuple[int, ...], sharding: Any) -> Any:
+        devices: dict[tuple[slice, ...], list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            devices.setdefault(index, []).append(device)
+        shards = []
+        for index, holders in devices.items():
+            part = read(path, index, _stored_dtype(name, path, dtype))
+            # Copies, on a CPU too, where devices would share this buffer and donate it one by one
+            shards += jax.block_until_ready([jax.device_put(part, device, may_alias=False) for device in holders])
+            del part
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    where = dict(flatten(shardings))
+    return unflatten({path: put(path, leaf.shape, where[path]) for path, leaf in flatten(abstract_params(build))})

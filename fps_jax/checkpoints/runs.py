@@ -7,6 +7,7 @@ are components in the sense of `checkpoints.format`: all of a DiT, the part of i
 import os
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,9 +45,25 @@ class Run:
             return []
         return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal() and p.is_dir())
 
-    def trained(self, which: Which | None = None, step: int | None = None) -> Params:
-        """The trained parameters of a checkpoint, float32 NumPy arrays. Arguments and errors as for `trained_folder`."""
-        return load_component(self.trained_folder(which, step))
+    def trained(
+        self, which: Which | None = None, step: int | None = None, *, shardings: Params | None = None
+    ) -> Params:
+        """The trained parameters of a checkpoint, float32. Other arguments and errors as for `trained_folder`.
+
+        shardings: of all of the base's parameters, nested as they are: trained weights are read into them. None, and for adapters,
+        which are small: NumPy arrays.
+        """
+        folder = self.trained_folder(which, step)
+        if shardings is None or self.lora is not None:
+            return load_component(folder)
+        where = dict(flatten(shardings))
+
+        def sharding(path: str) -> Any:
+            if path not in where:
+                raise self._not_in_base(path)
+            return where[path]
+
+        return load_component(folder, shardings=sharding)
 
     def trained_folder(self, which: Which | None = None, step: int | None = None) -> pathlib.Path:
         """The orbax directory that holds them.
@@ -81,13 +98,15 @@ class Run:
         leaves = dict(flatten(base))
         for path, leaf in flatten(trained):
             if path not in leaves or leaves[path].shape != leaf.shape:
-                raise ValueError(
-                    f"{self.directory} trained {path!r} {list(leaf.shape)}, which {self.base} doesn't have"
-                )
+                raise self._not_in_base(path, leaf.shape)
             like = leaves[path]
-            own = np.asarray(leaf).astype(like.dtype)
+            own = leaf.astype(like.dtype)
             leaves[path] = own if isinstance(like, np.ndarray) else jax.device_put(own, like.sharding)
         return unflatten(leaves)
+
+    def _not_in_base(self, path: str, shape: tuple[int, ...] | None = None) -> ValueError:
+        size = "" if shape is None else f" {list(shape)}"
+        return ValueError(f"{self.directory} trained {path!r}{size}, which {self.base} doesn't have")
 
 
 def is_run(path: str | os.PathLike) -> bool:

@@ -112,7 +112,11 @@ class _Loop:
         options = self.options
         self.programs.compile(self.status.say)
         if self.videos is not None and not self.videos.has_reference and not options.from_scratch:
-            dit = self._joined(self.state.params) if self.first == 0 else self.setup.model.load("dit", self._dtype)
+            dit = (
+                self._joined(self.state.params)
+                if self.first == 0
+                else self.setup.model.load("dit", self._dtype, self.setup.dit_shardings)
+            )
             self.status.say("sampling the dense model's validation videos, once")
             self.videos.dense(dit)
         if self.first == 0:

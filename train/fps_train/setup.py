@@ -1,6 +1,7 @@
 """From a run's options to all that its steps need: model, data, schedule, state. Options are checked before weights are read."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ class Setup:
     @property
     def config(self) -> WanConfig:
         return self.model.config
+
+    @functools.cached_property
+    def dit_shardings(self) -> Params:
+        """Where each of the DiT's parameters lies."""
+        return param_shardings(abstract_params(build_dit(self.config.dit)), self.mesh)
 
 
 def prepare(options: TrainConfig, devices: list[Any] | None = None, sizes: tuple[str, ...] = ()) -> Setup:
@@ -126,7 +132,7 @@ class Start:
 
 
 def start(setup: Setup, init_from: str | None = None) -> Start:
-    """Reads the model's weights (or makes random ones), and lays the state out on the mesh.
+    """Reads the model's weights (or makes random ones) straight into their shards, and makes the state of them.
 
     init_from: a checkpoint or run whose DiT to start from in place of the model's; the teacher stays the model's.
     Raises: ValueError where that is of another architecture.
@@ -134,21 +140,22 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
     options, config = setup.options, setup.config.dit
     key = jax.random.key(options.seed)
     load_dtype = jnp.float32 if setup.parts.lora is None else jnp.dtype(options.dtype)
+    shards = setup.dit_shardings
     teacher = None
     if options.from_scratch:
-        params = jax.jit(init_dit_for_training, static_argnums=0)(config, key)
+        params = jax.jit(init_dit_for_training, static_argnums=0, out_shardings=shards)(config, key)
     else:
         source = setup.model
         if init_from is not None:
             source = open_model(init_from)
             if source.config.dit != config:
                 raise ValueError(f"init_from={init_from!r} is of another architecture than {options.model!r}")
-        params = source.load("dit", load_dtype)
+        params = source.load("dit", load_dtype, shards)
         if options.teacher_weight:
-            base = params if init_from is None else setup.model.load("dit", jnp.dtype(options.dtype))
+            base = params if init_from is None else setup.model.load("dit", jnp.dtype(options.dtype), shards)
             teacher = cast_params(base, jnp.dtype(options.dtype))
             # A copy: what has that dtype already would be the trained weights themselves, which each step overwrites.
-            teacher = jax.device_put(jax.tree.map(jnp.copy, teacher), param_shardings(teacher, setup.mesh))
+            teacher = jax.tree.map(jnp.copy, teacher)
     trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1))
     del params
     frozen = jax.device_put(frozen, param_shardings(frozen, setup.mesh))
