@@ -38,8 +38,11 @@ class TokenAttention(Protocol):
         """Attention to text or image tokens, which have no order: q `[B, S, N, H]`, k and v `[B, T, N, H]`."""
         return dense_attention(q, k, v)
 
-    def place(self, x: Array, *, tokens: bool = True) -> Array:
-        """Activations `[B, S, ...]` where they should lie on a mesh. tokens: they are the video's, which may be shared out."""
+    def place(self, x: Array, *, tokens: bool = True, samples: bool = True) -> Array:
+        """Activations `[B, S, ...]` where they should lie on a mesh.
+
+        tokens: they are the video's, which may be shared out. samples: these may be too; what is small is better whole everywhere.
+        """
         return x
 
 

@@ -54,9 +54,9 @@ class ShardedAttention(TokenAttention):
             return None
         return PaddedLayout(layout.grid, layout.tile, layout.alignment, self.mesh.shape["context"])
 
-    def place(self, x: Array, *, tokens: bool = True) -> Array:
+    def place(self, x: Array, *, tokens: bool = True, samples: bool = True) -> Array:
         rest = (None,) * (x.ndim - 2)
-        spec = PartitionSpec(self._rows(x), "context" if tokens else None, *rest)
+        spec = PartitionSpec(self._rows(x) if samples else None, "context" if tokens else None, *rest)
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def cross(self, q: Array, k: Array, v: Array) -> Array:

@@ -167,13 +167,17 @@ class DiT(nnx.Module):
             x = jnp.where(token_mask[..., None], x, 0)
         tap(taps, "blocks_input", x)
 
-        # Time: one modulation for all blocks, to which each adds its own; the head takes the embedding itself.
+        # Time: one modulation for all blocks, to which each adds its own; the head takes the embedding itself. On a mesh every
+        # device has all samples' numbers, which are few, so that the weights, which are many, stay where they are.
         if (frames is None) != (t.ndim == 1):
             raise ValueError(
                 f"t has shape {t.shape} {'without' if frames is None else 'with'} frames; [B, G] goes with them"
             )
-        time = tap(taps, "time_embedding", self.time_embedding(time_sinusoid(t.reshape(-1), config.freq_dim)))
-        modulation = tap(taps, "time_projection", self.time_projection(jax.nn.silu(time)))
+        everywhere = functools.partial(attention.place, tokens=False, samples=False)
+        time = everywhere(self.time_embedding(everywhere(time_sinusoid(t.reshape(-1), config.freq_dim))))
+        time = tap(taps, "time_embedding", time)
+        modulation = everywhere(self.time_projection(jax.nn.silu(time)))
+        modulation = tap(taps, "time_projection", modulation)
         time = time.reshape(t.shape[0], -1, config.dim)
         modulation = modulation.reshape(t.shape[0], -1, 6, config.dim)
 

@@ -13,9 +13,9 @@ from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.attention.sharded import ShardedAttention, on_mesh
 from fps_jax.config import DiTConfig
 from fps_jax.mesh import BATCH
-from fps_jax.models.dit import DENSE, build_dit
-from fps_jax.models.params import flatten, init_params
-from fps_jax.models.sharding import make_mesh
+from fps_jax.models.dit import DENSE, build_dit, dit
+from fps_jax.models.params import abstract_params, flatten, init_params
+from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_train.config import FlowOptions, OptimizerOptions
 from fps_train.regimes import training_regimes
 from fps_train.setup import prepare
@@ -107,6 +107,25 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(setting, sizes, capfd):
         return
     for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
         assert np.abs(got - wanted).max() <= 1e-5 * max(1e-3, np.abs(wanted).max())
+
+
+def test_with_one_sample_a_device_the_time_embedding_s_weights_stay_cut(capfd):
+    """Then a sample's numbers are fewer than the weights beside them, and XLA would move those, by way of whole ones."""
+    mesh = make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+    # What XLA moves is a matter of sizes: as many text tokens as the real models have
+    config = dataclasses.replace(CONFIG, num_layers=1, text_dim=64, text_len=512, freq_dim=256)
+    shapes = abstract_params(build_dit(config))
+
+    def on(shapes, shardings):
+        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, jnp.float32, sharding=s), shapes, shardings)
+
+    def loss(params, *inputs):
+        return jnp.square(dit(config, params, *inputs, attention=on_mesh(DENSE, mesh)).velocity).mean()
+
+    rows = NamedSharding(mesh, PartitionSpec(BATCH))
+    inputs = (on(jax.ShapeDtypeStruct((2, *size), jnp.float32), rows) for size in ((4, 2, 8, 8), (), (512, 64)))
+    jax.jit(jax.grad(loss)).lower(on(shapes, param_shardings(shapes, mesh)), *inputs).compile()
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("setting", ["fps", "fp8"])
