@@ -47,11 +47,13 @@ memory:
 	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
 	.venv-offline-gpu/bin/python -m benchmarks.memory
 
-# Machine code of the Hopper kernels, compiled on this machine (no GPU needed): fails where it broke a limit or got worse.
+# Machine code of the Hopper kernels, and a small training step for eight GPUs, compiled on this machine (no GPU needed): fails
+# where it broke a limit or got worse.
 offline-gpu:
 	@sh .ci/make_venv .venv-offline-gpu
 	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
 	.venv-offline-gpu/bin/python -m benchmarks.kernel_report --check
+	.venv-offline-gpu/bin/python -m benchmarks.cluster_plan --check
 
 # Writes the report anew, with the newest ptxas beside the pinned one.
 kernel-report:

@@ -1,6 +1,7 @@
 """What training takes of a cluster, at real size, compiled for H200s on a machine that has none.
 
     python -m benchmarks.cluster_plan [ROW ...]
+    python -m benchmarks.cluster_plan --check       # the small row alone, against the committed one: part of make offline-gpu
 
 Each row is what `fps-train MODEL --plan h200:N` compiles: the real step of full fine-tuning with FPSAttention, a sample a device
 along data and fsdp, every regime of the default schedule. A row runs in a process of its own, and
@@ -9,6 +10,7 @@ benchmarks/results/cluster_plan.json is written whole after each: without names,
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -26,15 +28,24 @@ from fps_train.described import parse_devices, prepare_process
 
 _GATHERED = "Involuntary full rematerialization"  # XLA's words where it gathers what should stay cut
 _ONE_ROW = "--one"
+_KERNELS = ("cudnn$fmha", "mosaic")  # parts of the names of what should compute attention
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run. model: its size. video: as --plan-sizes has it. mesh: as --mesh has it; its product is the number of GPUs."""
+    """A run.
+
+    Attributes:
+      model: its size. small: two layers and one regime, to know soon whether a step compiles for GPUs.
+      video: as --plan-sizes has it.
+      mesh: as --mesh has it; its product is the number of GPUs.
+      limit_gb: bytes a device that it may take, in GB: a tenth more than a prototype of this step took.
+    """
 
     model: str
     video: str
     mesh: str
+    limit_gb: float | None = None
 
     @property
     def name(self) -> str:
@@ -60,24 +71,30 @@ class Row:
 
 _480, _720 = "480x832x81", "720x1280x81"
 ROWS = (
-    Row("1.3B", _480, ""),
-    Row("1.3B", _480, "fsdp=8"),
-    Row("1.3B", _480, "fsdp=4,context=2"),
-    Row("14B", _480, "fsdp=8"),
-    Row("14B", _480, "data=2,fsdp=8,context=4"),
-    Row("14B", _720, "context=8"),
-    Row("14B", _720, "fsdp=8,context=8"),
-    Row("14B", _720, "fsdp=16,context=4"),
+    Row("small", "256x256x5", "fsdp=2,context=2,tensor=2"),
+    Row("1.3B", _480, "", 1.1 * 40.8),
+    Row("1.3B", _480, "fsdp=8", 1.1 * 16.0),
+    Row("1.3B", _480, "fsdp=4,context=2", 1.1 * 13.7),
+    Row("14B", _480, "fsdp=8", 1.1 * 82.0),
+    Row("14B", _480, "data=2,fsdp=8,context=4", 1.1 * 49.6),
+    Row("14B", _720, "context=8", 1.1 * 52.9),
+    Row("14B", _720, "fsdp=8,context=8", 1.1 * 53.3),
+    Row("14B", _720, "fsdp=16,context=4", 1.1 * 46.8),
 )
+_SMALL = ROWS[0]
+_CPU_SECONDS = 60  # that a program may take to compile
 
 
 def _measure(row: Row) -> dict[str, Any]:
     """Compiles one row in this process."""
     prepare_process()
+    from fps_jax.attention.schedule import FPSSchedule, Regime
     from fps_jax.checkpoints.format import write_config
-    from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B
+    from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
     from fps_train.cluster_plan import plan_run
 
+    small = DiTConfig(task="t2v", dim=256, mlp_dim=512, num_heads=2, num_layers=2)
+    models = {"1.3B": WAN_T2V_1_3B, "14B": WAN_T2V_14B, "small": dataclasses.replace(WAN_T2V_1_3B, dit=small)}
     marks = []
 
     def say(message: str) -> None:
@@ -85,18 +102,23 @@ def _measure(row: Row) -> dict[str, Any]:
         marks.append(_cpu_seconds())
 
     with tempfile.TemporaryDirectory() as folder:
-        write_config(pathlib.Path(folder), {"1.3B": WAN_T2V_1_3B, "14B": WAN_T2V_14B}[row.model])
+        write_config(pathlib.Path(folder), models[row.model])
         options = dataclasses.replace(PRESETS["paper"], model=folder, batch_size=row.batch_size, mesh=row.mesh)
+        if row is _SMALL:
+            schedule = FPSSchedule(tile=(1, 8, 16), regimes=(Regime(until=1.0, scales_per_tile=1, window=(2, 1, 1)),))
+            schedule.save(pathlib.Path(folder) / "one.json")
+            options = dataclasses.replace(options, schedule=str(pathlib.Path(folder) / "one.json"))
         kind, count = parse_devices(f"h200:{row.devices}")
         plan = plan_run(options, kind, count, say, (row.video,))
     programs = {}
-    for (name, program), before, after in zip(plan.programs.items(), marks, marks[1:], strict=True):
+    for (name, program), (before, after) in zip(plan.programs.items(), itertools.pairwise(marks), strict=True):
         programs[name] = {
             "arguments_bytes": program.arguments,
             "beside_state_bytes": program.beside,
             "temporaries_bytes": program.temporaries,
             "results_bytes": program.results,
             "sent": [{"kind": t.kind, "axes": t.axes, "count": t.count, "bytes": round(t.sent)} for t in program.sent],
+            "kernels": program.kernels,
             "arithmetic_s": round(program.arithmetic_seconds, 3),
             "traffic_s": round(program.traffic_seconds, 3),
             "cpu_s": round(after - before, 1),
@@ -142,22 +164,71 @@ def _in_a_process(row: Row) -> dict[str, Any]:
     return {**found, "involuntary_rematerializations": gathered, "wall_s": round(time.monotonic() - began)}
 
 
-def main(arguments: list[str]) -> None:
+def broken(row: Row, found: dict[str, Any]) -> list[str]:
+    """What a row breaks of what holds for each."""
+    wrong = []
+    if found["involuntary_rematerializations"]:
+        wrong.append("XLA gathers what should stay cut")
+    if not found["arguments_are_the_shards"]:
+        wrong.append("the update isn't given the shards of state and gradient alone")
+    if not found["fits"] or (row.limit_gb and found["total_bytes"] > row.limit_gb * 1e9):
+        wrong.append(f"{found['total_bytes'] / 1e9:.1f} GB a device")
+    for name, program in found["programs"].items():
+        if name != "update" and not all(any(part in k for k in program["kernels"]) for part in _KERNELS):
+            wrong.append(f"{name}: cuDNN's attention or the Hopper kernel isn't in it: {program['kernels']}")
+    return wrong
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Of the rows at real size, as docs/cluster.md has it."""
+    lines = [
+        "| model, video | mesh | GPUs | state | beside it | in all | sent | least seconds: arithmetic, traffic |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS[1:]:
+        found = rows.get(row.name)
+        if found is None:
+            continue
+        gradients = [p for name, p in found["programs"].items() if name != "update"]
+        sent = max(sum(t["bytes"] for t in p["sent"]) for p in gradients)
+        least = ", ".join(f"{max(p[key] for p in gradients):.2f}" for key in ("arithmetic_s", "traffic_s"))
+        beside = found["total_bytes"] - found["state_bytes"]
+        gb = " | ".join(f"{size / 1e9:.1f} GB" for size in (found["state_bytes"], beside, found["total_bytes"], sent))
+        lines.append(f"| {row.model}, {row.video} | {row.mesh or '-'} | {row.devices} | {gb} | {least} |")
+    return "\n".join(lines)
+
+
+def _check(committed: dict[str, Any]) -> int:
+    found = _in_a_process(_SMALL)
+    wrong = broken(_SMALL, found)
+    if found["total_bytes"] > 1.1 * committed["total_bytes"]:
+        wrong.append(f"{found['total_bytes']:,} bytes a device; {committed['total_bytes']:,} were committed")
+    for line in wrong:
+        print(f"error: {_SMALL.name}: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def main(arguments: list[str]) -> int:
     by_name = {row.name: row for row in ROWS}
     if arguments[:1] == [_ONE_ROW]:
         pathlib.Path(arguments[2]).write_text(json.dumps(_measure(by_name[arguments[1]])))
-        return
+        return 0
     from benchmarks.record import RESULTS, environment, write
 
     file = RESULTS / "cluster_plan.json"
     done = json.loads(file.read_text())["rows"] if file.is_file() else {}
+    if arguments == ["--check"]:
+        return _check(done[_SMALL.name])
+    unknown = set(arguments) - set(by_name)
+    if unknown:
+        raise SystemExit(f"{min(unknown)!r} is no row; there are {', '.join(map(repr, by_name))}")
     for name, row in by_name.items():
         if name not in arguments if arguments else name in done:
             continue
         print(name, flush=True)
         found = _in_a_process(row)
         made = environment()
-        done[name] = {**found, "date": made["date"], "versions": made["versions"]}
+        done[name] = {**found, "breaks": broken(row, found), "date": made["date"], "versions": made["versions"]}
         write(
             "cluster_plan",
             {
@@ -165,10 +236,11 @@ def main(arguments: list[str]) -> None:
                 "rows": {n: done[n] for n in by_name if n in done},
             },
         )
-        print(
-            f"  {found['total_bytes'] / 1e9:.1f} GB a device, {[p['cpu_s'] for p in found['programs'].values()]} CPU s"
-        )
+        slow = [f"{n}: {p['cpu_s']:.0f} CPU seconds" for n, p in found["programs"].items() if p["cpu_s"] > _CPU_SECONDS]
+        print(f"  {found['total_bytes'] / 1e9:.1f} GB a device", *broken(row, found), *slow, sep="\n  ", flush=True)
+    print(table(done))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

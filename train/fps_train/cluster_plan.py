@@ -1,6 +1,7 @@
 """What a run needs of GPUs that nobody has rented yet: bytes a device, what is sent, and how fast a step can be at best."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ class ProgramPlan:
       arguments: all that it is given.
       beside: what of that isn't state or frozen weights: a batch, a gradient.
       results: what it makes that doesn't take an argument's place.
+      kernels: the targets of its custom calls: cuDNN's, cuBLAS's, Pallas's.
     """
 
     arguments: int
@@ -32,6 +34,7 @@ class ProgramPlan:
     temporaries: int
     results: int
     sent: tuple[Traffic, ...]
+    kernels: tuple[str, ...]
     arithmetic_seconds: float = 0.0
     traffic_seconds: float = 0.0
 
@@ -94,13 +97,15 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     found = {}
     for name, program in programs.compiled().items():
         memory = program.memory_analysis()
-        sent = tuple(traffic(program.as_text(), axes))
+        text = program.as_text()
+        sent = tuple(traffic(text, axes))
         found[name] = ProgramPlan(
             memory.argument_size_in_bytes,
             memory.argument_size_in_bytes - (state if name == "update" else params + frozen),
             memory.temp_size_in_bytes,
             memory.output_size_in_bytes - memory.alias_size_in_bytes,
             sent,
+            tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))),
             flops.get(name, 0.0) / (count * peak) if peak else 0.0,
             sum(row.sent for row in sent) / kind.link,
         )
