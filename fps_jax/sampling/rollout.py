@@ -37,7 +37,7 @@ class BlockInputs(NamedTuple):
 
     noise: Float[Array, "B 16 m H W"]
     step_noise: Float[Array, "n B 16 m H W"]
-    rope: Float[np.ndarray, "2 S H/2"]
+    rope: Float[Array, "2 S H/2"]
     context: Context
 
 
@@ -248,7 +248,7 @@ class Rollout:
             "implementation": self.implementation,
         }
 
-    def _place(self, shape: tuple[int, ...], since: int = 0) -> tuple[np.ndarray, Context]:
+    def _place(self, shape: tuple[int, ...], since: int = 0) -> tuple[Array, Context]:
         """What tells the program where in the video the block is."""
         grid = token_grid(shape[2:], self.config.patch_size)
         return rope_table(grid, self.config.head_dim, self.next_frame), self.layout.context(self.next_frame, since)
