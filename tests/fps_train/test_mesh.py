@@ -16,9 +16,10 @@ from fps_jax.mesh import BATCH
 from fps_jax.models.dit import DENSE, build_dit, dit
 from fps_jax.models.params import abstract_params, flatten, init_params
 from fps_jax.models.sharding import make_mesh, param_shardings
+from fps_train import programs
 from fps_train.config import FlowOptions, OptimizerOptions
 from fps_train.regimes import training_regimes
-from fps_train.setup import prepare
+from fps_train.setup import abstract_start, prepare
 from fps_train.state import Parts, init_state, state_shardings
 from fps_train.step import Interval, StepOptions, gradient, update
 from tests.fps_train.models import batch
@@ -163,3 +164,9 @@ def test_fp8_attention_over_context_alone_is_one_device_s_bit_for_bit(setting):
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(options, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(dataclasses.replace(options, **changes))
+
+
+def test_the_peak_that_mfu_is_a_share_of_is_all_devices(options, monkeypatch):
+    monkeypatch.setattr(programs, "peak_flops", lambda: 1e12)
+    setup = prepare(dataclasses.replace(options, mesh="fsdp=2"))
+    assert programs.Programs(setup, abstract_start(setup)).peak_flops == 2e12

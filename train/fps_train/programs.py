@@ -31,7 +31,8 @@ class Programs:
         self._seed = np.uint32(setup.options.seed)
         self._gradients: dict[tuple[BucketPlan, TokenAttention], Any] = {}
         self._update: Any = None
-        self.peak_flops = peak_flops()
+        peak = peak_flops()
+        self.peak_flops = None if peak is None else peak * setup.mesh.size
         joined = jax.eval_shape(setup.parts.join, self._state.params, begun.frozen)
         self._matrix_params = sum(leaf.size for path, leaf in flatten(joined) if path.endswith("kernel"))
         shapes, shardings = self._state.params, jax.tree.map(lambda a: a.sharding, self._state.params)
