@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fps_jax.mesh import AXES
@@ -28,18 +29,25 @@ _RULES: tuple[tuple[re.Pattern[str], tuple[Any, ...]], ...] = tuple(
 def make_mesh(sizes: dict[str, int] | None = None, devices: list[Any] | None = None) -> Mesh:
     """A mesh with all of `AXES`; those that `sizes` doesn't name have size 1. devices: as many as it takes of those that there are.
 
-    Raises: ValueError for more devices than there are.
+    Devices follow each other process by process, and neighbours along the last axes, `tensor` and `context`, are neighbours in that
+    order: what is sent in every layer stays inside a node where the node has room for it.
+
+    Raises: ValueError for more devices than there are, or for fewer where several processes share them: none may stay idle.
     """
     sizes = sizes or {}
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    there = jax.devices() if devices is None else devices
-    if math.prod(shape) > len(there):
+    there = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else devices
+    processes = len({device.process_index for device in there}) if devices is None else 1
+    if math.prod(shape) > len(there) or (processes > 1 and math.prod(shape) < len(there)):
         words = ",".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True) if size > 1)
+        of = f" in {processes} processes" if processes > 1 else ""
         raise ValueError(
-            f"mesh={words!r} takes {math.prod(shape)} devices and there are {len(there)}; fsdp={len(there)} takes all of them"
+            f"mesh={words!r} takes {math.prod(shape)} devices and there are {len(there)}{of}; "
+            f"fsdp={len(there)} takes all of them"
         )
-    devices = there[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Not `jax.make_mesh`, which refuses GPUs of several nodes: each node is a slice of its own to it
+    grid = np.array(there[: math.prod(shape)]).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(path: str, ndim: int) -> PartitionSpec:

@@ -86,10 +86,15 @@ def test_a_microbatch_depends_on_data_seed_and_its_number_alone(data, tmp_path):
     assert fewer.fingerprint != data.fingerprint
 
 
-def test_hosts_share_the_rows_of_the_same_microbatch(data):
+def rows_of(process, processes):
+    """Equal parts, one after the other; all of what can't be shared out."""
+    return lambda n: range(n) if n % processes else range(process * n // processes, (process + 1) * n // processes)
+
+
+def test_processes_share_the_rows_of_the_same_microbatch(data):
     whole = Batches(data, batch_size=4, seed=7)
-    for hosts in (2, 4):
-        parts = [Batches(data, batch_size=4, seed=7, host=h, hosts=hosts) for h in range(hosts)]
+    for processes in (2, 4):
+        parts = [Batches(data, batch_size=4, seed=7, rows=rows_of(p, processes)) for p in range(processes)]
         for i in range(12):
             joined = [None if a[0] is None else np.concatenate(a) for a in zip(*(p.at(i) for p in parts), strict=True)]
             assert same(joined, whole.at(i))
@@ -152,7 +157,7 @@ def test_buckets_come_in_proportion_and_out_of_step_with_a_golden_ratio_of_regim
 
 def test_held_out_clips_are_never_trained_on_and_never_change(tmp_path, data):
     batches = Batches(data, batch_size=2, seed=5, validation_samples=6)
-    held = batches.validation(2)
+    held = [batch for _, batch in batches.validation(2)]
     assert sum(len(b.latents) for b in held) == 6
     want = sorted((s for samples in data.samples for s in samples), key=lambda s: s.content)[:6]
     by_shape = {bucket.latent_shape: b for b, bucket in enumerate(data.buckets)}
@@ -164,21 +169,27 @@ def test_held_out_clips_are_never_trained_on_and_never_change(tmp_path, data):
     assert trained == {s for samples in data.samples for s in samples} - set(want)
     for seed, size in ((6, 2), (5, 4)):
         other = Batches(data, batch_size=size, seed=seed, validation_samples=6)
-        assert all(same(a, b) for a, b in zip(held, other.validation(2), strict=True))
+        assert all(same(a, b) for a, (_, b) in zip(held, other.validation(2), strict=True))
     # texts are theirs, however much is dropped in training
     all_dropped = Batches(data, batch_size=2, seed=5, validation_samples=6, text_dropout=1)
-    assert all(same(a, b) for a, b in zip(held, all_dropped.validation(2), strict=True))
+    assert all(same(a, b) for a, (_, b) in zip(held, all_dropped.validation(2), strict=True))
 
 
 def test_the_last_validation_microbatch_of_a_bucket_is_smaller(data):
     held = {s for s in sorted((s for b in data.samples for s in b), key=lambda s: s.content)[:10]}
     counts = [sum(s in held for s in samples) for samples in data.samples]
-    sizes = [len(b.latents) for b in Batches(data, batch_size=4, seed=0, validation_samples=10).validation(4)]
+    whole = Batches(data, batch_size=4, seed=0, validation_samples=10).validation(4)
+    sizes = [len(b.latents) for _, b in whole]
     assert sizes == [min(4, n - k) for n in counts for k in range(0, n, 4)]
     parts = [
-        Batches(data, batch_size=4, seed=0, validation_samples=10, host=h, hosts=4).validation(4) for h in range(4)
+        Batches(data, batch_size=4, seed=0, validation_samples=10, rows=rows_of(p, 4)).validation(4) for p in range(4)
     ]
-    assert len({tuple(len(b.latents) for b in part) for part in parts}) == 1  # all hosts alike
+    for (numbers, batch), *pieces in zip(whole, *parts, strict=True):
+        assert list(batch.sample) == list(numbers)
+        for _, piece in pieces:  # a small last microbatch is everybody's
+            assert len(piece.latents) == (1 if len(numbers) == 4 else len(numbers))
+        got = [n for _, piece in pieces for n in piece.sample]
+        assert sorted(set(got)) == list(numbers)
 
 
 def test_another_caption_of_a_held_out_clip_is_not_trained_on(tmp_path, data):
@@ -256,9 +267,7 @@ def test_a_model_that_the_data_are_not_for(tmp_path, data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 is not a positive multiple of the 1 hosts"),
-        ({"batch_size": 3, "hosts": 2}, "batch_size=3 is not a positive multiple of the 2 hosts that share it"),
-        ({"host": 2, "hosts": 2}, "host=2 is not in 0 to 1"),
+        ({"batch_size": 0}, "batch_size=0 is not a positive number of samples"),
         ({"seed": -1}, "seed=-1 is not in 0 to 2"),
         ({"text_dropout": 1.5}, "text_dropout=1.5 is not a share in 0 to 1"),
         ({"validation_samples": 26}, "validation_samples=26 leaves none of 26 samples to train on"),

@@ -20,9 +20,10 @@ from fps_jax.checkpoints.runs import read_run
 from fps_jax.models.dit import build_dit
 from fps_jax.models.params import flatten, init_params
 from fps_train import loop
+from fps_train.agreement import Stopped
 from fps_train.batches import Batches
 from fps_train.config import LoraOptions, TrainConfig
-from fps_train.loop import Stopped, train
+from fps_train.loop import train
 from fps_train.metrics import Metrics, read_metrics
 from tests.fps_train import sample_data
 from tests.fps_train.conftest import WAN

@@ -62,17 +62,17 @@ def test_videos_change_when_weights_do_and_only_then(tmp_path, data):
 def test_the_validation_loss_is_the_same_at_every_look_and_weighs_regimes_by_their_share(tmp_path):
     schedule = FPSSchedule.load(write_schedule(tmp_path))
     own, options = bucket(schedule), StepOptions(Parts(CONFIG, "float32"), FLOW)
-    batches = [(own, jax.tree.map(jnp.asarray, batch()))]
+    batches = [(own, np.arange(2), jax.tree.map(jnp.asarray, batch()))]
     first = validation_loss(params(), {}, batches, options=options)
     assert first == validation_loss(params(), {}, batches, options=options)
     shares = {regime.name: regime.probability for regime in own.regimes}
     assert set(first) == {*shares, "mean"}
     assert first["mean"] == pytest.approx(sum(share * first[name] for name, share in shares.items()), rel=1e-6)
     # The default is batches of one, whose noise levels must not all be the same
-    alone = [(own, jax.tree.map(lambda a, k=k: a[k : k + 1], batches[0][1])) for k in range(2)]
+    alone = [(own, np.array([k]), jax.tree.map(lambda a, k=k: a[k : k + 1], batches[0][2])) for k in range(2)]
     for name, loss in validation_loss(params(), {}, alone, options=options).items():
         assert loss == pytest.approx(first[name], rel=1e-5), name
-    swapped = [(own, alone[0][1]._replace(sample=alone[1][1].sample))]
+    swapped = [(own, np.array([1]), alone[0][2]._replace(sample=alone[1][2].sample))]
     assert validation_loss(params(), {}, swapped, options=options) != validation_loss(
         params(), {}, alone[:1], options=options
     )

@@ -6,7 +6,7 @@ another number of hosts goes on with the same ones.
 
 import collections
 import functools
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -29,12 +29,12 @@ class Batches:
 
     Args:
       data: opened.
-      batch_size: of a microbatch over all hosts.
+      batch_size: of a microbatch over all processes.
       seed: in [0, 2**32).
       text_dropout: share of samples that come with the empty prompt instead of their own; decided for sample n by (seed, n).
       validation_samples: so many are held out, those of the clips with the lowest hashes. Their clips are not trained on with
         other captions either.
-      host, hosts: this host's rows of each microbatch are taken, the host-th part of batch_size / hosts.
+      rows: of a microbatch of n rows, those that this process takes (`fps_train.placement.process_rows`); all if left out.
     Raises: ValueError where one of these is wrong, or a bucket would have no sample left.
     """
 
@@ -46,13 +46,10 @@ class Batches:
         seed: int,
         text_dropout: float = 0.1,
         validation_samples: int = 0,
-        host: int = 0,
-        hosts: int = 1,
+        rows: Callable[[int], range] = range,
     ):
-        if batch_size < 1 or hosts < 1 or batch_size % hosts:
-            raise ValueError(f"batch_size={batch_size} is not a positive multiple of the {hosts} hosts that share it")
-        if not 0 <= host < hosts:
-            raise ValueError(f"host={host} is not in 0 to {hosts - 1}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is not a positive number of samples")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed} is not in 0 to 2**32 - 1")
         if not 0 <= text_dropout <= 1:
@@ -63,7 +60,7 @@ class Batches:
                 f"validation_samples={validation_samples} leaves none of {total} samples to train on; use fewer"
             )
         self.data, self.batch_size, self.seed, self.text_dropout = data, batch_size, seed, text_dropout
-        self.host, self.hosts = host, hosts
+        self._rows = rows
         everything = [sample for samples in data.samples for sample in samples]
         held_out = sorted(everything, key=held_out_order)[:validation_samples]
         clips = {sample.content for sample in held_out}
@@ -88,10 +85,9 @@ class Batches:
         return self._bucket_and_rank(i)[0]
 
     def at(self, i: int) -> Batch:
-        """Microbatch i of the run, counted from 0: this host's rows of it."""
+        """Microbatch i of the run, counted from 0: this process's rows of it."""
         bucket, rank = self._bucket_and_rank(i)
-        rows = self.batch_size // self.hosts
-        places = range(self.host * rows, (self.host + 1) * rows)
+        places = self._rows(self.batch_size)
         samples = [self._sample(bucket, rank * self.batch_size + r) for r in places]
         numbers = [i * self.batch_size + r for r in places]
         return self._batch(samples, numbers, [self._drops(n) for n in numbers])
@@ -111,23 +107,20 @@ class Batches:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def validation(self, batch_size: int) -> list[Batch]:
-        """The held-out samples in fixed microbatches, bucket by bucket, each with its own text.
+    def validation(self, batch_size: int) -> list[tuple[range, Batch]]:
+        """The held-out samples in fixed microbatches, bucket by bucket, each with its own text: (numbers of its samples, this
+        process's rows of it).
 
-        A bucket's last one is smaller where batch_size doesn't divide their number. `Batch.sample` counts them from 0. A host gets
-        its rows; of the last one as many as all hosts can have alike, and the rest, fewer than there are hosts, is left out.
+        A bucket's last one is smaller where batch_size doesn't divide their number. Samples are counted from 0, as in
+        `Batch.sample`.
         """
-        if batch_size < 1 or batch_size % self.hosts:
-            raise ValueError(
-                f"batch_size={batch_size} is not a positive multiple of the {self.hosts} hosts that share it"
-            )
         found, first = [], 0
         for samples in self._validation:
             for start in range(0, len(samples), batch_size):
-                rows = min(batch_size, len(samples) - start) // self.hosts
-                mine = range(start + self.host * rows, start + (self.host + 1) * rows)
-                if rows:
-                    found.append(self._batch([samples[k] for k in mine], [first + k for k in mine], [False] * rows))
+                numbers = range(first + start, first + min(start + batch_size, len(samples)))
+                mine = [numbers[r] for r in self._rows(len(numbers))]
+                batch = self._batch([samples[n - first] for n in mine], mine, [False] * len(mine))
+                found.append((numbers, batch))
             first += len(samples)
         return found
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
+from fps_train.agreement import AGREED
 from fps_train.config import CheckpointOptions
+from fps_train.placement import put
 from fps_train.state import TrainState
 
 
@@ -57,6 +60,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and jax.process_count() > 1 and not issubclass(kind, AGREED):
+            return  # this process is alone with its error: the others don't come to save anything with it
         try:
             self.wait()
         except OSError:
@@ -129,7 +134,7 @@ class Checkpoints:
             ) from error
         leaves = [got["optimizer"][key] for key in sorted(got["optimizer"])]
         optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
-        count = jax.device_put(jax.numpy.int32(step), like.step.sharding)
+        count = put(np.int32(step), like.step.sharding)
         state = TrainState(count, got["params"], optimizer, got["ema"] if like.ema is not None else None)
         return Restored(state, got["meta"])
 

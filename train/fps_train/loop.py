@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 import signal
 import sys
@@ -16,30 +15,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
-from fps_jax.mesh import BATCH
 from fps_jax.models.dit import stage_name
+from fps_jax.models.sharding import param_shardings
 from fps_jax.sampling.pipeline import enable_compilation_cache
+from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, together
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
 from fps_train.config import TrainConfig
 from fps_train.metrics import Metrics
+from fps_train.placement import put, put_rows
 from fps_train.programs import Programs
 from fps_train.regimes import TrainingRegime, regime_of
-from fps_train.run import check_new, check_resume, start_run
+from fps_train.run import check_new, check_resume, run_facts, see_run, start_run
 from fps_train.setup import Setup, Start, prepare, start
 from fps_train.status import Status
 from fps_train.step import Micro, Seen
 from fps_train.validate import Videos, validation_loss
-
-
-class Stopped(Exception):  # noqa: N818  (nothing went wrong)
-    """The run was asked to stop, and saved itself first. signal: which signal asked."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"stopped by signal {number} after step {step}, which is saved; --resume goes on from there")
-        self.signal = number
 
 
 class _Pending(NamedTuple):
@@ -62,38 +55,54 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
       for a NaN or inf, with nothing saved of it; OSError for a disk that is full; `Stopped` on SIGTERM or SIGINT.
     """
     enable_compilation_cache()
-    setup = prepare(options)
-    record = (setup.directory, options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
-    if resume:
-        begun = start(setup, check_resume(*record))
-    else:
-        check_new(setup.directory)  # before minutes of reading weights
-        begun = start(setup, options.init_from)
-        start_run(*record)
+
+    def check() -> tuple[Setup, tuple, str | None]:
+        setup = prepare(options)
+        record = (options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
+        if resume:
+            return setup, record, check_resume(setup.directory, *record)
+        if is_lead():
+            check_new(setup.directory)  # before minutes of reading weights
+        return setup, record, options.init_from
+
+    setup, record, init_from = together(
+        check, lambda found: {"resume": resume} | option_facts(options) | run_facts(*found[1])
+    )
+    begun = start(setup, init_from)
+    if not resume:
+        together(lambda: start_run(setup.directory, *record) if is_lead() else None)
+        together(lambda: see_run(setup.directory))
     with Checkpoints(setup.directory / "checkpoints", options.checkpoint) as checkpoints:
         state, first = begun.state, 0
-        if resume and checkpoints.latest is not None:
-            restored = checkpoints.restore(state, checkpoints.latest)
+        latest = lead_decides(lambda: checkpoints.latest or 0)
+        if resume and latest:
+            restored = checkpoints.restore(state, latest)
             state, first = restored.state, int(restored.notes["step"])
         begun = dataclasses.replace(begun, state=state)
         if first >= options.steps:
-            print(
-                f"{setup.directory} has all {options.steps} steps already; give more --steps to go on", file=sys.stderr
-            )
+            if is_lead():
+                told = f"{setup.directory} has all {options.steps} steps already; give more --steps to go on"
+                print(told, file=sys.stderr)
             return setup.directory
         with (
-            Metrics(setup.directory, first, dataclasses.asdict(options)) as metrics,
-            Status(first, options.steps, show) as status,
+            _metrics(setup.directory, first, options) as metrics,
+            Status(first, options.steps, show if is_lead() else False) as status,
         ):
             _Loop(setup, begun, first, checkpoints, metrics, status).run()
     return setup.directory
+
+
+def _metrics(
+    directory: pathlib.Path, first: int, options: TrainConfig
+) -> contextlib.AbstractContextManager[Metrics | None]:
+    return Metrics(directory, first, dataclasses.asdict(options)) if is_lead() else contextlib.nullcontext()
 
 
 class _Loop:
     """One process's work on a run, from step `first` on."""
 
     def __init__(
-        self, setup: Setup, begun: Start, first: int, checkpoints: Checkpoints, metrics: Metrics, status: Status
+        self, setup: Setup, begun: Start, first: int, checkpoints: Checkpoints, metrics: Metrics | None, status: Status
     ):
         self.setup, self.options = setup, setup.options
         self.state, self.frozen, self.teacher = begun.state, begun.frozen, begun.teacher
@@ -104,21 +113,24 @@ class _Loop:
         self._dtype = jnp.dtype(setup.options.dtype)
         by_shape = {bucket.latent_shape: bucket for bucket in setup.buckets}
         held_out = setup.batches.validation(self.options.batch_size) if self.options.validation.every else []
-        self.validation = [(by_shape[batch.latents.shape[1:]], self._device_batch(batch)) for batch in held_out]
+        self.validation = [
+            (by_shape[batch.latents.shape[1:]], np.array(numbers), self._device_batch(batch, len(numbers)))
+            for numbers, batch in held_out
+        ]
         self.videos = self._make_videos()
 
     def run(self) -> None:
         """All steps that are left."""
         options = self.options
         self.programs.compile(self.status.say)
-        if self.videos is not None and not self.videos.has_reference and not options.from_scratch:
-            dit = (
-                self._joined(self.state.params)
-                if self.first == 0
-                else self.setup.model.load("dit", self._dtype, self.setup.dit_shardings)
-            )
+        videos = self.videos
+        if videos is not None and not options.from_scratch and lead_decides(lambda: not videos.has_reference):
+            if self.first == 0:
+                dit = self._joined(self.state.params)
+            else:
+                dit = self.setup.model.load("dit", self._dtype, self.setup.dit_shardings)
             self.status.say("sampling the dense model's validation videos, once")
-            self.videos.dense(dit)
+            videos.dense(dit)
         if self.first == 0:
             self._validate(0)
         waiting: _Pending | None = None
@@ -130,7 +142,7 @@ class _Loop:
                 if waiting is not None:
                     self._see(waiting)
                 waiting = sent
-                stop = asked.number
+                stop = asked.after(step)
                 save = step % options.checkpoint.every == 0 or step == options.steps or stop
                 look = options.validation.every and (step % options.validation.every == 0 or step == options.steps)
                 if save or look:
@@ -151,7 +163,9 @@ class _Loop:
         for number, batch in itertools.islice(microbatches, options.accumulate):
             bucket = self.setup.buckets[self.setup.batches.bucket(number)]
             regime: TrainingRegime = bucket.regimes[regime_of(bucket.regimes, options.seed, number)]
-            sums, micro = self.programs.gradient(self.state.params, self._device_batch(batch), bucket, regime, sums)
+            sums, micro = self.programs.gradient(
+                self.state.params, self._device_batch(batch, options.batch_size), bucket, regime, sums
+            )
             names.append(regime.name)
             micros.append(micro)
             tokens += options.batch_size * bucket.num_tokens
@@ -183,7 +197,7 @@ class _Loop:
         peak = self.programs.peak_flops
         if peak is not None:
             values["mfu"] = round(flops / seconds / peak, 4)
-        self.metrics.write(done.step, values)
+        self._write(done.step, values)
         self.status.step(done.step, values)
 
     def _not_finite(self, done: _Pending, micros: list[Micro]) -> str:
@@ -211,9 +225,13 @@ class _Loop:
             weights = self.state.params if self.state.ema is None else self.state.ema
             values["videos"] = self.videos.sample(self._joined(weights), step)
         if values:
-            self.metrics.write(step, {"validation": values})
+            self._write(step, {"validation": values})
             self.status.say(f"step {step}, validation: {json.dumps(values)}")
         self._clock = time.monotonic()
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, values)
 
     def _save(self, step: int) -> None:
         at, loss = self.validated or (None, None)
@@ -248,21 +266,29 @@ class _Loop:
     def _joined(self, trained: Any) -> Any:
         return self.setup.parts.join(trained, self.frozen)
 
-    def _device_batch(self, batch: Batch) -> Batch:
-        # A last batch of validation that the devices can't share out is everybody's.
-        mesh = self.setup.mesh
-        shared = len(batch.sample) % math.prod(mesh.shape[axis] for axis in BATCH) == 0
-        rows = NamedSharding(mesh, PartitionSpec(BATCH if shared else None))
-        return jax.device_put(batch._replace(sample=(np.asarray(batch.sample) % 2**32).astype(np.uint32)), rows)
+    def _device_batch(self, batch: Batch, rows: int) -> Batch:
+        batch = batch._replace(sample=(np.asarray(batch.sample) % 2**32).astype(np.uint32))
+        return put_rows(batch, self.setup.mesh, rows)
 
 
 class _Asked:
+    """Whether a signal asks the run to stop."""
+
     number: int = 0
+
+    def after(self, step: int) -> int:
+        """The signal, 0 for none. Of several processes all get it at the same step, soon after one of them was sent it."""
+        if jax.process_count() == 1:
+            return self.number
+        return int(signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else 0
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[_Asked]:
-    """Notes the first SIGTERM or SIGINT, for the step under way to end well; the second one acts as ever."""
+    """Notes the first SIGTERM or SIGINT, for the step under way to end well; the second one acts as ever.
+
+    Of several processes SIGTERM goes to JAX's runtime, which tells the others, and Ctrl-C becomes a SIGTERM.
+    """
     asked, before = _Asked(), {}
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield asked
@@ -272,8 +298,10 @@ def _signals() -> Iterator[_Asked]:
         asked.number = number
         for each, handler in before.items():
             signal.signal(each, handler)
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
         before[each] = signal.signal(each, note)
     try:
         yield asked

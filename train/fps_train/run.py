@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 from fps_jax.attention.schedule import FPSSchedule
@@ -16,6 +17,7 @@ from fps_train.config import TrainConfig
 from fps_train.state import Parts
 
 _PAGE = 4096  # bytes
+_SHARED_SECONDS = 60  # network file systems show new files late
 # May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, on what it runs.
 _FREE = {"model", "data", "output", "steps", "remat", "mesh", "schedule", "checkpoint"}
 
@@ -97,6 +99,32 @@ def check_resume(
             f"({was.optimizer.schedule}); resume it with that"
         )
     return None if base == now["model"] else base
+
+
+def run_facts(
+    options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
+) -> dict[str, Any]:
+    """What of a run's record the processes of a run have to have alike; the places where they find it may differ."""
+    base = options.init_from if options.init_from is not None else options.model
+    found = _record(options, model, parts, schedule, data, base)
+    return {
+        "the data (its fingerprint)": found["data"],
+        "the model (a hash of its files)": found["model_files"],
+        "the weights to start from (a hash of their files)": found["base_files"],
+        "the schedule": found["schedule"],
+    }
+
+
+def see_run(directory: pathlib.Path) -> None:
+    """Waits until the folder that process 0 has begun is seen here too. Raises FileNotFoundError where it never is."""
+    until = time.monotonic() + _SHARED_SECONDS
+    while not is_run(directory):
+        if time.monotonic() > until:
+            raise FileNotFoundError(
+                f"output={str(directory)!r}: the run that process 0 began is not seen from here; "
+                "give a folder that all hosts share"
+            )
+        time.sleep(0.5)
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:

@@ -24,6 +24,7 @@ from fps_jax.sizes import Shape3, video_size
 from fps_train.batches import Batches
 from fps_train.config import TrainConfig
 from fps_train.data import Data, described_data, open_data
+from fps_train.placement import process_rows, put
 from fps_train.plan import BucketPlan, bucket_grid
 from fps_train.regimes import TrainingRegime, training_regimes
 from fps_train.state import Parts, TrainState, init_state, state_shardings
@@ -77,19 +78,20 @@ def prepare(options: TrainConfig, devices: list[Any] | None = None, sizes: tuple
     model = open_model(options.model)
     data = described_data(model.config, sizes, options.validation.samples) if sizes else open_data(options.data)
     data.check(model.config)
-    batches = Batches(
-        data,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        text_dropout=options.text_dropout,
-        validation_samples=options.validation.samples,
-    )
     dit = model.config.dit
     grids = [bucket_grid(dit, bucket.latent_shape) for bucket in data.buckets]
     schedule = _schedule(options, grids)
     shifts = [_sampling_shift(options, model.config, bucket.latent_shape) for bucket in data.buckets]
     mesh = _mesh(options, dit, grids, devices)
     several = mesh if mesh.size > 1 else None
+    batches = Batches(
+        data,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        text_dropout=options.text_dropout,
+        validation_samples=options.validation.samples,
+        rows=functools.partial(process_rows, mesh),
+    )
 
     def regimes(grid: Shape3, shift: float) -> tuple[TrainingRegime, ...]:
         found = training_regimes(
@@ -158,10 +160,10 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
             teacher = jax.tree.map(jnp.copy, teacher)
     trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1))
     del params
-    frozen = jax.device_put(frozen, param_shardings(frozen, setup.mesh))
+    frozen = put(frozen, param_shardings(frozen, setup.mesh))
     make = lambda trained: init_state(trained, options.optimizer, options.steps)  # noqa: E731
     shardings = state_shardings(jax.eval_shape(make, trained), setup.mesh)
-    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(jax.device_put(trained, shardings.params))
+    state = jax.jit(make, out_shardings=shardings, donate_argnums=0)(put(trained, shardings.params))
     return Start(state, frozen, teacher)
 
 

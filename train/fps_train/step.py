@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
@@ -157,6 +157,8 @@ def update(
     if mesh is not None:
         kept = jax.lax.with_sharding_constraint(kept, state_shardings(kept, mesh))
     seen = Seen(optax.tree.norm(grads), learning_rate(options, num_steps, state.step), finite, not_finite)
+    if mesh is not None:  # so that every process can read it
+        seen = jax.lax.with_sharding_constraint(seen, NamedSharding(mesh, PartitionSpec()))
     return kept, seen
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.attention.sharded import on_mesh
@@ -23,6 +24,7 @@ from fps_jax.models.vae import decode
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
+from fps_train.agreement import is_lead
 from fps_train.batch import Batch
 from fps_train.config import ValidationOptions
 from fps_train.data import ValidationPrompt
@@ -35,19 +37,20 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly, howe
 def validation_loss(
     trained: Params,
     frozen: Params,
-    batches: list[tuple[BucketPlan, Batch]],
+    batches: list[tuple[BucketPlan, np.ndarray, Batch]],
     *,
     options: StepOptions,
 ) -> dict[str, float]:
     """Mean unweighted loss of held-out samples, for each regime and over t's distribution ('mean').
 
+    batches: with the numbers of their samples.
     The noise levels of all samples are spread evenly over a regime's quantiles. A sample's level and noise are functions of its
     number: the same at every call, and in batches of any size.
     """
     sums: dict[str, list[tuple[float, float]]] = {}
-    for bucket, batch in batches:
-        size = len(batch.sample)
-        uniform = (np.asarray(batch.sample, np.float64) + 0.5) * _GOLDEN % 1
+    for bucket, numbers, batch in batches:
+        size = len(numbers)
+        uniform = (numbers.astype(np.float64) + 0.5) * _GOLDEN % 1
         for regime in bucket.regimes:
             interval = Interval(jnp.float32(regime.low), jnp.float32(regime.high))
             losses = evaluate(
@@ -103,21 +106,29 @@ class Videos:
 
     def dense(self, params: Params) -> None:
         """The reference: the dense model's videos, to be sampled once and kept. params: what `dit` takes."""
-        for i, video in enumerate(self._sample(params, None)):
-            self._write(self.directory / "dense", i, video)
+        vae = self._vae()  # by all processes, as orbax waits for all that read
+        for i, latents in enumerate(self._sample(params, None)):
+            if is_lead():
+                self._write(self.directory / "dense", i, self._decode(vae, latents))
 
     def sample(self, params: Params, step: int) -> dict[str, float]:
-        """The videos of this step, written; mean PSNR in dB of frames and prompts against the dense ones, where there are any."""
-        values = []
-        for i, video in enumerate(self._sample(params, self._schedule)):
+        """The videos of this step, written; mean PSNR in dB of frames and prompts against the dense ones, where there are any.
+
+        All processes of a run sample; process 0 decodes, writes and compares.
+        """
+        values, vae = [], self._vae()
+        for i, latents in enumerate(self._sample(params, self._schedule)):
+            if not is_lead():
+                continue
+            video = self._decode(vae, latents)
             self._write(self.directory / f"step_{step:08d}", i, video)
             if self._reference(i).exists():
                 reference = np.load(self._reference(i), allow_pickle=False)
                 values.append(float(np.mean(np.minimum(psnr(video, reference), 100.0))))  # 100 dB: equal
         return {"psnr": float(np.mean(values))} if values else {}
 
-    def _sample(self, params: Params, schedule: FPSSchedule | None) -> Iterator[UInt8[np.ndarray, "F H W 3"]]:
-        vae, layers = self._vae(), self.config.dit.num_layers
+    def _sample(self, params: Params, schedule: FPSSchedule | None) -> Iterator[Float[np.ndarray, "1 Z F H W"]]:
+        layers = self.config.dit.num_layers
         params = cast_params(params, self._dtype)
         for i, prompt in enumerate(self.prompts):
             bucket = self._buckets.get(prompt.latent_shape, next(iter(self._buckets.values())))
@@ -141,8 +152,11 @@ class Videos:
                 dtype=self._dtype,
                 segments=segments,
             )
-            video = decode(self.config.vae, vae, jnp.asarray(np.asarray(latents)))[0]  # the VAE is one device's
-            yield np.rint(np.clip(video * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+            yield np.asarray(latents) if latents.is_fully_addressable else process_allgather(latents, tiled=True)
+
+    def _decode(self, vae: Params, latents: Float[np.ndarray, "1 Z F H W"]) -> UInt8[np.ndarray, "F H W 3"]:
+        video = decode(self.config.vae, vae, jnp.asarray(latents))[0]  # the VAE is one device's
+        return np.rint(np.clip(video * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
     def _reference(self, i: int) -> pathlib.Path:
         return self.directory / "dense" / f"{i}.npy"

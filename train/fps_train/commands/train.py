@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
 from fps_jax.errors import parse, run_cli
 from fps_train.config import PRESETS, TrainConfig
+from fps_train.hosts import HostOptions, leave, peers, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +32,14 @@ class Train(TrainConfig):
     Needs the offline-gpu extra."""
     plan_sizes: tuple[str, ...] = ()
     """With --plan, sizes of videos, 480x832x81 say, in place of --data."""
+    hosts: HostOptions = field(default_factory=HostOptions)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-train."""
-    sys.exit(run_cli(_run, argv))
+    status = run_cli(_run, argv)
+    leave(status)
+    sys.exit(status)
 
 
 def _run(argv: list[str]) -> None:
@@ -60,16 +64,24 @@ def _run(argv: list[str]) -> None:
 
         print(describe(prepare(plain)))
         return
-    from fps_train.loop import Stopped, train
+    if options.hosts.several:
+        start(options.hosts)
+    from fps_train.agreement import Stopped, is_lead
+    from fps_train.loop import train
 
     try:
-        directory = train(plain, resume=options.resume)
+        with peers():
+            directory = train(plain, resume=options.resume)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if is_lead():
+            print(stopped, file=sys.stderr)
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt from None
         return
-    print(f"{directory} has all {plain.steps} steps: fps-sample {directory} --prompt ... samples it", file=sys.stderr)
+    if is_lead():
+        print(
+            f"{directory} has all {plain.steps} steps: fps-sample {directory} --prompt ... samples it", file=sys.stderr
+        )
 
 
 def _take(argv: list[str], name: str) -> tuple[list[str], str | None]:

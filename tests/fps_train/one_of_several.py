@@ -1,0 +1,53 @@
+"""fps-train as a process of its own, which also says a hash of each state that it saves and restores, and what it reads."""
+
+import functools
+import hashlib
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+
+from fps_train.batches import Batches
+from fps_train.checkpoints import Checkpoints
+
+
+def state_hash(state) -> str:
+    """Of every bit of a state, wherever its shards lie."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        whole = np.asarray(leaf) if leaf.is_fully_addressable else process_allgather(leaf, tiled=True)
+        digest.update(np.ascontiguousarray(whole).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tell(monkeypatch_into, say) -> None:
+    """Has `say("saved" or "restored", step, hash)` and `say("read", microbatch, rows)` called. monkeypatch_into: as setattr."""
+    save, restore, read = Checkpoints.save, Checkpoints.restore, Batches.at
+
+    @functools.wraps(save)
+    def told_save(self, state, notes, validation):
+        say("saved", notes["step"], state_hash(state))
+        save(self, state, notes, validation)
+
+    @functools.wraps(restore)
+    def told_restore(self, like, step):
+        restored = restore(self, like, step)
+        say("restored", step, state_hash(restored.state))
+        return restored
+
+    @functools.wraps(read)
+    def told_read(self, i):
+        batch = read(self, i)
+        say("read", i, len(batch.sample))
+        return batch
+
+    monkeypatch_into(Batches, "at", told_read)
+    monkeypatch_into(Checkpoints, "save", told_save)
+    monkeypatch_into(Checkpoints, "restore", told_restore)
+
+
+if __name__ == "__main__":
+    from fps_train.commands.train import main
+
+    tell(setattr, lambda *words: print(*words, flush=True))
+    main()

@@ -1,0 +1,337 @@
+"""Two processes as one run (gloo, on this machine): the numbers of one process, and how they end together.
+
+A run of two processes is asked to stop, and one process goes on from there. Another is begun by one process; two go on, until one
+of them is killed.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from fps_jax.checkpoints.runs import read_run
+from fps_jax.errors import parse
+from fps_jax.models.sharding import make_mesh
+from fps_train import agreement, hosts, loop, run
+from fps_train.commands.train import Train
+from fps_train.config import CheckpointOptions
+from fps_train.loop import train
+from fps_train.metrics import read_metrics
+from fps_train.run import run_facts
+from fps_train.setup import prepare
+from tests.fps_train.models import CONFIG
+from tests.fps_train.one_of_several import tell
+from tests.fps_train.sample_data import write_data
+
+ROOT = pathlib.Path(__file__).parents[2]
+# A machine as busy as CI's may be takes a minute to compile what takes seconds alone.
+PATIENCE = 240
+LOST = "error: another process of this run ended or can't be reached"
+
+
+class Several:
+    """Processes of one run: fps-train with these arguments each, and those that tell them of each other."""
+
+    def __init__(self, folder: pathlib.Path, *arguments: list[str], count: int = 0, timeout: int = PATIENCE):
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        paths = os.pathsep.join(str(ROOT / part) for part in ("", "train", "convert"))
+        environment = os.environ | {
+            "PYTHONPATH": paths,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.processes, self.folder = [], folder
+        for number, own in enumerate(arguments):
+            number = number if len(arguments) > 1 else count - 1  # alone, the last of `count`
+            with (folder / f"out{number}").open("wb") as out, (folder / f"err{number}").open("wb") as err:
+                command = [
+                    sys.executable, "-m", "tests.fps_train.one_of_several", *own, f"--hosts.process-id={number}",
+                    f"--hosts.coordinator-address=127.0.0.1:{port}", f"--hosts.num-processes={count or len(arguments)}",
+                    f"--hosts.timeout={timeout}",
+                ]  # fmt: skip
+                self.processes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def wait(self, seconds: float = PATIENCE) -> list[int]:
+        """Exit statuses."""
+        until = time.monotonic() + seconds
+        return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
+
+    def until_step(self, run: pathlib.Path, step: int) -> None:
+        """Waits until the run has done that step."""
+        until = time.monotonic() + PATIENCE
+        while max(steps(run), default=0) < step:
+            assert all(p.poll() is None for p in self.processes), self.said()
+            assert time.monotonic() < until, self.said()
+            time.sleep(0.1)
+
+    def said(self) -> list[str]:
+        """What each wrote to stderr."""
+        time.sleep(0.3)  # the last words come through a process of their own
+        return [file.read_text() for file in sorted(self.folder.glob("err*"))]
+
+    def told(self) -> dict[tuple[str, int], set[str]]:
+        """What `one_of_several` says, of all processes."""
+        found: dict[tuple[str, int], set[str]] = {}
+        for file in self.folder.glob("out*"):
+            for what, step, value in re.findall(r"^(saved|restored|read) (\d+) (\w+)$", file.read_text(), re.MULTILINE):
+                found.setdefault((what, int(step)), set()).add(value)
+        return found
+
+
+def steps(run: pathlib.Path) -> dict[int, dict]:
+    """The lines of a run's steps, as far as they are written."""
+    file = pathlib.Path(run) / "metrics.jsonl"
+    whole = file.exists() and file.read_bytes().endswith(b"\n")
+    return {line["step"]: line for line in read_metrics(file) if "loss" in line} if whole else {}
+
+
+def validation(run: pathlib.Path) -> dict[int, float]:
+    lines = [line for line in read_metrics(pathlib.Path(run) / "metrics.jsonl") if "validation" in line]
+    return {line["step"]: line["validation"]["raw"]["mean"] for line in lines}
+
+
+@pytest.fixture
+def shared(options, tmp_path):
+    """A long run on four devices."""
+    data = write_data(
+        tmp_path / "samples", {"64x64x5": 12}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim, prompts=True
+    )
+    return dataclasses.replace(
+        options, data=str(data), mesh="fsdp=4", batch_size=4, accumulate=1, attention="dense", schedule=None, steps=100_000,
+        validation=dataclasses.replace(options.validation, every=2, samples=4),
+        checkpoint=CheckpointOptions(every=100_000, keep=3, best=0),
+    )  # fmt: skip
+
+
+def words(options, folder, *more: str) -> list[str]:
+    options.save(folder / "config.toml")
+    return ["--config", str(folder / "config.toml"), *more]
+
+
+@pytest.mark.multiprocess
+def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypatch):
+    """Losses, norms and validation are one process's to 1e-6 (gloo sums in another order), states are restored bit for bit."""
+    told: list[tuple[str, int, str]] = []
+    tell(monkeypatch.setattr, lambda *words: told.append(words))
+
+    # One process, three steps.
+    alone = dataclasses.replace(shared, output=str(tmp_path / "alone"), steps=3)
+    train(alone, show=False)
+    ((_, saved, saved_hash),) = [words for words in told if words[0] == "saved"]
+
+    # Two processes from the start, which sample videos too; one of them is asked to stop.
+    mine = words(
+        shared, tmp_path, "--validation.videos", "1", "--validation.video-every", "4", "--validation.steps", "1"
+    )
+    with Several(tmp_path / "first", mine, mine) as two:
+        two.until_step(tmp_path / "run", 5)
+        two.processes[1].send_signal(signal.SIGTERM)
+        assert two.wait() == [0, 0], two.said()
+        lead, other = two.said()
+        first = two.told()
+    (stopped,) = read_run(tmp_path / "run").steps()
+    assert f"stopped by signal 15 after step {stopped}, which is saved; --resume goes on from there" in lead
+    assert other == ""  # process 0 speaks for all
+    assert {file.name for file in (tmp_path / "run" / "validation").iterdir()} >= {"dense", "step_00000004"}
+    assert first["read", 0] == {"2"}  # rows of a microbatch of four
+    together, one = steps(tmp_path / "run"), steps(tmp_path / "alone")
+    assert list(together) == list(range(1, stopped + 1))
+    for step in (1, 2, 3):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(together[step][name], one[step][name], rtol=1e-6, err_msg=name)
+    for step in (0, 2):
+        got, want = validation(tmp_path / "run")[step], validation(tmp_path / "alone")[step]
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+    # One process goes on from what two saved.
+    told.clear()
+    train(dataclasses.replace(shared, steps=stopped + 1), resume=True, show=False)
+    assert [words for words in told if words[0] == "restored"] == [("restored", stopped, *first["saved", stopped])]
+
+    # Two go on from what one saved, until one of them is killed.
+    go_on = words(dataclasses.replace(alone, steps=100_000), tmp_path, "--resume")
+    with Several(tmp_path / "second", go_on, go_on) as two:
+        two.until_step(tmp_path / "alone", stopped + 1)
+        two.processes[1].kill()
+        began = time.monotonic()
+        status = two.processes[0].wait(60)
+        assert time.monotonic() - began <= 30
+        assert status not in (0, None)
+        lead, _ = two.said()
+        assert two.told()["restored", saved] == {saved_hash}
+    assert lead.splitlines()[-1].startswith(LOST)
+    assert lead.count("error") == 1, lead
+    assert "stack trace" not in lead
+    # The same samples in both runs, whoever took them.
+    for step in range(4, stopped + 2):
+        got, want = steps(tmp_path / "alone")[step]["loss"], steps(tmp_path / "run")[step]["loss"]
+        np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+@pytest.mark.multiprocess
+def test_what_can_not_begin_is_said_before_the_first_step(shared, tmp_path):
+    """Processes that disagree, and one that is alone: a line each, status 2, no folder begun."""
+    mine, other = words(shared, tmp_path), words(shared, tmp_path, "--optimizer.b2", "0.99")
+    with Several(tmp_path / "disagree", mine, other) as two:
+        assert two.wait() == [2, 2], two.said()
+        for said in two.said():
+            assert said.splitlines() == [
+                "error: processes disagree on optimizer.b2: 0.999 on process 0, 0.99 on process 1; start all of them with the "
+                "same options, code and files"
+            ]
+    with Several(tmp_path / "unreachable", mine, count=2, timeout=3) as one:
+        assert one.wait() == [2]
+        (said,) = one.said()
+        assert re.fullmatch(
+            r"error: process 1 of 2 waited 3 s: found no coordinator at 127.0.0.1:\d+ with all .*\n", said
+        )
+    assert not pathlib.Path(shared.output).exists()
+
+
+def test_ctrl_c_in_one_of_several_processes_is_a_sigterm_to_the_runtime(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with loop._signals():
+            signal.raise_signal(signal.SIGINT)
+            assert seen == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This process is the second of two; what the first says is put into the list."""
+    first: list[dict] = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement, "_exchange", lambda said: [first[0], json.loads(json.dumps(said))])
+    return first
+
+
+def test_what_only_some_processes_see_is_said_by_all(two_processes, tmp_path):
+    def missing():
+        raise FileNotFoundError(2, "No such file or directory", "/data/samples")
+
+    two_processes.append({"facts": {}})
+    with pytest.raises(FileNotFoundError):  # where it is missing
+        agreement.together(missing)
+    two_processes[0] = {"error": "data '/data/samples' doesn't exist"}
+    with pytest.raises(ValueError, match=r"^process 0 of 2: data '/data/samples' doesn't exist$"):
+        agreement.together(lambda: 1)
+    two_processes[0] = {"facts": {"seed": 0, "the data (its fingerprint)": "a"}}
+    with pytest.raises(
+        ValueError, match=r"processes disagree on the data \(its fingerprint\): 'a' on process 0, 'b' on"
+    ):
+        agreement.together(lambda: 1, lambda _: {"seed": 0, "the data (its fingerprint)": "b"})
+    assert agreement.together(lambda: 1, lambda _: {"seed": 0, "the data (its fingerprint)": "a"}) == 1
+
+
+def test_a_run_s_facts_are_its_options_its_code_and_its_files(options):
+    found = agreement.option_facts(options)
+    assert {"seed", "optimizer.b2", "validation.every", "the versions of code"} <= set(found)
+    assert not {"data", "output"} & set(found)  # paths
+    setup = prepare(options)
+    record = (options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
+    json.dumps(found | run_facts(*record))
+    assert run_facts(*record)["the data (its fingerprint)"] == setup.data.fingerprint
+
+
+def test_a_folder_that_only_process_0_sees_is_no_folder_for_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_SHARED_SECONDS", 0)
+    with pytest.raises(
+        FileNotFoundError, match="the run that process 0 began is not seen from here; give a folder that all"
+    ):
+        run.see_run(tmp_path)
+
+
+def test_of_xla_s_report_of_a_lost_peer_one_line_is_left(tmp_path):
+    source = tmp_path / "said"
+    told = b"step 1 of 2\nF1127 21:07:16.396347 9577 client.h:86] Terminating process because the JAX distributed service detected fatal errors.\n*** Check failure stack trace: ***\n    @ 0x7f05be13d7d4\n"  # noqa: E501
+
+    def filtered(text: bytes) -> list[str]:
+        source.write_bytes(text)
+        with (tmp_path / "left").open("w+b") as left:
+            hosts._filter(os.open(source, os.O_RDONLY), left.fileno())
+            left.seek(0)
+            return left.read().decode().splitlines()
+
+    assert filtered(told)[0] == "step 1 of 2"
+    assert [line.startswith(LOST) for line in filtered(told)] == [False, True]
+    assert len(filtered(f"{LOST}, {hosts._LOST}\n".encode() + told)) == 2  # this process said so itself already
+    other = b"F1127 21:07:16.396347 9577 other.cc:1] Check failed\n*** stack trace ***\n"
+    assert filtered(other) == other.decode().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_processes": 2, "process_id": 0}, "hosts.coordinator_address is missing; give all of"),
+        ({"num_processes": 2, "process_id": 2, "coordinator_address": "a:1"}, "hosts.process_id=2 is not in 0 to 1"),
+        (
+            {"num_processes": 0, "process_id": 0, "coordinator_address": "a:1"},
+            "hosts.num_processes=0 is not a number of 1 or",
+        ),
+        ({"num_processes": 2, "process_id": 0, "coordinator_address": "a"}, "coordinator_address='a' is not HOST:PORT"),
+        ({"detect": True, "process_id": 0}, "hosts.detect finds coordinator_address, num_processes and process_id"),
+        ({"detect": True, "timeout": 0}, "hosts.timeout=0 is not a number of seconds"),
+    ],
+)
+def test_options_of_hosts_that_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.HostOptions(**given)
+
+
+def test_the_page_s_scripts_give_options_that_there_are():
+    page = (ROOT / "docs" / "cluster.md").read_text().split("## Several hosts")[1].replace("\\\n", " ")
+    page = page.replace("$JOB_COMPLETION_INDEX", "1").replace("$RESUME", "--resume").replace("$RUN", "/runs/fps")
+    lines = re.findall(r"fps-train (/shared/.*)", page)
+    found = [parse(Train, shlex.split(line), prog="fps-train", default=Train()) for line in lines]
+    slurm, kubernetes = (options.hosts for options in found)
+    assert slurm == hosts.HostOptions(detect=True)
+    assert (kubernetes.num_processes, kubernetes.process_id) == (2, 1)
+    assert {options.mesh for options in found} == {"fsdp=4,context=4"}
+    assert all(options.resume for options in found)
+
+
+def test_devices_that_stay_idle_in_another_process_are_no_mesh(monkeypatch):
+    class Device(NamedTuple):
+        process_index: int
+        id: int
+
+    there = [Device(p, 2048 * p + i) for p in (1, 0) for i in range(2)]
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    with pytest.raises(
+        ValueError, match="mesh='fsdp=2' takes 2 devices and there are 4 in 2 processes; fsdp=4 takes all of"
+    ):
+        make_mesh({"fsdp": 2})

@@ -1,0 +1,195 @@
+"""Several processes as one run, on one host or on many: how they find each other, and how they end.
+
+JAX's own runtime does the work: its coordination service, which process 0 holds, lets the others in, sees who dies, and agrees on
+the step at which a run that is asked to stop is saved. jax is imported when `start` is called.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end
+_GRACE = 60  # seconds that jax would go on trying after `timeout`, when we have given up already
+_LAST = 3  # seconds that process 0 stays after an error: whoever has the same one should say that, not that process 0 is gone
+_LOST = "another process of this run ended or can't be reached, see its own output; --resume goes on from the newest checkpoint"
+# What XLA writes, with a stack trace, before it aborts because the coordination service said so.
+_FATAL = re.compile(rb"^F\d{4} .*distributed service detected fatal errors")
+# What a collective says that lost a peer.
+_BROKEN = re.compile(r"gloo|nccl|connection closed|connection reset|coordination service|UNAVAILABLE", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostOptions:
+    """One of several processes that train one run together, on one host or many. Start each with the same other options."""
+
+    detect: bool = False
+    """Let JAX find coordinator, number and id: from Slurm, Open MPI, or Kubernetes (with the kubernetes package)."""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, the port a free one, where the others can reach it."""
+    num_processes: int | None = None
+    """Processes in all."""
+    process_id: int | None = None
+    """Number of this one, from 0."""
+    timeout: int = 300
+    """Seconds that a process waits at its start until all are there."""
+
+    def __post_init__(self):
+        given = {
+            "coordinator_address": self.coordinator_address,
+            "num_processes": self.num_processes,
+            "process_id": self.process_id,
+        }
+        missing = [name for name, value in given.items() if value is None]
+        if self.detect and len(missing) < 3:
+            raise ValueError(
+                "hosts.detect finds coordinator_address, num_processes and process_id; leave those or it out"
+            )
+        if 0 < len(missing) < 3:
+            raise ValueError(
+                f"hosts.{missing[0]} is missing; give all of coordinator_address, num_processes, process_id, or hosts.detect"
+            )
+        if self.timeout < 1:
+            raise ValueError(f"hosts.timeout={self.timeout} is not a number of seconds; 300 is the default")
+        if self.num_processes is None or self.process_id is None or self.coordinator_address is None:
+            return
+        if self.num_processes < 1:
+            raise ValueError(f"hosts.num_processes={self.num_processes} is not a number of 1 or more")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"hosts.process_id={self.process_id} is not in 0 to {self.num_processes - 1}")
+        host, _, port = self.coordinator_address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(
+                f"hosts.coordinator_address={self.coordinator_address!r} is not HOST:PORT, 10.0.0.1:55527 say"
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether the run is shared at all."""
+        return self.detect or self.num_processes is not None
+
+
+def start(options: HostOptions) -> None:
+    """Joins the others, before anything else is asked of jax.
+
+    Raises: ValueError where nothing tells who the others are. Ends the process, with one line and status 2, where not all of them
+      are there after `options.timeout` seconds.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of what XLA itself says of a lost peer, one line is ours
+    _one_line_for_fatal()
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # GPUs have NCCL
+    number, count = options.process_id, options.num_processes
+    who = "" if number is None else f"process {number} of {count} "
+    where = "" if options.coordinator_address is None else f" at {options.coordinator_address}"
+
+    def give_up():
+        if number == 0:
+            why = f"not all of the other {(count or 1) - 1} came to it{where}"
+        else:
+            why = f"found no coordinator{where} with all processes; that is process 0, its port must be open to the others"
+        _exit(f"{who}waited {options.timeout} s: {why}")
+
+    # jax's own end of the wait is an abort, which no caller can catch.
+    timer = threading.Timer(options.timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            options.coordinator_address,
+            count,
+            number,
+            cluster_detection_method=None if options.detect else "deactivate",
+            initialization_timeout=options.timeout + _GRACE,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        if options.detect and isinstance(error, ValueError):
+            raise ValueError(
+                f"hosts.detect found no Slurm step, Open MPI or Kubernetes job ({first}); start with srun or mpirun, or give "
+                "--hosts.coordinator-address, --hosts.num-processes and --hosts.process-id"
+            ) from None
+        raise ValueError(f"{who}can't join the others{where}: {first}") from None
+    finally:
+        timer.cancel()
+    sizes = {device.process_index: 0 for device in jax.devices()}
+    for device in jax.devices():
+        sizes[device.process_index] += 1
+    if len(set(sizes.values())) > 1:
+        each = ", ".join(f"process {i} has {size}" for i, size in sorted(sizes.items()))
+        raise ValueError(f"processes have different numbers of devices ({each}); give all the same")
+
+
+def leave(status: int) -> None:
+    """Ends this process's part. With another status than 0 it ends the process: the others see that, and end too."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return
+    if status:
+        if jax.process_index() == 0:
+            time.sleep(_LAST)
+        _exit(None, status)
+    jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def peers() -> Iterator[None]:
+    """Raises ConnectionError, in one line, where a collective in the block lost a peer."""
+    import jax
+
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+        if jax.process_count() == 1 or not _BROKEN.search(str(error)):
+            raise
+        raise ConnectionError(_LOST) from error
+
+
+def _exit(line: str | None, status: int = 2) -> None:
+    """At once: an ordinary end would wait for the others."""
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)
+
+
+def _one_line_for_fatal() -> None:
+    """From here on stderr goes through a process of its own, which says `_LOST` for XLA's report of a lost peer.
+
+    XLA aborts in a thread of its own: nothing in this process can say anything any more then.
+    """
+    read, write = os.pipe()
+    child = os.fork()  # no thread has been started yet
+    if child:
+        os.close(read)
+        os.dup2(write, 2)
+        os.close(write)
+        return
+    with contextlib.suppress(BaseException):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the last words are still to come
+        os.close(write)
+        _filter(read, 2)
+    os._exit(0)
+
+
+def _filter(source: int, target: int) -> None:
+    """Copies lines; of XLA's report of a lost peer and what follows only `_LOST`, and that once."""
+    fatal = told = False
+    with os.fdopen(source, "rb") as lines:
+        for line in lines:
+            fatal = fatal or _FATAL.search(line) is not None
+            told = told or _LOST.encode() in line
+            if not fatal:
+                os.write(target, line)
+    if fatal and not told:
+        os.write(target, f"error: {_LOST}\n".encode())
