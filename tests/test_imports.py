@@ -75,15 +75,15 @@ ROOMS = {
     "fps_jax": Room(inside="fps_jax.causal fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
     "fps_train.config": Room(LEAVES, inside="tomli_w"),
     "fps_train.vae_options": Room(),
-    "fps_train.hosts": Room(inside="jax"),
+    "fps_train.host_options": Room(),
     "fps_train": Room(
-        f"{LEAVES} fps_train.config fps_train.vae_options fps_train.hosts pallas_kernels fps_jax.media "
+        f"{LEAVES} fps_train.config fps_train.vae_options fps_train.host_options pallas_kernels fps_jax.media "
         "fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling fps_jax.evaluation",
         f"{ARRAYS} optax scipy",
         inside="fps_jax PIL array_record av orbax safetensors tensorboardX tomli_w tqdm wandb",
     ),
     "fps_train.commands": Room(
-        f"{LEAVES} fps_train.config fps_train.vae_options fps_train.hosts",
+        f"{LEAVES} fps_train.config fps_train.vae_options fps_train.host_options",
         "tyro",
         inside="fps_train fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
         "fps_jax.evaluation jax numpy",

@@ -28,6 +28,7 @@ from fps_jax.models.sharding import make_mesh
 from fps_train import agreement, hosts, loop, run
 from fps_train.commands.train import Train
 from fps_train.config import CheckpointOptions
+from fps_train.host_options import HostOptions
 from fps_train.loop import train
 from fps_train.metrics import read_metrics
 from fps_train.run import run_facts
@@ -309,7 +310,7 @@ def test_of_xla_s_report_of_a_lost_peer_one_line_is_left(tmp_path):
 )
 def test_options_of_hosts_that_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
-        hosts.HostOptions(**given)
+        HostOptions(**given)
 
 
 def test_the_page_s_scripts_give_options_that_there_are():
@@ -318,7 +319,7 @@ def test_the_page_s_scripts_give_options_that_there_are():
     lines = re.findall(r"fps-train (/shared/.*)", page)
     found = [parse(Train, shlex.split(line), prog="fps-train", default=Train()) for line in lines]
     slurm, kubernetes = (options.hosts for options in found)
-    assert slurm == hosts.HostOptions(detect=True)
+    assert slurm == HostOptions(detect=True)
     assert (kubernetes.num_processes, kubernetes.process_id) == (2, 1)
     assert {options.mesh for options in found} == {"fsdp=4,context=4"}
     assert all(options.resume for options in found)

@@ -11,7 +11,7 @@ import tyro
 
 from fps_jax.errors import parse, run_cli
 from fps_train.config import PRESETS, TrainConfig
-from fps_train.hosts import HostOptions, leave, peers, start
+from fps_train.host_options import HostOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Train(TrainConfig):
 def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-train."""
     status = run_cli(_run, argv)
+    from fps_train.hosts import leave
+
     leave(status)
     sys.exit(status)
 
@@ -64,6 +66,8 @@ def _run(argv: list[str]) -> None:
 
         print(describe(prepare(plain)))
         return
+    from fps_train.hosts import peers, start
+
     if options.hosts.several:
         start(options.hosts)
     from fps_train.agreement import Stopped, is_lead
