@@ -38,8 +38,8 @@ from tests.fps_train.one_of_several import tell
 from tests.fps_train.sample_data import write_data
 
 ROOT = pathlib.Path(__file__).parents[2]
-# A machine as busy as CI's may be takes a minute to compile what takes seconds alone.
-PATIENCE = 240
+# Seconds. A busy machine takes minutes to compile what takes seconds alone.
+PATIENCE = 600
 LOST = "error: another process of this run ended or can't be reached"
 
 
@@ -111,8 +111,9 @@ class Several:
 def steps(run: pathlib.Path) -> dict[int, dict]:
     """The lines of a run's steps, as far as they are written."""
     file = pathlib.Path(run) / "metrics.jsonl"
-    whole = file.exists() and file.read_bytes().endswith(b"\n")
-    return {line["step"]: line for line in read_metrics(file) if "loss" in line} if whole else {}
+    content = file.read_text() if file.exists() else ""
+    lines = map(json.loads, content[: content.rfind("\n") + 1].splitlines())
+    return {line["step"]: line for line in lines if "loss" in line}
 
 
 def validation(run: pathlib.Path) -> dict[int, float]:
@@ -123,9 +124,7 @@ def validation(run: pathlib.Path) -> dict[int, float]:
 @pytest.fixture
 def shared(options, tmp_path):
     """A long run on four devices."""
-    data = write_data(
-        tmp_path / "samples", {"64x64x5": 12}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim, prompts=True
-    )
+    data = write_data(tmp_path / "samples", {"64x64x5": 12}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim)
     return dataclasses.replace(
         options, data=str(data), mesh="fsdp=4", batch_size=4, accumulate=1, attention="dense", schedule=None, steps=100_000,
         validation=dataclasses.replace(options.validation, every=2, samples=4),
@@ -149,12 +148,10 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
     train(alone, show=False)
     ((_, saved, saved_hash),) = [words for words in told if words[0] == "saved"]
 
-    # Two processes from the start, which sample videos too; one of them is asked to stop.
-    mine = words(
-        shared, tmp_path, "--validation.videos", "1", "--validation.video-every", "4", "--validation.steps", "1"
-    )
+    # Two processes from the start; one of them is asked to stop.
+    mine = words(shared, tmp_path)
     with Several(tmp_path / "first", mine, mine) as two:
-        two.until_step(tmp_path / "run", 5)
+        two.until_step(tmp_path / "run", 4)
         two.processes[1].send_signal(signal.SIGTERM)
         assert two.wait() == [0, 0], two.said()
         lead, other = two.said()
@@ -162,7 +159,6 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
     (stopped,) = read_run(tmp_path / "run").steps()
     assert f"stopped by signal 15 after step {stopped}, which is saved; --resume goes on from there" in lead
     assert other == ""  # process 0 speaks for all
-    assert {file.name for file in (tmp_path / "run" / "validation").iterdir()} >= {"dense", "step_00000004"}
     assert first["read", 0] == {"2"}  # rows of a microbatch of four
     together, one = steps(tmp_path / "run"), steps(tmp_path / "alone")
     assert list(together) == list(range(1, stopped + 1))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_train import validate
 from fps_train.config import FlowOptions, ValidationOptions
 from fps_train.data import open_data
 from fps_train.plan import BucketPlan
@@ -57,6 +58,23 @@ def test_videos_change_when_weights_do_and_only_then(tmp_path, data):
     assert {p.name for p in (folder / "step_00000002").iterdir()} == {"0.mp4", "0.png"}
     assert (folder / "step_00000001" / "0.png").read_bytes() == (folder / "dense" / "0.png").read_bytes()
     assert (folder / "step_00000002" / "0.png").read_bytes() != (folder / "dense" / "0.png").read_bytes()
+
+
+def test_of_several_processes_one_writes_and_all_read_the_vae(tmp_path, data, monkeypatch):
+    """Orbax waits for all processes when it reads: one that didn't would leave the others waiting for ever."""
+    opened, read, decoded = open_data(data), [], []
+    videos = Videos(
+        tmp_path, WAN, lambda: read.append(1) or {}, opened.validation_prompts, opened.empty_text, (), None, 3.0,
+        ValidationOptions(videos=2, steps=2), dtype="float32", fps=16,
+    )  # fmt: skip
+    monkeypatch.setattr(videos, "_sample", lambda *_: iter([np.zeros((1, *LATENTS))] * 2))
+    monkeypatch.setattr(videos, "_decode", lambda *_: decoded.append(1))
+    monkeypatch.setattr(videos, "_write", lambda *_: None)
+    for lead in (False, True):
+        monkeypatch.setattr(validate, "is_lead", lambda lead=lead: lead)
+        videos.dense({})
+        videos.sample({}, 1)
+    assert (len(read), len(decoded)) == (4, 4)
 
 
 def test_the_validation_loss_is_the_same_at_every_look_and_weighs_regimes_by_their_share(tmp_path):
