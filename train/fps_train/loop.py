@@ -18,14 +18,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fps_jax.models.dit import stage_name
-from fps_jax.models.sharding import param_shardings
 from fps_jax.sampling.pipeline import enable_compilation_cache
 from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, together
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
 from fps_train.config import TrainConfig
 from fps_train.metrics import Metrics
-from fps_train.placement import put, put_rows
+from fps_train.placement import put_rows
 from fps_train.programs import Programs
 from fps_train.regimes import TrainingRegime, regime_of
 from fps_train.run import check_new, check_resume, run_facts, see_run, start_run
