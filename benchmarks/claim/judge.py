@@ -152,8 +152,8 @@ def sample(options: Judge, facts: Sequence[world.Facts], texts: Sequence[str], p
 
 def _main(arguments: list[str]) -> None:
     options = parse(Judge, arguments, prog="python -m benchmarks.claim.judge")
+    from fps_jax.compilation import enable_compilation_cache
     from fps_jax.files import write_json
-    from fps_jax.sampling.pipeline import enable_compilation_cache
 
     enable_compilation_cache()
     facts, texts = captions(options.clips, options.seed, not options.trained)

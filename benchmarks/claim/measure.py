@@ -43,8 +43,8 @@ def _main(arguments: list[str]) -> None:
     options = parse(Measure, arguments, prog="python -m benchmarks.claim.measure")
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.checkpoints.open import open_model
+    from fps_jax.compilation import enable_compilation_cache
     from fps_jax.files import write_bytes, write_json
-    from fps_jax.sampling.pipeline import enable_compilation_cache
 
     enable_compilation_cache()
     model = open_model(options.model)

@@ -47,9 +47,9 @@ def _main(arguments: list[str]) -> None:
     import jax.numpy as jnp
 
     from fps_jax.checkpoints.open import open_model
+    from fps_jax.compilation import enable_compilation_cache
     from fps_jax.files import write_json
     from fps_jax.models.vae import decode_video, encode_moments
-    from fps_jax.sampling.pipeline import enable_compilation_cache
 
     enable_compilation_cache()
     model = open_model(options.model)

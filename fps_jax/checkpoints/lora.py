@@ -4,11 +4,15 @@ Nothing of files is here: `open.open_lora` reads one. A trainer's own adapters a
 """
 
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from fps_jax.models.params import Params, flatten, unflatten
 
 Place = tuple[str, int | None]  # a parameter's path, and its layer where it is stacked
 
@@ -101,3 +105,50 @@ def merge(values: np.ndarray, place: Place, loras: list[Scaled], dtype: Any = No
         where = place[0] if place[1] is None else f"{place[0]} of layer {place[1]}"
         raise ValueError(f"{where} has NaN or inf as {dtype} with {names} merged; use a smaller scale or another dtype")
     return merged
+
+
+class MergedLoRAs:
+    """LoRAs in the weights of a DiT on its device.
+
+    Attributes:
+      loras: those that are merged now.
+    """
+
+    def __init__(self):
+        self.loras: list[Scaled] = []
+        # What LoRAs changed, as it was before, in host memory: sums start from it, so that nothing is rounded twice.
+        self._before: dict[str, np.ndarray] = {}
+
+    def set(self, params: dict[str, Params], loras: list[Scaled]) -> None:
+        """Puts the weights of exactly these LoRAs in place of `params["dit"]`; as they were, if one of them can't be merged."""
+        leaves = dict(flatten(params["dit"]))
+        params["dit"] = {}  # so that each leaf is freed when its successor stands
+        layers = changed([*self.loras, *loras])
+        try:
+            self._put(leaves, layers, loras)
+        except BaseException:  # also an interrupted merge is none
+            self._put(leaves, layers, self.loras)
+            raise
+        finally:
+            params["dit"] = unflatten(leaves)
+        self.loras = loras
+
+    def clear(self, params: dict[str, Params]) -> None:
+        """Takes all out again, bit for bit, and forgets what was before."""
+        self.set(params, [])
+        self._before.clear()
+
+    def _put(self, leaves: dict[str, Any], layers: dict[str, list[int | None]], loras: list[Scaled]) -> None:
+        for path, numbers in layers.items():
+            if path not in self._before:
+                self._before[path] = np.asarray(leaves[path])
+            before = self._before[path]
+            merged = np.array(before)
+
+            def put(layer: int | None, path=path, before=before, merged=merged) -> None:
+                at = ... if layer is None else layer
+                merged[at] = merge(before[at], (path, layer), loras)
+
+            with ThreadPoolExecutor(4) as threads:  # NumPy lets go of the interpreter's lock
+                list(threads.map(put, numbers))
+            leaves[path] = jax.device_put(merged, leaves[path].sharding)

@@ -4,9 +4,7 @@ import dataclasses
 import logging
 import math
 import os
-import pathlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +14,14 @@ from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import save_checkpoint
-from fps_jax.checkpoints.lora import LoRA, Scaled, changed, merge
+from fps_jax.checkpoints.lora import LoRA, MergedLoRAs, Scaled
 from fps_jax.checkpoints.open import Model, open_lora, open_model, open_model_files
 from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import Dtype, OutputType, Preset, Setting, SigmaGrid, Size, Solver, check_choice
+from fps_jax.compilation import enable_compilation_cache
 from fps_jax.config import WanConfig
 from fps_jax.foreign import answer
-from fps_jax.models.params import Params, flatten, unflatten
+from fps_jax.models.params import Params
 from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.progress import Progress, progress_bar
@@ -58,7 +57,6 @@ class WanPipeline:
       dtype: compute dtype of the DiT and the text encoder.
       show_progress: a progress bar on stderr; None shows one where stderr is a terminal.
       schedule: what the checkpoint was trained with, and is sampled with unless a call says otherwise; None for dense.
-      loras: those that are merged into the DiT's weights, by `load_lora`.
     """
 
     config: WanConfig
@@ -67,9 +65,7 @@ class WanPipeline:
     dtype: Any
     show_progress: bool | None = None
     schedule: FPSSchedule | None = None
-    loras: list[Scaled] = dataclasses.field(default_factory=list)
-    # What LoRAs changed, as it was before, in host memory: sums start from it, so that nothing is rounded twice.
-    _before_loras: dict[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    _merged: MergedLoRAs = dataclasses.field(default_factory=MergedLoRAs, repr=False)
 
     @classmethod
     def from_pretrained(
@@ -145,6 +141,11 @@ class WanPipeline:
         tokenizer = self.tokenizer.source.parent
         save_checkpoint(path, self.config, self.params, tokenizer, self.schedule, overwrite=overwrite)
 
+    @property
+    def loras(self) -> list[Scaled]:
+        """Those that are merged into the DiT's weights, by `load_lora`."""
+        return self._merged.loras
+
     def load_lora(self, lora: str | os.PathLike | LoRA, scale: float = 1.0, *, partial: bool = False) -> LoRA:
         """Merge a LoRA into the DiT's weights, on top of those that are merged already.
 
@@ -161,43 +162,13 @@ class WanPipeline:
         if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
             raise ValueError(f"scale={scale!r} of a LoRA is not a finite number; 1 is what it was trained as")
         record = lora if isinstance(lora, LoRA) else open_lora(lora, self.config, partial=partial)
-        self._merge_loras([*self.loras, Scaled(record, float(scale))])
+        self._merged.set(self.params, [*self.loras, Scaled(record, float(scale))])
         log.info("%s at scale %g", record.summary, scale)
         return record
 
     def unload_lora(self) -> None:
         """Take all LoRAs out again: the weights are bit for bit those that were loaded."""
-        self._merge_loras([])
-        self._before_loras.clear()
-
-    def _merge_loras(self, loras: list[Scaled]) -> None:
-        """The weights of exactly these LoRAs in place of what is merged now; as it was, if one of them can't be merged."""
-        leaves = dict(flatten(self.params["dit"]))
-        self.params["dit"] = {}  # so that each leaf is freed when its successor stands
-        layers = changed([*self.loras, *loras])
-        try:
-            self._put_merged(leaves, layers, loras)
-        except BaseException:  # also an interrupted merge is none
-            self._put_merged(leaves, layers, self.loras)
-            raise
-        finally:
-            self.params["dit"] = unflatten(leaves)
-        self.loras = loras
-
-    def _put_merged(self, leaves: dict[str, Any], layers: dict[str, list[int | None]], loras: list[Scaled]) -> None:
-        for path, numbers in layers.items():
-            if path not in self._before_loras:
-                self._before_loras[path] = np.asarray(leaves[path])
-            before = self._before_loras[path]
-            merged = np.array(before)
-
-            def put(layer: int | None, path=path, before=before, merged=merged) -> None:
-                at = ... if layer is None else layer
-                merged[at] = merge(before[at], (path, layer), loras)
-
-            with ThreadPoolExecutor(4) as threads:  # NumPy lets go of the interpreter's lock
-                list(threads.map(put, numbers))
-            leaves[path] = jax.device_put(merged, leaves[path].sharding)
+        self._merged.clear(self.params)
 
     def __call__(
         self,
@@ -440,10 +411,3 @@ def _to_pil(video: np.ndarray) -> list[list[Any]]:
     from PIL import Image
 
     return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
-
-
-def enable_compilation_cache() -> None:
-    """Keep compiled programs in ~/.cache/fps_jax/xla, unless JAX was already told where (or not) to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "fps_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))

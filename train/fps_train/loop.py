@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fps_jax.compilation import enable_compilation_cache
 from fps_jax.models.dit import stage_name
-from fps_jax.sampling.pipeline import enable_compilation_cache
 from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, together
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints

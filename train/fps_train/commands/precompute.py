@@ -96,7 +96,7 @@ def _precompute(options: Precompute) -> None:
     for name, least, most in (("fps", 1, 240), ("min_frames", 1, 100_000), ("shard_mib", 1, 100_000)):
         if not least <= getattr(options, name) <= most:
             raise ValueError(f"{name}={getattr(options, name)} is not in {least} to {most}")
-    from fps_jax.sampling.pipeline import enable_compilation_cache
+    from fps_jax.compilation import enable_compilation_cache
     from fps_jax.sizes import check_frame
     from fps_train.precompute.buckets import Size
     from fps_train.precompute.run import Recipe, precompute
@@ -148,7 +148,7 @@ def _check(options: Precompute) -> None:
             raise FileNotFoundError(
                 f"contact_sheet: folder {str(options.contact_sheet.absolute().parent)!r} doesn't exist"
             )
-    from fps_jax.sampling.pipeline import enable_compilation_cache
+    from fps_jax.compilation import enable_compilation_cache
     from fps_train.precompute.check import check, contact_sheet
 
     enable_compilation_cache()

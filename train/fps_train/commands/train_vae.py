@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
 def _train(given: TrainVAE) -> None:
     _check_sizes(given)
     _check_output(given)
-    from fps_jax.sampling.pipeline import enable_compilation_cache
+    from fps_jax.compilation import enable_compilation_cache
     from fps_train import vae
     from fps_train.precompute.buckets import Size
     from fps_train.precompute.memory import load_stretches
