@@ -19,13 +19,16 @@ def over_density(rows: dict[str, Any], path: pathlib.Path) -> None:
         ax = axes[0, 0]
         for number, (letter, row) in enumerate(rows.items()):
             right, (low, high) = row["whole"]["right"], row["whole"]["interval"]
-            spread = 0.012 * (number - len(rows) / 2)  # rows of equal density side by side
+            equal = [other for other in rows if rows[other]["density"] == row["density"]]
+            at = row["density"] + 0.012 * (equal.index(letter) - (len(equal) - 1) / 2)  # those side by side
+            color = COLORS[number % len(COLORS)]
             ax.errorbar(
-                row["density"] + spread, right, [[right - low], [high - right]], fmt="o", capsize=3,
-                color=COLORS[number % len(COLORS)], label=f"{letter}  {row['words']}",
+                at, right, [[right - low], [high - right]], fmt="o", capsize=3, color=color,
+                label=f"{letter}  {row['words']}",
             )  # fmt: skip
-        ax.set(xlabel="density: share of token pairs kept", ylabel="whole clips right", ylim=(0, 1.02))
-        ax.legend(loc="lower right")
+            ax.annotate(letter, (at, high), (0, 3), textcoords="offset points", ha="center", color=color)
+        ax.set(xlabel="density: share of token pairs kept", ylabel="whole clips right", ylim=(0, 1.05))
+        ax.legend(loc="lower center")
         save_png(drawing, path)
 
 

@@ -129,12 +129,13 @@ def _validated(line: dict[str, Any]) -> float:
 
 
 def hours(folder: pathlib.Path) -> dict[str, float]:
-    """Hours of training of each run, as its metrics say."""
+    """Hours of training of each run, as its metrics say; nothing of those whose metrics don't."""
     found = {}
     for file in sorted(folder.glob("*/metrics.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         seconds = sum(line["seconds"] for line in lines if "seconds" in line)
-        found[file.parent.name] = round(seconds / 3600, 3)
+        if seconds:
+            found[file.parent.name] = round(seconds / 3600, 3)
     return found
 
 
