@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from fps_train.batches import Batches
 from fps_train.config import LoraOptions, TrainConfig
 from fps_train.loop import train
 from fps_train.metrics import Metrics, read_metrics
+from fps_train.run import check_resume, start_run
+from fps_train.setup import prepare
 from tests.fps_train import sample_data
 from tests.fps_train.conftest import WAN
 from tests.fps_train.models import CONFIG
@@ -306,6 +309,17 @@ def test_a_run_that_is_complete_says_so(uninterrupted, options, capsys):
     assert train(again, resume=True) == uninterrupted
     assert "has all 6 steps already; give more --steps to go on" in capsys.readouterr().err
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_of_a_model_that_lies_elsewhere_now_goes_on(options, model, tmp_path):
+    """As on another host, or after it was moved: weights are known by their files, and there are none to start from but its own."""
+    before = tmp_path / "before"
+    shutil.copytree(model, before)
+    setup = prepare(dataclasses.replace(options, model=str(before)))
+    start_run(setup.directory, setup.options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
+    shutil.rmtree(before)
+    now = prepare(options)
+    assert check_resume(now.directory, options, now.model, now.parts, now.schedule, now.data.fingerprint) is None
 
 
 def test_another_method_or_data_is_no_resumption(uninterrupted, options, tmp_path, monkeypatch):

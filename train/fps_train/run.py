@@ -63,12 +63,13 @@ def check_resume(
     before = json.loads((directory / "run.json").read_bytes())
     if before.get("version") != VERSION:
         raise ValueError(f"{directory} is a run of version {before.get('version')!r}, this release continues {VERSION}")
-    base = before.get("base")
-    now = json.loads(json.dumps(_record(options, model, parts, schedule, data, base)))
+    # By what the run says of itself, which is the same for all processes; where the model lies may not be.
+    base = None if before.get("base") == before.get("model") else before["base"]
+    now = json.loads(json.dumps(_record(options, model, parts, schedule, data, base or options.model)))
     for name, what in (
         ("model_config", "was of another model"),
         ("model_files", "was of other weights"),
-        ("base_files", f"froze weights of {base!r} that were others"),
+        ("base_files", f"froze weights of {before.get('base')!r} that were others"),
         ("data", "was of other data"),
         ("schedule", "had another schedule"),
         ("lora", "had other adapters"),
@@ -98,7 +99,7 @@ def check_resume(
             f"steps={options.steps}, but the run has {was.steps}, over which its learning rate falls "
             f"({was.optimizer.schedule}); resume it with that"
         )
-    return None if base == now["model"] else base
+    return base
 
 
 def run_facts(
@@ -110,6 +111,7 @@ def run_facts(
     return {
         "the data (its fingerprint)": found["data"],
         "the model (a hash of its files)": found["model_files"],
+        "whether init_from is given": options.init_from is not None,
         "the weights to start from (a hash of their files)": found["base_files"],
         "the schedule": found["schedule"],
     }
