@@ -95,6 +95,16 @@ class Data:
         found = {"vae": c.vae, "text_encoder": c.text_encoder, "image_encoder": c.image_encoder}
         return {name: value for name, value in found.items() if value is not None}
 
+    @property
+    def prompts_fingerprint(self) -> str:
+        """Of the validation prompts: their words, and every number that their videos are sampled with."""
+        seen = hashlib.sha256()
+        for prompt in self.validation_prompts:
+            seen.update(repr((prompt.prompt, prompt.latent_shape)).encode())
+            for array in (prompt.text, prompt.condition, prompt.image):
+                seen.update(b"-" if array is None else array.tobytes())
+        return seen.hexdigest()[:16]
+
     def check(self, config: WanConfig) -> None:
         """Raises ValueError where a model can't train on these data."""
         if config.task != self.task:

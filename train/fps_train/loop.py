@@ -65,7 +65,13 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
         return setup, record, options.init_from
 
     setup, record, init_from = together(
-        check, lambda found: {"resume": resume} | option_facts(options) | run_facts(*found[1])
+        check,
+        lambda found: {
+            "resume": resume,
+            **option_facts(options),
+            **run_facts(*found[1]),
+            "the validation prompts (a hash)": found[0].data.prompts_fingerprint,
+        },
     )
     begun = start(setup, init_from)
     if not resume:
@@ -122,14 +128,7 @@ class _Loop:
         """All steps that are left."""
         options = self.options
         self.programs.compile(self.status.say)
-        videos = self.videos
-        if videos is not None and not options.from_scratch and lead_decides(lambda: not videos.has_reference):
-            if self.first == 0:
-                dit = self._joined(self.state.params)
-            else:
-                dit = self.setup.model.load("dit", self._dtype, self.setup.dit_shardings)
-            self.status.say("sampling the dense model's validation videos, once")
-            videos.dense(dit)
+        self._dense_videos()
         if self.first == 0:
             self._validate(0)
         waiting: _Pending | None = None
@@ -155,6 +154,18 @@ class _Loop:
                     self.checkpoints.wait()
                     raise Stopped(stop, step)
         self.checkpoints.wait()
+
+    def _dense_videos(self) -> None:
+        """The dense model's validation videos, where there are none yet. Its weights live no longer than this call."""
+        videos = self.videos
+        if videos is None or self.options.from_scratch or not lead_decides(lambda: not videos.has_reference):
+            return
+        if self.first == 0:
+            dit = self._joined(self.state.params)
+        else:
+            dit = self.setup.model.load("dit", self._dtype, self.setup.dit_shardings)
+        self.status.say("sampling the dense model's validation videos, once")
+        videos.dense(dit)
 
     def _step(self, step: int, microbatches: Iterator[tuple[int, Batch]]) -> _Pending:
         options, sums = self.options, None
