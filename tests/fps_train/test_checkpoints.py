@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -54,6 +55,17 @@ def test_a_damaged_checkpoint_is_told_with_what_to_do(tmp_path, state):
         ),
     ):
         checkpoints.restore(state, 2)
+
+
+def test_a_checkpoint_is_not_blamed_for_a_lost_peer(tmp_path, state, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+
+    with Checkpoints(tmp_path / "checkpoints", CheckpointOptions()) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        monkeypatch.setattr("fps_train.checkpoints.lost_peer", lambda error: "Gloo" in str(error))
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            checkpoints.restore(state, 1)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from fps_jax.models.sharding import make_mesh
 from fps_train import agreement, hosts, loop, run
 from fps_train.commands.train import Train
 from fps_train.config import CheckpointOptions
+from fps_train.data import open_data
 from fps_train.host_options import HostOptions
 from fps_train.loop import train
 from fps_train.metrics import read_metrics
@@ -186,7 +187,7 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
         lead, _ = two.said()
         assert two.told()["restored", saved] == {saved_hash}
     assert lead.splitlines()[-1].startswith(LOST)
-    assert lead.count("error") == 1, lead
+    assert len(re.findall("^error", lead, re.MULTILINE)) == 1, lead
     assert "stack trace" not in lead
     # The same samples in both runs, whoever took them.
     for step in range(4, stopped + 2):
@@ -271,6 +272,49 @@ def test_a_folder_that_only_process_0_sees_is_no_folder_for_a_run(tmp_path, monk
         FileNotFoundError, match="the run that process 0 began is not seen from here; give a folder that all"
     ):
         run.see_run(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["", "hosts._exit(None, 0)"])
+def test_a_process_waits_for_its_last_words(tmp_path, end):
+    """Else they are lost where it is the first process of a container."""
+    script = f"""
+import sys, time
+from fps_train import hosts
+whole = hosts._filter
+hosts._filter = lambda *ends: (time.sleep(0.5), whole(*ends))
+hosts._one_line_for_fatal()
+print("last words", file=sys.stderr)
+{end}
+"""
+    with (tmp_path / "err").open("wb") as err:
+        subprocess.run([sys.executable, "-c", script], stderr=err, check=True, timeout=PATIENCE)
+    assert (tmp_path / "err").read_text() == "last words\n"
+
+
+def test_a_lost_peer_is_said_with_what_the_collective_said(monkeypatch, tmp_path):
+    error = jax.errors.JaxRuntimeError("INTERNAL: NCCL operation failed: unhandled system error\nmore")
+    with pytest.raises(jax.errors.JaxRuntimeError), hosts.peers():  # alone, no peer can be lost
+        raise error
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with (
+        pytest.raises(
+            ConnectionError, match=r"checkpoint \(INTERNAL: NCCL operation failed: unhandled system error\)$"
+        ),
+        hosts.peers(),
+    ):
+        raise error
+    assert not hosts.lost_peer(ValueError("UNAVAILABLE: a file"))
+
+
+def test_other_validation_prompts_are_another_run(tmp_path):
+    folders = [tmp_path / "some", tmp_path / "none"]
+    sizes = {"64x64x5": 2}
+    some, none = (
+        open_data(write_data(folder, sizes, prompts=prompts))
+        for folder, prompts in zip(folders, (True, False), strict=True)
+    )
+    assert some.fingerprint == none.fingerprint
+    assert some.prompts_fingerprint != none.prompts_fingerprint
 
 
 def test_of_xla_s_report_of_a_lost_peer_one_line_is_left(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 
 from fps_train.agreement import AGREED
 from fps_train.config import CheckpointOptions
+from fps_train.hosts import lost_peer
 from fps_train.placement import put
 from fps_train.state import TrainState
 
@@ -128,6 +129,8 @@ class Checkpoints:
         try:
             got = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
+            if lost_peer(error):  # nothing is wrong with the checkpoint
+                raise
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ValueError(
                 f"checkpoint {self.directory / str(step)} can't be resumed ({first}); remove it to resume from the one before"

@@ -4,23 +4,28 @@ JAX's own runtime does the work: its coordination service, which process 0 holds
 the step at which a run that is asked to stop is saved. jax is imported when `start` is called.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fps_train.host_options import HostOptions
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end
 _GRACE = 60  # seconds that jax would go on trying after `timeout`, when we have given up already
+_WORDS = 3  # seconds for the last words to get through to stderr
 _LAST = 3  # seconds that process 0 stays after an error: whoever has the same one should say that, not that process 0 is gone
 _LOST = "another process of this run ended or can't be reached, see its own output; --resume goes on from the newest checkpoint"
 # What XLA writes, with a stack trace, before it aborts because the coordination service said so.
 _FATAL = re.compile(rb"^F\d{4} .*distributed service detected fatal errors")
+# Waits for the last words, where stderr goes through a process of its own.
+_drain: Callable[[], None] | None = None
 # What a collective says that lost a peer.
 _BROKEN = re.compile(r"gloo|nccl|connection closed|connection reset|coordination service|UNAVAILABLE", re.IGNORECASE)
 
@@ -41,7 +46,9 @@ def start(options: HostOptions) -> None:
     where = "" if options.coordinator_address is None else f" at {options.coordinator_address}"
 
     def give_up():
-        if number == 0:
+        if options.detect:
+            why = "not all processes of the job came together; is each of them running, and does the network let them through?"
+        elif number == 0:
             why = f"not all of the other {(count or 1) - 1} came to it{where}"
         else:
             why = f"found no coordinator{where} with all processes; that is process 0, its port must be open to the others"
@@ -93,14 +100,20 @@ def leave(status: int) -> None:
 @contextlib.contextmanager
 def peers() -> Iterator[None]:
     """Raises ConnectionError, in one line, where a collective in the block lost a peer."""
-    import jax
-
     try:
         yield
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        if jax.process_count() == 1 or not _BROKEN.search(str(error)):
+    except RuntimeError as error:  # JaxRuntimeError is one
+        if not lost_peer(error):
             raise
-        raise ConnectionError(_LOST) from error
+        first = str(error).strip().splitlines()[0][:200]  # NCCL says here what else may be wrong
+        raise ConnectionError(f"{_LOST} ({first})") from error
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether an error is a collective's that lost a peer."""
+    import jax
+
+    return jax.process_count() > 1 and isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
 def _exit(line: str | None, status: int = 2) -> None:
@@ -110,6 +123,8 @@ def _exit(line: str | None, status: int = 2) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    if _drain is not None:
+        _drain()
     os._exit(status)
 
 
@@ -118,12 +133,17 @@ def _one_line_for_fatal() -> None:
 
     XLA aborts in a thread of its own: nothing in this process can say anything any more then.
     """
+    global _drain
     read, write = os.pipe()
+    direct = os.dup(2)
     child = os.fork()  # no thread has been started yet
     if child:
         os.close(read)
         os.dup2(write, 2)
         os.close(write)
+        # A container ends all that is in it with its first process, which may be this one.
+        _drain = functools.partial(_wait_for_words, child, direct)
+        atexit.register(_drain)
         return
     with contextlib.suppress(BaseException):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -131,6 +151,17 @@ def _one_line_for_fatal() -> None:
         os.close(write)
         _filter(read, 2)
     os._exit(0)
+
+
+def _wait_for_words(child: int, direct: int) -> None:
+    """Until the process that stderr goes through has written all and ended, or `_WORDS` have passed. direct: stderr itself."""
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        os.dup2(direct, 2)  # closes the pipe, which the child reads to its end
+        until = time.monotonic() + _WORDS
+        while os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def _filter(source: int, target: int) -> None:
