@@ -281,7 +281,7 @@ def test_a_process_waits_for_its_last_words(tmp_path, end):
 import sys, time
 from fps_train import hosts
 whole = hosts._filter
-hosts._filter = lambda *ends: (time.sleep(0.5), whole(*ends))
+hosts._filter = lambda *ends: (time.sleep(1), whole(*ends))
 hosts._one_line_for_fatal()
 print("last words", file=sys.stderr)
 {end}
