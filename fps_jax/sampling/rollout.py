@@ -116,11 +116,11 @@ def keep_block(
     dtype: Any,
     implementation: Implementation = "auto",
 ) -> tuple[KVCache, Int[Array, "2"]]:
-    """The cache with a block that is given, not made. As `denoise_block`; the first NaN or inf is of step 0."""
+    """The cache with a block that is given, not made. As `denoise_block`; the first NaN or inf is of step n, behind the last."""
     attention = CachedAttention(layout, latents.shape[2], cache, context, implementation)
     model = functools.partial(dit, config, params, rope=rope, attention=attention, dtype=dtype)
     cache, stage = _kept(model, layout, cache, context, latents, context_time, text)
-    return cache, _first(jnp.full(2, -1, jnp.int32), jnp.int32(0), stage)
+    return cache, _first(jnp.full(2, -1, jnp.int32), jnp.int32(len(layout.causal.steps)), stage)
 
 
 def _kept(model, layout: CacheLayout, cache: KVCache, context: Context, latents: Array, time: Array, text: TextKV):
@@ -132,6 +132,12 @@ def _kept(model, layout: CacheLayout, cache: KVCache, context: Context, latents:
 
 def _first(bad: Array, step: Array, stage: Array) -> Array:
     return jnp.where((bad[0] < 0) & (stage >= 0), jnp.stack([step, stage]), bad)
+
+
+def _first_bad(bad: Array) -> tuple[int, int]:
+    """(step, stage). Waits for the program that says it."""
+    step, stage = (int(i) for i in jax.device_get(bad))
+    return step, stage
 
 
 _STATIC = ("config", "layout", "dtype", "implementation")
@@ -165,7 +171,7 @@ class Rollout:
         self.dtype, self.implementation = jnp.dtype(dtype), implementation
         self.table = jax.tree.map(jnp.asarray, coefficients("lcm", block_levels(layout.causal)))
         self.next_frame = 0
-        self.cache = self._empty()
+        self.cache, self._finite = self._empty(), True
 
     def _empty(self) -> KVCache:
         heads, size = self.config.num_heads, self.config.head_dim
@@ -185,8 +191,9 @@ class Rollout:
     def block(self, noise: Array | np.ndarray, step_noise: Array | np.ndarray) -> Float[Array, "B 16 m H W"]:
         """The next block's latents, from noise (`next_shape`) and what is added after each step (`[n, *next_shape]`).
 
+        One that is broken off is made again by the same call, with the same bits.
         Raises: ValueError for noise of another shape, or no room for the block; FloatingPointError that names block, step and
-          layer of the first NaN or inf: the rollout then can't go on.
+          layer of the first NaN or inf: the rollout then can't go on, but for `restart`.
         """
         shape, steps = self.next_shape(), len(self.table.sigma)
         for name, value, want in (("noise", noise, shape), ("step_noise", step_noise, (steps, *shape))):
@@ -209,25 +216,39 @@ class Rollout:
         if given.ndim != 5:
             raise ValueError(f"latents have shape {given.shape}; give [B, 16, F, H/8, W/8]")
         self.causal.check_frames(self.next_frame + given.shape[2], "given latent frames")
+        self._check_size(given)
         self._keep(given, 0, 0.0)
 
     def recache(self, latents: Float[Array | np.ndarray, "B 16 f H W"], start: int) -> None:
         """Computes the keys and values of the last frames, from `start` to `next_frame`, again: under a `text` that is another now.
 
-        Of the frames before them they attend the sink alone.
-        Raises: as `give`.
+        Of the frames before them they attend the sink alone. One that is broken off has to be made again, whole.
+        Raises: ValueError where `latents` aren't those frames, and `start` is no block's; FloatingPointError as `block`.
         """
-        end, self.next_frame = self.next_frame, start
-        self._keep(jnp.asarray(latents, jnp.float32), start, self.causal.context_noise)
-        assert self.next_frame == end
+        given, end = jnp.asarray(latents, jnp.float32), self.next_frame
+        if given.ndim != 5 or start + given.shape[2] != end:
+            raise ValueError(
+                f"latents have shape {given.shape}; from latent frame {start} on this video has {end - start} so far"
+            )
+        self.causal.block(start)
+        self._check_size(given)
+        self.next_frame = start
+        try:
+            self._keep(given, start, self.causal.context_noise)
+        finally:
+            self.next_frame = end
+
+    def _check_size(self, latents: Array) -> None:
+        shape = self.next_shape()
+        want = (*shape[:2], latents.shape[2], *shape[3:])
+        if latents.shape != want:
+            raise ValueError(f"given latents have shape {latents.shape}; this video needs {want}")
 
     def _keep(self, latents: Array, since: int, time: float) -> None:
         done = 0
         while done < latents.shape[2]:
             shape = self.next_shape()
             part = latents[:, :, done : done + shape[2]]
-            if part.shape != shape:
-                raise ValueError(f"a block of the given latents has shape {part.shape}; this video needs {shape}")
             rope, context = self._place(shape, since)
             self.cache, bad = _keep_block(
                 self.params, self.text, self.cache, part, rope, context, jnp.float32(time), **self._static
@@ -236,8 +257,10 @@ class Rollout:
             done += shape[2]
 
     def restart(self) -> None:
-        """Forgets all frames: the next block is the first."""
-        self.next_frame, self.cache = 0, self._empty()
+        """Forgets all frames: the next block is the first. They stay in the cache, where nothing attends them any more."""
+        self.next_frame = 0
+        if not self._finite:  # what isn't attended has to be finite all the same
+            self.cache, self._finite = self._empty(), True
 
     @property
     def _static(self) -> dict[str, Any]:
@@ -254,8 +277,9 @@ class Rollout:
         return rope_table(grid, self.config.head_dim, self.next_frame), self.layout.context(self.next_frame, since)
 
     def _advance(self, bad: Array, frames: int) -> None:
-        step, stage = (int(i) for i in jax.device_get(bad))
+        step, stage = _first_bad(bad)
         if step >= 0:
+            self._finite = False
             n = len(self.table.sigma)
             where = "the pass over the finished block" if step == n else f"step {step + 1} of {n}"
             raise FloatingPointError(

@@ -141,6 +141,32 @@ def test_one_program_makes_every_block_whatever_the_ring_and_the_fill(rolled):
     assert rollout._denoise_block._cache_size() == programs
 
 
+def test_what_is_compiled_after_the_first_block():
+    """The first block of more frames than one, and the first pass over given blocks: each size once."""
+    made = begin(CausalConfig(frames_per_block=2, window=4, steps=(1000, 300), first_frame_alone=True), some_text())
+
+    def programs() -> tuple[int, int]:
+        return rollout._denoise_block._cache_size(), rollout._keep_block._cache_size()
+
+    blocks, kept = programs()
+    latents, counts = [], []
+    for i in range(4):
+        latents.append(made.block(*draws(i, made.next_shape(), 2)))
+        counts.append(programs())
+    assert counts == [(blocks + 1, kept), *[(blocks + 2, kept)] * 3]
+    for _ in range(2):
+        made.recache(jnp.concatenate(latents[2:], axis=2), 3)
+        assert programs() == (blocks + 2, kept + 1)
+
+
+def test_slots_lie_as_the_picture_in_the_docs_shows():
+    layout = CacheLayout.build(CausalConfig(window=12, sink=3), SPACE, tile=(3, 2, 3))
+    context = layout.context(12)
+    assert layout.slots == 4
+    assert context.slots.tolist() == [1]
+    assert context.key_tiles[0, : context.counts[0]].tolist() == [0, 2, 3, 1], "slots have one tile each"
+
+
 def test_the_cache_is_donated_and_no_second_one_is_made():
     """The compiled program writes into what it is given; beside it there is room for a few layers of it, of 24, at a time."""
     config = dataclasses.replace(TINY, num_layers=24)
@@ -198,10 +224,50 @@ def test_what_does_not_fit_is_refused():
         made.block(noise, fresh[:1])
     with pytest.raises(ValueError, match=r"given latent frames=4 are no whole blocks.*use 3 or 6"):
         made.give(jnp.zeros((1, 16, 4, 4, 6)))
-    with pytest.raises(ValueError, match=r"a block of the given latents has shape .*; this video needs"):
+    with pytest.raises(ValueError, match=r"given latents have shape .*; this video needs"):
         made.give(jnp.zeros((1, 16, 3, 4, 8)))
     with pytest.raises(NotImplementedError, match="a i2v model isn't causal"):
         Rollout(TINY_I2V, {}, made.text, made.layout)
+
+
+def test_a_recache_that_does_not_fit_is_refused_before_anything_moves():
+    causal = CausalConfig(frames_per_block=2, window=4, steps=(1000, 500))
+    made = begin(causal, some_text())
+    for i in range(2):
+        made.block(*draws(i, made.next_shape(), 2))
+    before = np.asarray(made.cache.k)
+    for shape, start, message in (
+        ((1, 16, 2, 4, 6), 0, "from latent frame 0 on this video has 4 so far"),
+        ((1, 16, 3, 4, 6), 1, "no block starts at latent frame 1"),
+        ((1, 16, 4, 4, 8), 0, "this video needs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made.recache(np.ones(shape, np.float32), start)
+    assert made.next_frame == 4
+    assert np.array_equal(made.cache.k, before)
+
+
+def test_a_restart_makes_no_second_cache_but_where_the_first_is_not_finite(monkeypatch):
+    made = begin(CausalConfig(frames_per_block=2, window=4, steps=(1000, 500)), some_text())
+    first = np.asarray(made.block(*draws(0, made.next_shape(), 2)))
+    empty = made._empty
+    monkeypatch.setattr(made, "_empty", None)
+    made.restart()
+    assert np.array_equal(made.block(*draws(0, made.next_shape(), 2)), first)
+    noise, fresh = draws(1, made.next_shape(), 2)
+    with pytest.raises(FloatingPointError):
+        made.block(np.full_like(noise, np.nan), fresh)
+    monkeypatch.setattr(made, "_empty", empty)
+    made.restart()
+    assert np.array_equal(made.block(*draws(0, made.next_shape(), 2)), first)
+
+
+def test_a_nan_in_given_frames_is_of_the_clean_pass():
+    made = begin(CausalConfig(steps=(1000, 500)), some_text(), 6)
+    with pytest.raises(
+        FloatingPointError, match="frames 0 to 2, in the pass over the finished block, first in the emb"
+    ):
+        made.give(np.full((1, 16, 3, 4, 6), np.nan, np.float32))
 
 
 def test_a_nan_names_block_step_and_stage():
