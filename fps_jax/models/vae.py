@@ -347,21 +347,25 @@ class DecodeStream:
     def __init__(self, config: VAEConfig, params: Params):
         self.config, self._params = config, _float32(params)
         self.cache: Cache | None = None
+        self._waiting: list[Array] = []
 
     def push(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
         """The frames of the next latents, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one.
 
+        One that is broken off is gone on with by the next call, with the same latents.
         Raises: ValueError for latents of another shape, or of several videos.
         """
         check_latents(self.config, latents.shape)
         if latents.shape[0] != 1:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; a stream decodes one video, [1, ...]")
-        frames = []
-        for z in np.split(np.moveaxis(np.asarray(latents, np.float32), 1, -1), latents.shape[2], axis=1):
+        chunks = np.split(np.moveaxis(np.asarray(latents, np.float32), 1, -1), latents.shape[2], axis=1)
+        for z in chunks[len(self._waiting) :]:
             video, self.cache = _decode_chunk(self.config, self._params, np.ascontiguousarray(z), self.cache)
-            frames.append(video)
-        return np.concatenate([np.asarray(f)[0] for f in frames])
+            self._waiting.append(video)
+        frames = np.concatenate([np.asarray(f)[0] for f in self._waiting])
+        self._waiting = []
+        return frames
 
     def restart(self) -> None:
         """Begins another video."""
-        self.cache = None
+        self.cache, self._waiting = None, []

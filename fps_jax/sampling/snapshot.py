@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 _VERSION = 1
 _RECORD_BYTES = 2**20  # a prompt and a dozen numbers
 _HEADER_BYTES = 2**16  # of an array in the file, at most
+_KINDS: dict[str, Any] = {
+    "causal": dict,
+    "dtype": str,
+    "prompt": str,
+    "pending": list | None,
+    "arguments": dict,
+    "index": int,
+    "made": int,
+    "next_frame": int,
+    "finished": list,
+}
 
 
 def save_session(session: "Session", path: str | os.PathLike) -> None:
@@ -61,7 +72,15 @@ def load_session(pipeline: "CausalPipeline", path: str | os.PathLike) -> "Sessio
             return session
     except FileNotFoundError:
         raise FileNotFoundError(f"session={str(path)!r} doesn't exist") from None
-    except (zipfile.BadZipFile, KeyError, TypeError, EOFError, IsADirectoryError, UnicodeDecodeError) as error:
+    except (
+        zipfile.BadZipFile,
+        KeyError,
+        TypeError,
+        EOFError,
+        IsADirectoryError,
+        UnicodeDecodeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"session={str(path)!r} is damaged or no saved session ({error})") from None
     except ValueError as error:
         raise ValueError(f"session={str(path)!r}: {error}") from None
@@ -71,6 +90,13 @@ def _read_record(file: zipfile.ZipFile) -> dict[str, Any]:
     record = json.loads(_read(file, "record", None, np.dtype(np.uint8)).tobytes().decode())
     if not isinstance(record, dict) or record.get("version") != _VERSION:
         raise ValueError(f"it is no session of version {_VERSION}")
+    for name, kind in _KINDS.items():
+        if not isinstance(record[name], kind) or isinstance(record[name], bool):
+            raise ValueError(f"{name} is a {type(record[name]).__name__} where its record has another type")
+    if not all(0 <= record[name] < 2**31 for name in ("index", "made", "next_frame")):
+        raise ValueError("index, made and next_frame are not all 0 or more, and below 2**31")
+    if record["pending"] is not None and len(record["pending"]) != 2:
+        raise ValueError(f"pending has {len(record['pending'])} entries where a prompt and a way belong")
     return record
 
 
@@ -89,14 +115,14 @@ def _begin(pipeline: "CausalPipeline", record: dict[str, Any]) -> "Session":
 def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) -> None:
     rollout, wan = session.rollout, session.pipeline.wan
     index, made, next_frame = (record[name] for name in ("index", "made", "next_frame"))
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (index, made, next_frame)):
-        raise ValueError(f"index={index!r}, made={made!r}, next_frame={next_frame!r} are not whole numbers")
+    if session.blocks is not None and index > session.blocks:
+        raise ValueError(f"index={index} is more than its {session.blocks} blocks")
     if next_frame:
         rollout.causal.check_frames(next_frame, "next_frame")
     kept = [_read(file, f"cache.{name}", x.shape, x.dtype) for name, x in zip("kv", rollout.cache, strict=True)]
-    finished = []
+    finished, end = [], None
     for i, start in enumerate(record["finished"]):
-        begin, end = rollout.causal.block(start)
+        begin, end = rollout.causal.block(start if end is None or start == end else -1)
         shape = (*session.latent_shape[:2], end - begin, *session.latent_shape[3:])
         finished.append((start, _read(file, f"finished.{i}", shape, np.dtype(np.float32))))
     if next_frame:
@@ -105,7 +131,11 @@ def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) 
         _, shapes = jax.eval_shape(decode, wan.params["vae"], z)
         cache = [_read(file, f"vae.{i}", x.shape, x.dtype) for i, x in enumerate(shapes)]
         session.decoder.cache = tuple(map(jnp.asarray, cache))
-    rollout.cache = type(rollout.cache)(*map(jnp.asarray, kept))
+    if end not in (None, next_frame):
+        raise ValueError(f"its finished blocks end at latent frame {end}, and the next begins at {next_frame}")
+    kind = type(rollout.cache)
+    del rollout.cache  # before its successor is on the device: there may be no room for two
+    rollout.cache = kind(*map(jnp.asarray, kept))
     rollout.next_frame, session.index, session.made, session.finished = next_frame, index, made, finished
     if record["pending"] is not None:
         session.switch(*record["pending"])
@@ -122,8 +152,15 @@ def _read(file: zipfile.ZipFile, name: str, shape: tuple[int, ...] | None, dtype
     most = _RECORD_BYTES if shape is None else math.prod(shape) * dtype.itemsize
     if info.file_size > most + _HEADER_BYTES:
         raise ValueError(f"{name} has {info.file_size} bytes where {most} belong: another model, or another size")
-    with file.open(info) as member:
-        x = np.lib.format.read_array(member, allow_pickle=False)
+    try:
+        with file.open(info) as member:
+            x = np.lib.format.read_array(member, allow_pickle=False)
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # zlib's, zipfile's RuntimeErrors, NumPy's of headers that claim more than there is, and others
+        raise ValueError(f"{name} is damaged ({str(error)[:200] or type(error).__name__})") from None
     stored = np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
     if x.dtype != stored or (shape is not None and x.shape != shape):
         raise ValueError(

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,9 @@ from jaxtyping import Array, Float, UInt8
 
 from fps_jax.attention.cache import CacheLayout
 from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
-from fps_jax.choices import CausalPreset, Switch, check_choice
+from fps_jax.checkpoints.open import open_model
+from fps_jax.choices import CausalPreset, Switch, check_choice, check_text
+from fps_jax.config import WanConfig
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
 from fps_jax.sampling.pipeline import WanPipeline
@@ -73,23 +76,14 @@ class CausalPipeline:
           causal: how it makes its blocks, or the name of a preset; None for what the checkpoint says. No torch file says it.
         Raises: as `WanPipeline.from_pretrained`; ValueError where nothing says how blocks are made, or the model isn't t2v.
         """
-        if isinstance(causal, str):
-            check_choice("causal", causal, CausalPreset)
-            causal = CAUSAL_PRESETS[causal]
-        if causal is not None and not isinstance(causal, CausalConfig):
-            raise ValueError(f"causal={causal!r} is not a CausalConfig or the name of a preset")
-        return cls.of(WanPipeline.from_pretrained(path, dtype=dtype), causal)
+        model = open_model(path)
+        causal = causal_of(model.config, causal)  # told before the weights are read, which can take minutes
+        return cls(WanPipeline.from_pretrained(model.directory, dtype=dtype), causal)
 
     @classmethod
-    def of(cls, wan: WanPipeline, causal: CausalConfig | None = None) -> "CausalPipeline":
+    def of(cls, wan: WanPipeline, causal: CausalConfig | CausalPreset | None = None) -> "CausalPipeline":
         """The same from a pipeline that is loaded. Raises ValueError as `from_pretrained`."""
-        if wan.config.task != "t2v":
-            raise ValueError(f"this is a {wan.config.task} model; block diffusion is for t2v models")
-        causal = causal or wan.config.causal
-        if causal is None:
-            names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)
-            raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig")
-        return cls(wan, causal)
+        return cls(wan, causal_of(wan.config, causal))
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, with how it makes its blocks: it is then loaded without `causal`.
@@ -141,8 +135,90 @@ class CausalPipeline:
         return load_session(self, path)
 
 
+@dataclasses.dataclass(frozen=True)
+class StreamPlan:
+    """What a stream will be, known from a checkpoint's config before its weights are read.
+
+    Attributes:
+      latent_shape: of one latent frame, `(1, 16, 1, H/8, W/8)`.
+      layout: of the cache.
+    """
+
+    latent_shape: tuple[int, ...]
+    layout: CacheLayout
+
+    @classmethod
+    def build(
+        cls,
+        config: WanConfig,
+        causal: CausalConfig,
+        prompt: str,
+        *,
+        seed: int = 0,
+        blocks: int | None = None,
+        size: tuple[int | None, int | None] = (None, None),
+        tile: Shape3 | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> "StreamPlan":
+        """Checks the arguments of `CausalPipeline.session`; size: height and width. Raises ValueError as that does."""
+        if blocks is not None and (not isinstance(blocks, Integral) or isinstance(blocks, bool) or blocks < 1):
+            raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
+        check_prompt(prompt)
+        check_integer("seed", seed)
+        for name, sizes in (("tile", tile), ("window", window)):
+            for n in () if sizes is None else sizes:
+                check_integer(name, n)
+        request = Request(prompt=prompt, seed=seed, height=size[0], width=size[1], num_frames=1).filled(config)
+        assert request.height is not None
+        assert request.width is not None
+        num_frames = None
+        if blocks is not None:
+            num_frames = causal.frames_per_block * (int(blocks) - causal.first_frame_alone) + causal.first_frame_alone
+        elif causal.window is None:
+            n = causal.frames_per_block
+            causal = dataclasses.replace(causal, window=max(TRAINED_FRAMES // n, 2) * n)
+        latent_shape = (1, config.dit.out_channels, *latent_grid(int(request.height), int(request.width), 1))
+        space = token_grid(latent_shape[2:], config.dit.patch_size)[1:]
+        return cls(latent_shape, CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window))
+
+
+def causal_of(config: WanConfig, causal: CausalConfig | CausalPreset | None) -> CausalConfig:
+    """How a checkpoint of this config makes its blocks: as `causal` says, or as the checkpoint itself does.
+
+    Raises: ValueError where neither says it, and for a model that isn't t2v.
+    """
+    if isinstance(causal, str):
+        check_choice("causal", causal, CausalPreset)
+        causal = CAUSAL_PRESETS[causal]
+    if causal is not None and not isinstance(causal, CausalConfig):
+        raise ValueError(f"causal={causal!r} is not a CausalConfig or the name of a preset")
+    if config.task != "t2v":
+        raise ValueError(f"this is a {config.task} model; block diffusion is for t2v models")
+    causal = causal or config.causal
+    if causal is None:
+        names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)
+        raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig")
+    return causal
+
+
+@dataclasses.dataclass
+class _Undecoded:
+    """A block whose latents are made and counted, until its frames are handed out. seconds: of its denoising.
+
+    video: float32 in [-1, 1], once the VAE has gone on past it.
+    """
+
+    index: int
+    latents: Array
+    prompt: str
+    seconds: float
+    video: np.ndarray | None = None
+
+
 class Session(Iterator[Block]):
     """A stream: an iterator of `Block`. Between blocks its prompt may be changed, and it may be written down.
+
+    What is broken off (Ctrl-C, no memory) leaves no gap: the next call goes on with that block.
 
     Attributes:
       rollout, decoder: where the latents and the frames come from.
@@ -163,39 +239,29 @@ class Session(Iterator[Block]):
         window: tuple[int, int] | None,
     ):
         wan, causal = pipeline.wan, pipeline.causal
-        if blocks is not None and (not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 1):
-            raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
-        check_prompt(prompt)
-        check_integer("seed", seed)
-        request = Request(prompt=prompt, seed=seed, height=size[0], width=size[1], num_frames=1).filled(wan.config)
-        assert request.height is not None
-        assert request.width is not None
-        num_frames = None
-        if blocks is not None:
-            num_frames = causal.frames_per_block * (blocks - causal.first_frame_alone) + causal.first_frame_alone
-        elif causal.window is None:
-            n = causal.frames_per_block
-            causal = dataclasses.replace(causal, window=max(TRAINED_FRAMES // n, 2) * n)
-            log.info("a stream without end: a block attends the last %d latent frames", causal.window)
-        self.latent_shape = (1, wan.config.dit.out_channels, *latent_grid(request.height, request.width, 1))
-        space = token_grid(self.latent_shape[2:], wan.config.dit.patch_size)[1:]
-        layout = CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window)
-        self.pipeline, self.seed, self.blocks = pipeline, int(seed), blocks
+        plan = StreamPlan.build(
+            wan.config, causal, prompt, seed=seed, blocks=blocks, size=size, tile=tile, window=window
+        )
+        if blocks is None and causal.window is None:
+            log.info("a stream without end: a block attends the last %d latent frames", plan.layout.frames)
+        self.latent_shape = plan.latent_shape
+        self.pipeline, self.seed, self.blocks = pipeline, int(seed), None if blocks is None else int(blocks)
         self.arguments = {
-            "seed": int(seed),
-            "blocks": blocks,
-            "height": size[0],
-            "width": size[1],
-            "tile": tile,
-            "window": window,
+            "seed": self.seed,
+            "blocks": self.blocks,
+            "height": None if size[0] is None else int(size[0]),
+            "width": None if size[1] is None else int(size[1]),
+            "tile": None if tile is None else tuple(int(n) for n in tile),
+            "window": None if window is None else tuple(int(n) for n in window),
         }
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
         text = self._kv(wan.encode_prompt(prompt))
-        self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, layout, dtype=wan.dtype)
+        self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, plan.layout, dtype=wan.dtype)
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
         self.made = self.index = 0
-        self.finished: list[tuple[int, np.ndarray]] = []
+        self.finished: list[tuple[int, Array | np.ndarray]] = []
+        self._undecoded: _Undecoded | None = None
 
     def _kv(self, text: Array) -> Any:
         wan = self.pipeline.wan
@@ -212,7 +278,12 @@ class Session(Iterator[Block]):
         return None if self._pending is None else self._pending[:2]
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the session down, to go on with `CausalPipeline.load_session`: a .npz, about as large as the cache."""
+        """Writes the session down, to go on with `CausalPipeline.load_session`: a .npz, about as large as the cache.
+
+        Raises: OSError naming the path; ValueError while a block waits whose decoding was broken off.
+        """
+        if self._undecoded is not None:
+            raise ValueError(f"block {self._undecoded.index} is not decoded yet; take it with next() before you save")
         save_session(self, path)
 
     @property
@@ -238,23 +309,33 @@ class Session(Iterator[Block]):
         self._pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
 
     def __next__(self) -> Block:
-        if self.blocks is not None and self.index == self.blocks:
-            raise StopIteration
-        if self._pending is not None:
-            self._apply(*self._pending)
+        if self._undecoded is None:
+            if self.blocks is not None and self.index == self.blocks:
+                raise StopIteration
+            if self._pending is not None:
+                self._apply(*self._pending)
+            self._undecoded = self._denoise()
+        made = self._undecoded
+        started, latents = time.perf_counter(), np.asarray(made.latents)
+        if made.video is None:
+            made.video = self.decoder.push(latents)
+        frames = video_to_uint8(np.clip(0.5 * made.video + 0.5, 0, 1))
+        seconds = {"denoise": made.seconds, "decode": time.perf_counter() - started}
+        self._undecoded = None
+        return Block(made.index, frames, latents[0], made.prompt, seconds)
+
+    def _denoise(self) -> "_Undecoded":
+        """The next block's latents. The rollout and what is counted here move together, or not at all."""
         started = time.perf_counter()
         shape, steps = self.rollout.next_shape(), len(self.pipeline.causal.steps)
         noise = block_noise(self.seed, self.made, steps, shape)
-        latents = np.asarray(self.rollout.block(noise[0], noise[1:]))
-        denoised = time.perf_counter()
-        frames = video_to_uint8(np.clip(0.5 * self.decoder.push(latents) + 0.5, 0, 1))
-        seconds = {"denoise": denoised - started, "decode": time.perf_counter() - denoised}
-        block = Block(self.index, frames, latents[0], self._prompt, seconds)
+        latents = self.rollout.block(noise[0], noise[1:])
+        made = _Undecoded(self.index, latents, self._prompt, time.perf_counter() - started)
         self.finished.append((self.rollout.next_frame - shape[2], latents))
         self.finished = [part for part in self.finished if part[0] + part[1].shape[2] > self._since]
         self.made += shape[2]
         self.index += 1
-        return block
+        return made
 
     @property
     def _since(self) -> int:
@@ -264,7 +345,7 @@ class Session(Iterator[Block]):
         return 0 if causal.window is None or end <= causal.window else end - (causal.window - causal.sink)
 
     def _apply(self, prompt: str, how: Switch, text: Array) -> None:
-        self._prompt, self._pending = prompt, None
+        """Does the change. One that is broken off is still to be made, and is then made whole."""
         self.rollout.text = self._kv(text)
         if how == "cut":
             self.rollout.restart()
@@ -273,12 +354,14 @@ class Session(Iterator[Block]):
         elif how == "recache" and self.finished:
             latents = np.concatenate([part for _, part in self.finished], axis=2)
             self.rollout.recache(latents, self.finished[0][0])
+        self._prompt, self._pending = prompt, None
 
 
 def check_prompt(prompt: Any) -> None:
     """Raises ValueError for what is no text, or an empty one."""
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt={prompt!r} is not a text; give a few words")
+    check_text("prompt", prompt)
 
 
 def block_noise(seed: int, start: int, steps: int, shape: tuple[int, ...]) -> Float[Array, "n+1 1 16 m H W"]:

@@ -1,7 +1,11 @@
 """Streams of the tiny checkpoint: frames as they are made, prompts that change, and what is refused."""
 
 import dataclasses
+import json
 import logging
+import types
+import weakref
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +15,12 @@ import pytest
 from fps_jax import CausalConfig, CausalPipeline
 from fps_jax.config import WanConfig
 from fps_jax.media.video import video_to_uint8
+from fps_jax.models import vae
 from fps_jax.models.vae import DecodeStream
-from fps_jax.sampling import rollout
+from fps_jax.sampling import rollout, snapshot, stream
+from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.rollout import Rollout
-from fps_jax.sampling.stream import block_noise
+from fps_jax.sampling.stream import block_noise, causal_of
 from tests.checkpoints import T2V, TINY_I2V
 from tests.fps_jax.attention.test_block_causal import case
 from tests.reference import rel_l2
@@ -129,9 +135,9 @@ def test_a_bad_prompt_leaves_the_stream_as_it_was(pipe, boat):
 
 def test_the_decoded_video_is_the_originals(pipe):
     g = case("global_init3")
-    stream = DecodeStream(pipe.wan.config.vae, pipe.wan.params["vae"])
+    decoder = DecodeStream(pipe.wan.config.vae, pipe.wan.params["vae"])
     parts = np.split(np.moveaxis(g["out.latents"], 1, 2), 3, axis=2)
-    video = 0.5 * np.concatenate([stream.push(part) for part in parts]) + 0.5
+    video = 0.5 * np.concatenate([decoder.push(part) for part in parts]) + 0.5
     assert rel_l2(np.moveaxis(video, -1, 1)[[0, 1, 16, 32]], g["out.video"][0]) <= 1e-5
 
 
@@ -161,9 +167,14 @@ def test_bad_requests_are_refused(pipe, arguments, message):
         pipe.session(**{"prompt": BOAT, **SIZE, **arguments})
 
 
-def test_a_checkpoint_says_how_it_makes_blocks_or_somebody_has_to(pipe):
+def test_a_checkpoint_says_how_it_makes_blocks_or_somebody_has_to(pipe, monkeypatch):
     with pytest.raises(ValueError, match="doesn't say how it makes blocks; give causal='self-forcing' or"):
         CausalPipeline.of(pipe.wan)
+    monkeypatch.setattr(WanPipeline, "from_pretrained", None)  # what follows is told before any weights are read
+    with pytest.raises(ValueError, match="doesn't say how it makes blocks"):
+        CausalPipeline.from_pretrained(T2V)
+    with pytest.raises(ValueError, match="this is a i2v model; block diffusion is for t2v models"):
+        causal_of(WanConfig(dit=TINY_I2V), CAUSAL)
     with pytest.raises(ValueError, match="causal='wan' is not one of 'self-forcing'"):
         CausalPipeline.from_pretrained(T2V, causal="wan")  # pyright: ignore[reportArgumentType]
     config = dataclasses.replace(pipe.wan.config, causal=CAUSAL)
@@ -196,6 +207,131 @@ def test_a_session_that_was_saved_goes_on_with_the_same_bits(pipe, tmp_path):
         assert (got.index, got.prompt) == (block.index, STORM)
         assert np.array_equal(got.latents, block.latents)
         assert np.array_equal(got.frames, block.frames)
+
+
+@pytest.mark.parametrize("where", ["denoise", "second latent frame", "bytes"])
+def test_a_block_that_is_broken_off_leaves_no_gap(pipe, boat, tmp_path, monkeypatch, where):
+    """Whatever breaks off (Ctrl-C, no memory), the next call goes on with that block."""
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    next(session)
+    module, name = {
+        "denoise": (rollout, "_first_bad"),
+        "second latent frame": (vae, "_decode_chunk"),
+        "bytes": (stream, "video_to_uint8"),
+    }[where]
+    real, calls = getattr(module, name), []
+
+    def broken_off(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == (2 if where == "second latent frame" else 1):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        next(session)
+    if where != "denoise":
+        with pytest.raises(ValueError, match=r"block 1 is not decoded yet; take it with next\(\) before you save"):
+            session.save(tmp_path / "boat.npz")
+    for got, want in zip(session, boat[1:], strict=True):
+        assert got.index == want.index
+        assert np.array_equal(got.latents, want.latents)
+        assert np.array_equal(got.frames, want.frames)
+
+
+def test_a_recache_that_is_broken_off_is_made_whole(pipe, monkeypatch):
+    def begin():
+        session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+        list(zip(range(2), session, strict=False))
+        session.switch(STORM, "recache")
+        return session
+
+    want = begin()
+    session = begin()
+    real, calls = rollout._first_bad, []
+
+    def broken_off(bad):
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(bad)
+
+    monkeypatch.setattr(rollout, "_first_bad", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        next(session)
+    assert session.pending == (STORM, "recache")
+    assert session.rollout.next_frame == 4
+    got = next(session)
+    assert got.prompt == STORM
+    assert np.array_equal(got.latents, next(want).latents)
+
+
+def test_numbers_of_numpy_are_saved_too(pipe, tmp_path):
+    size = {name: np.int64(n) for name, n in SIZE.items()}
+    tile = tuple(np.int32(n) for n in (2, 2, 3))
+    session = pipe.session(BOAT, seed=np.int64(3), blocks=np.int64(4), tile=tile, window=[np.int8(1)] * 2, **size)
+    session.save(tmp_path / "boat.npz")
+    assert pipe.load_session(tmp_path / "boat.npz").arguments == session.arguments
+
+
+def test_a_loaded_cache_takes_the_place_of_the_empty_one(pipe, tmp_path, monkeypatch):
+    """On the device there is never room for both."""
+    pipe.session(BOAT, **SIZE).save(tmp_path / "boat.npz")
+    empty, upload, held, seen = Rollout._empty, snapshot.jnp.asarray, [], []
+
+    def watched(self):
+        cache = empty(self)
+        held.extend(weakref.ref(x) for x in cache)
+        return cache
+
+    def uploads(x):
+        seen.append([ref() is None for ref in held])
+        return upload(x)
+
+    monkeypatch.setattr(Rollout, "_empty", watched)
+    monkeypatch.setattr(snapshot, "jnp", types.SimpleNamespace(**vars(snapshot.jnp) | {"asarray": uploads}))
+    pipe.load_session(tmp_path / "boat.npz")
+    assert seen == [[True, True]] * 2
+
+
+def test_records_of_another_kind_are_refused(pipe, tmp_path):
+    path = tmp_path / "boat.npz"
+    session = pipe.session(BOAT, blocks=2, **SIZE)
+    next(session)
+    session.save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    record = json.loads(arrays["record"].tobytes())
+    for change, message in (
+        ({"causal": []}, "causal is a list where"),
+        ({"arguments": [1]}, "arguments is a list where"),
+        ({"arguments": {"colour": 1}}, "is damaged or no saved session"),
+        ({"index": True}, "index is a bool where"),
+        ({"index": -1}, "index, made and next_frame are not all 0 or more"),
+        ({"index": 3}, "index=3 is more than its 2 blocks"),
+        ({"finished": {}}, "finished is a dict where"),
+        ({"next_frame": 4}, "finished blocks end at latent frame 2, and the next begins at 4"),
+        ({"finished": ["a"]}, "is damaged or no saved session"),
+        ({"pending": ["a"]}, "pending has 1 entries where a prompt and a way belong"),
+        ({"pending": "a"}, "pending is a str where"),
+    ):
+        text = np.frombuffer(json.dumps(record | change).encode(), np.uint8)
+        np.savez(path, **{**arrays, "record": text})
+        with pytest.raises(ValueError, match=message) as refused:
+            pipe.load_session(path)
+        assert str(path) in str(refused.value)
+    np.savez(path, **{**arrays, "record": np.frombuffer(b"[" * 10**5, np.uint8)})
+    with pytest.raises(ValueError, match="is damaged or no saved session"):
+        pipe.load_session(path)
+    np.savez_compressed(path, **arrays)
+    with zipfile.ZipFile(path) as file:
+        info = file.getinfo("record.npy")
+    content = bytearray(path.read_bytes())
+    begin = info.header_offset + 30 + len(info.filename) + 20
+    content[begin : begin + info.compress_size] = b"\xff" * info.compress_size
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="record is damaged"):
+        pipe.load_session(path)
 
 
 def test_sessions_that_are_none_are_refused(pipe, tmp_path):
