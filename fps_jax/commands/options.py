@@ -1,6 +1,7 @@
 """What the commands that sample have in common: their options, the request these make, and the record of a run."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Size, Solver, check_text, file_and_scale
-from fps_jax.files import check_regular
+from fps_jax.files import check_name, check_regular
 
 if TYPE_CHECKING:
     from fps_jax.sampling.pipeline import WanPipeline
@@ -86,6 +87,25 @@ class VideoOptions:
     """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
     lora_partial: bool = False
     """Leave out what of a LoRA this model has no place for, in place of an error."""
+
+
+def check_output(*files: pathlib.Path, overwrite: bool) -> None:
+    """Holds that a command's output can be written, before anything is loaded. files: all of it.
+
+    Raises: ValueError for a name that a disk can't take; OSError for a folder that can't be written, and for a file that exists,
+    unless it is to be overwritten.
+    """
+    check_name(max(files, key=lambda path: len(path.name)), "output")
+    folder = files[0].absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
+    for path in files:
+        if path.is_dir():
+            raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"output={str(path)!r} exists; give another --output, or --overwrite")
 
 
 def read_request(options: VideoOptions) -> "Request":

@@ -1,16 +1,15 @@
 """fps-sample: a video from a prompt. jax is imported once the arguments are known to be right."""
 
 import io
-import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
-from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
+from fps_jax.commands.options import VideoOptions, check_output, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import check_name, json_bytes, write_together
+from fps_jax.files import json_bytes, write_together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +62,7 @@ def _check_output(options: Sample) -> None:
         raise ValueError(
             f"output={str(options.output)!r} must end in {', '.join(suffixes)} for --output-type {options.output_type}"
         )
-    check_name(_record_of(options.output), "output")
-    folder = options.output.absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
-    for path in (options.output, _record_of(options.output)):
-        if path.is_dir():
-            raise IsADirectoryError(f"output={str(path)!r} is a folder; name a file")
-        if path.exists() and not options.overwrite:
-            raise FileExistsError(f"output={str(path)!r} exists; give another --output, or --overwrite")
+    check_output(options.output, _record_of(options.output), overwrite=options.overwrite)
 
 
 def _check_frames(options: Sample, frames: int | None) -> None:

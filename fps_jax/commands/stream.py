@@ -2,19 +2,25 @@
 
 import dataclasses
 import json
-import math
-import os
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
 from fps_jax.causal import CausalConfig
-from fps_jax.choices import CausalPreset, Dtype, Switch, choices
+from fps_jax.choices import CausalPreset, Dtype, Switch, check_text, choices
+from fps_jax.commands.options import check_output
 from fps_jax.errors import parse, run_cli
+from fps_jax.files import MAX_JSON, check_regular
+
+if TYPE_CHECKING:
+    from fps_jax.media.fragments import FragmentWriter
+    from fps_jax.sampling.stream import Session
+
+_LATEST = 1e9  # seconds of video, 30 years: what is later was meant otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +33,8 @@ class Stream:
     """What the video shows."""
     output: pathlib.Path = pathlib.Path("out.mp4")
     """The file to write, .mp4. It plays at every moment, up to what was written last."""
+    overwrite: bool = False
+    """Replace the output, if it exists, once the first block is made."""
     blocks: int | None = None
     """How many blocks to make; left out, the video goes on until Ctrl-C."""
     script: pathlib.Path | None = None
@@ -59,42 +67,57 @@ def _stream(options: Stream) -> None:
     script = [] if options.script is None else read_script(options.script)
     _check(options)
     from fps_jax.media.fragments import fragmented_mp4
-    from fps_jax.sampling.stream import CausalPipeline
 
-    pipe = CausalPipeline.from_pretrained(options.model, causal=options.preset, dtype=options.dtype)
-    pipe.causal = _with_window(pipe.causal, options)
-    session = pipe.session(
-        options.prompt, seed=options.seed, blocks=options.blocks, height=options.height, width=options.width
-    )
+    session = _session(options)
     started = time.perf_counter()
     with fragmented_mp4(options.output, fps=options.fps) as writer:
-        while session.blocks is None or session.index < session.blocks:
-            while script and writer.frames >= script[0]["at"] * options.fps:
-                due = script.pop(0)
-                session.switch(due["prompt"], due["how"])
-            begun = time.perf_counter()
-            block = next(session)
-            writer.push(block.frames)
-            took = time.perf_counter() - begun
-            stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
-            print(
-                f"block {block.index + 1}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
-                file=sys.stderr,
-            )
+        try:
+            _write(session, script, writer, options.fps)
+        except KeyboardInterrupt:  # the normal end of a video without end
+            if options.blocks is not None or not writer.frames:
+                raise
     print(f"wrote {options.output}: {writer.frames} frames in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    if script:
+        print(f"script: {len(script)} entries were not reached, the first at {script[0]['at']:g} s", file=sys.stderr)
+
+
+def _session(options: Stream) -> "Session":
+    """The stream, which is checked in full before the checkpoint's weights are read."""
+    from fps_jax.checkpoints.open import open_model
+    from fps_jax.sampling.stream import CausalPipeline, StreamPlan, causal_of
+
+    model = open_model(options.model)
+    causal = _with_window(causal_of(model.config, options.preset), options)
+    size = (options.height, options.width)
+    StreamPlan.build(model.config, causal, options.prompt, seed=options.seed, blocks=options.blocks, size=size)
+    pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
+    return pipe.session(
+        options.prompt, seed=options.seed, blocks=options.blocks, height=options.height, width=options.width
+    )
+
+
+def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float) -> None:
+    """Blocks into the file, to the last; entries leave the script when a block begins with them."""
+    while session.blocks is None or session.index < session.blocks:
+        due = take_due(script, writer.frames / fps)
+        if due is not None:
+            session.switch(due["prompt"], due["how"])
+        begun = time.perf_counter()
+        block = next(session)
+        writer.push(block.frames)
+        took = time.perf_counter() - begun
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
+        print(
+            f"block {block.index + 1}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
+            file=sys.stderr,
+        )
 
 
 def _check(options: Stream) -> None:
     """What can be known without jax or a checkpoint."""
     if options.output.suffix != ".mp4":
         raise ValueError(f"output={str(options.output)!r} must end in .mp4")
-    folder = options.output.absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"output folder {str(folder)!r} doesn't exist; make it first")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"output folder {str(folder)!r} can't be written; choose another --output")
-    if options.output.is_dir():
-        raise IsADirectoryError(f"output={str(options.output)!r} is a folder; name a file")
+    check_output(options.output, overwrite=options.overwrite)
     if options.blocks is not None and options.blocks < 1:
         raise ValueError(f"blocks={options.blocks} is not 1 or more; leave it out for a video without end")
     if not options.prompt.strip():
@@ -108,14 +131,28 @@ def _with_window(causal: CausalConfig, options: Stream) -> CausalConfig:
     return dataclasses.replace(causal, **given)
 
 
+def take_due(script: list[dict[str, Any]], seconds: float) -> dict[str, Any] | None:
+    """Takes out of a script what is due, and gives it as one: the newest prompt, in the strongest of their ways; None for nothing.
+
+    A cut that another prompt follows before a block begins is a cut still.
+    """
+    due: list[dict[str, Any]] = []
+    while script and script[0]["at"] <= seconds:
+        due.append(script.pop(0))
+    if not due:
+        return None
+    return due[-1] | {"how": max((entry["how"] for entry in due), key=get_args(Switch).index)}
+
+
 def read_script(path: pathlib.Path) -> list[dict[str, Any]]:
     """The prompts of a script, in order. Raises FileNotFoundError, or ValueError that names the file and what is wrong in it."""
+    if not path.exists():
+        raise FileNotFoundError(f"script={str(path)!r} doesn't exist")
     try:
+        check_regular(path, MAX_JSON)
         script = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"script={str(path)!r} doesn't exist") from None
-    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-        raise ValueError(f"script={str(path)!r} is not a JSON file") from None
+    except (ValueError, RecursionError) as error:  # a pipe or a folder, too many bytes, no text, no JSON
+        raise ValueError(f"script={str(path)!r} is not a JSON file ({error})") from None
     if not isinstance(script, list):
         raise ValueError(f"script={str(path)!r} is not a list of prompts, each with 'at' and 'prompt'")
     read: list[dict[str, Any]] = []
@@ -123,14 +160,15 @@ def read_script(path: pathlib.Path) -> list[dict[str, Any]]:
         where = f"script={str(path)!r}, entry {i}"
         if not isinstance(entry, dict) or not {"at", "prompt"} <= set(entry) <= {"at", "prompt", "how"}:
             raise ValueError(f"{where}: give an object of 'at', 'prompt' and, where it isn't 'continue', 'how'")
-        at, how = entry["at"], entry.get("how", "continue")
-        if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < math.inf:
-            raise ValueError(f"{where}: at={at!r} is not a number of seconds, 0 or more")
+        at, prompt, how = entry["at"], entry["prompt"], entry.get("how", "continue")
+        if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= _LATEST:
+            raise ValueError(f"{where}: at={at!r:.40} is not a number of seconds, 0 to {_LATEST:g}")
         if read and at <= read[-1]["at"]:
             raise ValueError(f"{where}: at={at:g} is not after the entry before it, at {read[-1]['at']:g}")
-        if not isinstance(entry["prompt"], str) or not entry["prompt"].strip():
-            raise ValueError(f"{where}: prompt={entry['prompt']!r} is not a text; give a few words")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{where}: prompt={prompt!r} is not a text; give a few words")
+        check_text(f"{where}: prompt", prompt)
         if how not in get_args(Switch):
             raise ValueError(f"{where}: how={how!r} is not one of {choices(Switch)}")
-        read.append({"at": at, "prompt": entry["prompt"], "how": how})
+        read.append({"at": at, "prompt": prompt, "how": how})
     return read

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,15 @@ from fps_jax.media.video import BT709, rgb_frame
 
 
 class FragmentWriter:
-    """Takes frames and writes them at once. Memory is constant in the length of the video. Made by `fragmented_mp4`."""
+    """Takes frames and writes them at once. Memory is constant in the length of the video. Made by `fragmented_mp4`.
 
-    def __init__(self, output: Any, fps: Fraction, crf: int):
-        self._output, self._fps, self._crf = output, fps, crf
+    Attributes:
+      frames: handed to the encoder so far.
+    """
+
+    def __init__(self, path: Path, files: ExitStack, fps: Fraction, crf: int):
+        self._path, self._files, self._fps, self._crf = path, files, fps, crf
+        self._output: Any = None
         self._stream: Any = None
         self.frames = 0
 
@@ -35,9 +40,14 @@ class FragmentWriter:
             )
         for pixels in frames:
             self._output.mux(self._stream.encode(rgb_frame(pixels)))
-        self.frames += len(frames)
+            self.frames += 1
 
     def _begin(self, height: int, width: int) -> Any:
+        import av
+
+        flags = {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
+        file = self._files.enter_context(self._path.open("wb", buffering=0))
+        self._output = self._files.enter_context(av.open(file, "w", format="mp4", options=flags))
         # zerolatency: no frame waits in the encoder for later ones.
         options = {"crf": str(self._crf), "tune": "zerolatency"}
         stream = self._output.add_stream("libx264", rate=self._fps, options=options)
@@ -57,11 +67,10 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
     """A file to write frames to, H.264 in fragments of one frame. What was written stays, however the block ends.
 
     Args:
-      path: ends in .mp4, in a folder that exists; what stood there is gone.
+      path: ends in .mp4, in a folder that exists. It is opened, and what stood there is gone, when the first frames are there.
       fps, crf: as of `save_video`.
     Raises: ValueError for a wrong suffix, fps or crf; NotImplementedError where PyAV has no H.264; OSError naming the path.
     """
-    import av
     from av.codec import codecs_available
 
     path = Path(path)
@@ -73,9 +82,10 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
         raise ValueError(f"crf={crf} must be in 0 (lossless) to 51; 18 looks lossless")
     if "libx264" not in codecs_available:
         raise NotImplementedError("this build of PyAV has no libx264; install PyAV's own wheel (pip install av)")
-    flags = {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
-    with open(path, "wb", buffering=0) as file, av.open(file, "w", format="mp4", options=flags) as output:
-        writer = FragmentWriter(output, Fraction(fps).limit_denominator(1001), crf)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"path={str(path)!r} is in a folder that doesn't exist; make it first")
+    with ExitStack() as files:
+        writer = FragmentWriter(path, files, Fraction(fps).limit_denominator(1001), crf)
         try:
             yield writer
         finally:

@@ -1,10 +1,14 @@
 """fps-stream: a file that is written as blocks are made, prompts by a script, and what is refused before anything is loaded."""
 
 import json
+import os
+import types
 
+import numpy as np
 import pytest
 
-from fps_jax.commands.stream import main, read_script
+from fps_jax.commands.stream import main, read_script, take_due
+from fps_jax.files import MAX_JSON
 from tests.checkpoints import T2V
 
 
@@ -19,8 +23,7 @@ def test_a_video_is_written_block_after_block(tmp_path, capsys):
 
     script, output = tmp_path / "prompts.json", tmp_path / "boat.mp4"
     script.write_text(json.dumps([{"at": 0.5, "prompt": "The storm clears.", "how": "recache"}]))
-    small = ("--height", 32, "--width", 48, "--dtype", "float32", "--preset", "causvid-3", "--window", 6)
-    status, err = run(capsys, T2V, "--prompt", "A boat.", "--blocks", 2, "--script", script, "--output", output, *small)
+    status, err = run(capsys, T2V, "--prompt", "A boat.", "--blocks", 2, "--script", script, "--output", output, *SMALL)
     assert status == 0, err
     assert "block 1: 9 frames" in err
     assert "block 2: 21 frames" in err
@@ -28,9 +31,91 @@ def test_a_video_is_written_block_after_block(tmp_path, capsys):
         assert sum(1 for _ in container.decode(video=0)) == 21
 
 
+SMALL = ("--height", 32, "--width", 48, "--dtype", "float32", "--preset", "causvid-3", "--window", 6)
+
+
+@pytest.mark.parametrize(("first", "blocks", "status"), [(2, (), 0), (1, (), 130), (2, ("--blocks", 5), 130)])
+def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch, first, blocks, status):
+    """Before the first block nothing is touched; where an end was asked for it isn't reached."""
+    import av
+
+    from fps_jax.sampling.stream import Block, CausalPipeline
+
+    output, made = tmp_path / "boat.mp4", iter(range(1, first))
+    output.write_bytes(b"an earlier video")
+
+    class Session:
+        """Of blocks that cost nothing; Ctrl-C comes while one is made."""
+
+        blocks = None
+        index = 0
+
+        def __next__(self):
+            if next(made, None) is None:
+                raise KeyboardInterrupt
+            return Block(0, np.zeros((9, 32, 48, 3), np.uint8), np.zeros((16, 3, 4, 6)), "A boat.", {"decode": 0.0})
+
+    loaded = types.SimpleNamespace(session=lambda *args, **kwargs: Session())
+    monkeypatch.setattr(CausalPipeline, "from_pretrained", lambda *args, **kwargs: loaded)
+    script = tmp_path / "prompts.json"
+    script.write_text(json.dumps([{"at": 60, "prompt": "Night falls."}]))
+    argv = (T2V, "--prompt", "A boat.", "--output", output, "--overwrite", "--script", script, *blocks, *SMALL)
+    got, err = run(capsys, *argv)
+    assert got == status
+    assert ("9 frames in" in err) == (status == 0)
+    assert ("script: 1 entries were not reached, the first at 60 s" in err) == (status == 0)
+    if first == 1:
+        assert output.read_bytes() == b"an earlier video"
+    else:
+        with av.open(str(output)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 9
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "doesn't say how it makes blocks; give causal='self-forcing'"),
+        (("--preset", "causvid-3", "--window", 2), "window=2 is less than frames_per_block=3"),
+        (("--preset", "causvid-3", "--sink", 3), "sink=3 without a window"),
+        (("--preset", "causvid-3", "--height", 40), "height=40 is not a positive multiple of 16"),
+        (("--preset", "causvid-3", "--seed", -1), "seed=-1 is not in"),
+    ],
+)
+def test_what_the_config_tells_is_told_before_weights_are_read(tmp_path, capsys, monkeypatch, arguments, message):
+    from fps_jax.sampling.pipeline import WanPipeline
+
+    monkeypatch.setattr(WanPipeline, "from_pretrained", None)
+    status, err = run(capsys, T2V, "--prompt", "A boat.", "--output", tmp_path / "out.mp4", *arguments)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert message in err
+
+
+def test_what_exists_is_kept_unless_overwrite_is_given(tmp_path, capsys):
+    output = tmp_path / "boat.mp4"
+    output.write_bytes(b"an earlier video")
+    status, err = run(capsys, "nowhere", "--prompt", "A boat.", "--output", output)
+    assert status == 2
+    assert "boat.mp4' exists; give another --output, or --overwrite" in err
+    status, err = run(capsys, "nowhere", "--prompt", "A boat.", "--output", output, "--overwrite")
+    assert status == 2
+    assert "checkpoint 'nowhere' doesn't exist" in err
+    assert output.read_bytes() == b"an earlier video"
+
+
+def test_of_what_is_due_together_the_newest_prompt_counts_and_the_strongest_way():
+    hows = ("continue", "cut", "recache", "continue", "recache")
+    script = [{"at": at, "prompt": f"prompt {at}", "how": how} for at, how in enumerate(hows)]
+    assert take_due(script, -1) is None
+    assert take_due(script, 2.5) == {"at": 2, "prompt": "prompt 2", "how": "cut"}
+    assert take_due(script, 2.5) is None
+    assert take_due(script, 4) == {"at": 4, "prompt": "prompt 4", "how": "recache"}
+    assert not script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "a" * 250 + ".mp4"), "bytes too long for a file's name; choose a shorter one"),
         (("--output", "out.avi"), "output='out.avi' must end in .mp4"),
         (("--output", "nowhere/out.mp4"), "doesn't exist; make it first"),
         (("--blocks", 0), "blocks=0 is not 1 or more; leave it out"),
@@ -55,6 +140,8 @@ def test_bad_arguments_are_one_line(capsys, arguments, message):
         ([{"at": 1, "prompt": "a", "fade": 2}], "entry 0: give an object"),
         ([{"at": -1, "prompt": "a"}], "at=-1 is not a number of seconds"),
         ([{"at": True, "prompt": "a"}], "at=True is not a number"),
+        ([{"at": 10**400, "prompt": "a"}], "at=10+ is not a number of seconds, 0 to 1e\\+09"),
+        ([{"at": 1, "prompt": "\ud800"}], "is not valid text"),
         ([{"at": 2, "prompt": "a"}, {"at": 2, "prompt": "b"}], "entry 1: at=2 is not after the entry before it, at 2"),
         ([{"at": 2, "prompt": ""}], "prompt='' is not a text"),
         ([{"at": 2, "prompt": "a", "how": "fade"}], "how='fade' is not one of 'continue', 'recache', 'cut'"),
@@ -65,6 +152,15 @@ def test_bad_scripts_are_refused(tmp_path, script, message):
     path.write_text(json.dumps(script))
     with pytest.raises(ValueError, match=message):
         read_script(path)
-    path.write_text("no JSON")
+    for content in ("no JSON", f'[{{"at": {"9" * 5000}, "prompt": "a"}}]', "[" * 10**5):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="is not a JSON file"):
+            read_script(path)
+    with path.open("wb") as file:
+        file.truncate(MAX_JSON + 1)
+    with pytest.raises(ValueError, match="bytes, more than the"):
+        read_script(path)
+    path.unlink()
+    os.mkfifo(path)  # whose reader would wait for ever
     with pytest.raises(ValueError, match="is not a JSON file"):
         read_script(path)

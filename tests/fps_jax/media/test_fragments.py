@@ -50,6 +50,17 @@ def test_what_was_written_stays_when_the_work_is_broken_off(tmp_path):
         assert container.streams.video[0].average_rate == 24
 
 
+def test_a_file_is_opened_when_its_first_frames_are_there(tmp_path):
+    path = tmp_path / "out.mp4"
+    path.write_bytes(b"an earlier video")
+    with fragmented_mp4(path):
+        pass
+    assert path.read_bytes() == b"an earlier video"
+    with fragmented_mp4(path) as writer:
+        writer.push(clip(2))
+    assert len(brightness(path.read_bytes())) == 2
+
+
 def test_bad_files_are_refused(tmp_path):
     for arguments, message in (
         ({"path": tmp_path / "a.mkv"}, "must end in .mp4"),
