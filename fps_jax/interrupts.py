@@ -20,7 +20,10 @@ def _interrupt(*_) -> None:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGINT, or a SIGTERM that Python handles, came since the block began.
+    """A function that says whether a SIGINT or SIGTERM that means KeyboardInterrupt came since the block began.
+
+    It means that by Python's own handler of SIGINT, or by that of `interrupt_on_sigterm`. Whoever set another one, to stop a server
+    or to ask for another run say, deals with the signal in a way of their own, and the block goes on.
 
     Python's own handlers wait for the main thread to come back from where it is; the interpreter's C handler writes the signal's
     number to a pipe at once, and that is what is read here. In another thread than the main one, where signals can't be watched, it
@@ -29,6 +32,7 @@ def watched() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
+    ours = [number for number in _SIGNALS if signal.getsignal(number) in (signal.default_int_handler, _interrupt)]
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
@@ -38,7 +42,7 @@ def watched() -> Iterator[Callable[[], bool]]:
     def interrupted() -> bool:
         with contextlib.suppress(OSError):
             numbers = os.read(read, 4096)
-            came[0] |= any(number in numbers for number in _SIGNALS)
+            came[0] |= any(number in numbers for number in ours)
             if before != -1:  # an event loop's, which wants to know too
                 os.write(before, numbers)
         return came[0]

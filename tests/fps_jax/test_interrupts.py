@@ -8,7 +8,7 @@ import time
 import jax
 import pytest
 
-from fps_jax.interrupts import watched
+from fps_jax.interrupts import interrupt_on_sigterm, watched
 from fps_jax.sampling.denoise import denoise
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.solvers import solver_table
@@ -16,15 +16,15 @@ from tests.checkpoints import TINY, tiny_dit
 
 
 def test_a_signal_is_seen_from_another_thread_and_by_an_event_loop_too():
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *_: None)
     read, write = os.pipe()
     os.set_blocking(write, False)
     outer = signal.set_wakeup_fd(write)
     try:
         with watched() as interrupted:
             assert not interrupted()
-            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(10)
             seen = []
             thread = threading.Thread(target=lambda: seen.append(interrupted()))
             thread.start()
@@ -35,9 +35,38 @@ def test_a_signal_is_seen_from_another_thread_and_by_an_event_loop_too():
         assert signal.SIGINT in os.read(read, 100)
     finally:
         signal.set_wakeup_fd(outer)
-        signal.signal(signal.SIGINT, before)
         os.close(read)
         os.close(write)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_others_handle_is_theirs(number):
+    """A server that shuts down in its own time, a job that asks to be queued again: the loop isn't ended under them."""
+    came = []
+    before = signal.signal(number, lambda *_: came.append(number))
+    try:
+        with watched() as interrupted:
+            os.kill(os.getpid(), number)
+            deadline = time.monotonic() + 10
+            while not came and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert came == [number]
+            assert not interrupted()
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_sigterm_of_a_command_is_seen():
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt_on_sigterm()
+    try:
+        with watched() as interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(10)
+            assert interrupted()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_in_another_thread_nothing_is_watched():

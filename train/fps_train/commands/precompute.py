@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -71,13 +70,7 @@ class Precompute:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of fps-precompute."""
-    if argv is None:  # a process of its own: what is whole is kept where a cluster ends it
-        signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(run_cli(lambda args: _precompute(parse(Precompute, args, prog="fps-precompute")), argv))
-
-
-def _interrupt(*_) -> None:
-    raise KeyboardInterrupt
 
 
 def _precompute(options: Precompute) -> None:
