@@ -20,7 +20,7 @@ from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
-from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, copy_tokenizer, read_config, read_manifest
+from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, check_tokenizer, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import check_space, new_directory, write_json
 from fps_jax.progress import Moved, bytes_bar
@@ -64,6 +64,7 @@ def to_torch(
             raise FileNotFoundError(f"{tokenizer} is missing; convert the checkpoint again")
         total = sum(file.stat().st_size for name in components for file in (root / name).rglob("*") if file.is_file())
         check_space(fresh.parent, total)
+        check_tokenizer(tokenizer)
         report: dict[str, Any] = {"layout": layout, "task": config.task, "notes": [], "components": {}}
         with bytes_bar("converting", total) as progress:
             for name in components:

@@ -16,7 +16,7 @@ from fps_convert.open import open_checkpoint
 from fps_convert.report import dtype_changes
 from fps_convert.single_files import Given
 from fps_convert.source import Source
-from fps_jax.checkpoints.format import SCHEDULE, copy_tokenizer, write_config
+from fps_jax.checkpoints.format import SCHEDULE, check_tokenizer, copy_tokenizer, write_config
 from fps_jax.checkpoints.lora import Scaled
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
@@ -58,6 +58,7 @@ def to_flax(
         source.loras = [Scaled(lora, scale) for lora, (_, scale) in zip(opened, loras, strict=True)]
         nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}
         check_space(fresh.parent, sum(nbytes.values()))
+        check_tokenizer(source.tokenizer_dir)
         audit = source.audit
         mixed = {}
         with bytes_bar("converting", sum(part.nbytes for part in source.parts.values())) as progress:

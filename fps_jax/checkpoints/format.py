@@ -207,24 +207,36 @@ def load_component(
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what a tokenizer's folder has of a tokenizer's files, of links the content.
-
-    Raises: ValueError for a link that leads out of the folder, but for those of a Hugging Face cache: whoever made a checkpoint
-      must not choose which of a person's files goes on into the next.
-    """
+    """Copies what a tokenizer's folder has of a tokenizer's files, of links the content. Raises as `check_tokenizer`."""
     target.mkdir(parents=True)
+    for name, real in check_tokenizer(source).items():
+        shutil.copyfile(real, target / name)
+
+
+def check_tokenizer(source: pathlib.Path) -> dict[str, pathlib.Path]:
+    """What `copy_tokenizer` would copy of a folder: the file that is read, by name. To be called before hours of other work.
+
+    Raises: ValueError for a link that leads out of the folder, but for those into a Hugging Face cache: whoever made a checkpoint
+      must not choose which of a person's files goes on into the next. Also as `check_regular`.
+    """
+    files = {}
     for name in _TOKENIZER:
         file = source / name
         if not file.is_file():
             continue
         check_regular(file, MAX_JSON)
         real = file.resolve()
-        in_cache = any(
-            part.name == "snapshots" and real.parent == part.parent / "blobs" for part in source.resolve().parents
-        )
-        if not (real.is_relative_to(source.resolve()) or in_cache):
+        if not (real.is_relative_to(source.resolve()) or _in_a_cache(real, source.resolve())):
             raise ValueError(f"{file} is a link to {real}, outside of its folder; put the file itself there")
-        shutil.copyfile(real, target / name)
+        files[name] = real
+    return files
+
+
+def _in_a_cache(file: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file is one of a Hugging Face cache's blobs, which may lie on another disk than the snapshot that links to it."""
+    blobs = [part.parent / "blobs" for part in folder.parents if part.name == "snapshots"]
+    in_blobs = file.parent.name == "blobs" and file.parent.parent.name.startswith("models--")
+    return in_blobs or any(file.parent == place.resolve() for place in blobs)
 
 
 def save_checkpoint(
@@ -244,6 +256,8 @@ def save_checkpoint(
     if unknown:
         raise ValueError(f"components={sorted(components)}: {min(unknown)!r} is none of {', '.join(COMPONENTS)}")
     with new_directory(path, overwrite=overwrite, sources=() if tokenizer_dir is None else (tokenizer_dir,)) as fresh:
+        if tokenizer_dir is not None:
+            check_tokenizer(pathlib.Path(tokenizer_dir))
         for name, params in components.items():
             save_component(fresh / name, params)
         if tokenizer_dir is not None:

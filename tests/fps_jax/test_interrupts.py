@@ -15,6 +15,11 @@ from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 
 
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(10)  # Python's handler comes at once
+
+
 def test_a_signal_is_seen_from_another_thread_and_by_an_event_loop_too():
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -23,8 +28,7 @@ def test_a_signal_is_seen_from_another_thread_and_by_an_event_loop_too():
         with watched() as interrupted:
             assert not interrupted()
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(10)
+                _send(signal.SIGINT)
             seen = []
             thread = threading.Thread(target=lambda: seen.append(interrupted()))
             thread.start()
@@ -62,8 +66,7 @@ def test_a_sigterm_of_a_command_is_seen():
     try:
         with watched() as interrupted:
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGTERM)
-                time.sleep(10)
+                _send(signal.SIGTERM)
             assert interrupted()
     finally:
         signal.signal(signal.SIGTERM, before)

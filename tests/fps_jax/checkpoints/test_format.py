@@ -12,6 +12,8 @@ import pytest
 from fps_convert.synthetic import tiny_config
 from fps_jax.checkpoints.format import (
     abstract_component,
+    check_tokenizer,
+    copy_tokenizer,
     empty_aligned,
     is_checkpoint,
     load_component,
@@ -126,6 +128,28 @@ def test_a_whole_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="'unet' is none of dit, vae"):
         save_checkpoint(tmp_path / "other", config, {"unet": params()})
     assert {path.name for path in tmp_path.iterdir()} == {"tok", "out"}
+
+
+def test_a_tokenizer_may_link_into_a_hugging_face_cache_and_nowhere_else(tmp_path):
+    model, disk, mine = tmp_path / "hub" / "models--a--b", tmp_path / "disk", tmp_path / "mine"
+    snapshot = model / "snapshots" / "0" / "tokenizer"
+    for folder in (snapshot, disk, mine, model / "blobs"):
+        folder.mkdir(parents=True)
+    (model / "blobs" / "1f").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../../blobs/1f")
+    (mine / "tokenizer.json").symlink_to(snapshot / "tokenizer.json")  # a folder made by hand of a cache's files
+    for number, folder in enumerate((snapshot, mine)):
+        copy_tokenizer(folder, tmp_path / f"copy{number}")
+        assert not (tmp_path / f"copy{number}" / "tokenizer.json").is_symlink()
+    (disk / "1f").write_text("{}")
+    (model / "blobs" / "1f").unlink()
+    (model / "blobs").rmdir()
+    (model / "blobs").symlink_to(disk)  # the cache's large files are on another disk
+    assert check_tokenizer(snapshot) == {"tokenizer.json": disk / "1f"}
+    (snapshot / "spiece.model").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("mine")
+    with pytest.raises(ValueError, match=r"spiece.model is a link to .*secret, outside of its folder"):
+        save_checkpoint(tmp_path / "out", tiny_config("t2v"), {"dit": {"no": "parameters"}}, snapshot)
 
 
 def test_config_json_that_cant_be_read(tmp_path):
