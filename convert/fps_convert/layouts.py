@@ -190,6 +190,9 @@ MAX_ENTRIES = 50_000
 def tree(folder: pathlib.Path) -> list[pathlib.Path]:
     """All files and folders below a folder, sorted. Links to folders are followed, as people link their models; never twice.
 
+    Hidden folders (.git, .cache) and Python's virtual environments are passed by: ComfyUI's own folder has tens of thousands of
+    files in these, and no model.
+
     Raises: ValueError for more than `MAX_ENTRIES`: no folder of models, or a link to the whole disk.
     """
     found, seen = [], set()
@@ -199,6 +202,9 @@ def tree(folder: pathlib.Path) -> list[pathlib.Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not os.path.exists(f"{where}/{name}/pyvenv.cfg")
+        )
         found += [pathlib.Path(where) / name for name in (*folders, *files)]
         if len(found) > MAX_ENTRIES:
             raise ValueError(

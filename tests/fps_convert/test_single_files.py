@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fps_convert import open_checkpoint, to_flax, to_torch
+from fps_convert import layouts, open_checkpoint, to_flax, to_torch
 from fps_convert.single_files import Given
 from fps_convert.synthetic import tiny_config
 from fps_convert.torch_configs import official_dit
@@ -111,6 +111,22 @@ def test_folders_that_are_links_are_read(comfy, tmp_path):
         (tmp_path / "linked" / folder.name).symlink_to(folder)
     (tmp_path / "linked" / "again").symlink_to(tmp_path / "linked")  # a circle
     assert open_checkpoint(tmp_path / "linked").config == open_checkpoint(root).config
+
+
+def test_of_a_whole_comfyui_only_what_may_hold_models_is_counted(comfy, tmp_path, monkeypatch):
+    """A clone with its history and its virtual environment has more files than a folder of models may have."""
+    root, _ = comfy()
+    want = open_checkpoint(root).config
+    for folder in (tmp_path / ".git" / "objects", tmp_path / "venv" / "lib"):
+        folder.mkdir(parents=True)
+        for number in range(30):
+            (folder / str(number)).touch()
+    (tmp_path / "venv" / "pyvenv.cfg").touch()
+    monkeypatch.setattr(layouts, "MAX_ENTRIES", 30)
+    assert open_checkpoint(tmp_path).config == want
+    (tmp_path / "venv" / "pyvenv.cfg").unlink()
+    with pytest.raises(ValueError, match="has more than 30 files; give the folder that holds the models alone"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_single_file_may_have_the_name_of_the_official_dit(comfy, tmp_path):
