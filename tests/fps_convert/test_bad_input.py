@@ -9,7 +9,8 @@ import struct
 import numpy as np
 import pytest
 
-from fps_convert import open_checkpoint, to_flax
+from fps_convert import flax_to_torch, open_checkpoint, to_flax, to_torch
+from fps_convert.source import Source
 from tests.fps_convert.failing import fails, snapshot
 from tests.fps_convert.tensors import rewrite
 
@@ -278,13 +279,24 @@ def test_two_files_of_one_component(refused, source):
         ('{"a":{"dtype":"F32","shape":[1' + "0" * 5000 + '],"data_offsets":[0,4]}}', "its header is not JSON"),
         ('{"__metadata__":{"num_heads":3}}', "its __metadata__ is not a JSON object of texts"),
         ("[" * 100_000, "its header is not JSON"),
-        ('{"a":1,"b":' + '"' + "x" * 4_000_000 + '"}', "its header has 4,000,014 bytes, more than the 4,000,000"),
+        ('{"a":1,"b":' + '"' + "x" * 16_000_000 + '"}', "its header has 16,000,014 bytes, metadata included, more"),
     ],
 )
 def test_headers_beyond_what_names_of_tensors_take(refused, source, text, part):
     path = source("official")
     (path / DIT).write_bytes(struct.pack("<Q", len(text)) + text.encode() + b"\0" * 8)
     refused(path, DIT, part)
+
+
+def test_metadata_of_some_megabytes_are_read(source):
+    """Trainers keep the words of all captions there."""
+    path = source("official")
+    whole = (path / DIT).read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length]) | {"__metadata__": {"ss_tag_frequency": "cat, " * 1_000_000}}
+    text = json.dumps(header).encode()
+    (path / DIT).write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+    assert open_checkpoint(path).parts["dit"].nbytes
 
 
 @pytest.mark.parametrize(
@@ -318,7 +330,7 @@ def test_a_tokenizer_of_more_words_than_the_table_has_rows(refused, source):
     refused(path, "google/umt5-xxl is another model's tokenizer: 417 words, and the text encoder's table has 416 rows")
 
 
-def test_of_a_tokenizers_folder_its_own_files_are_copied_and_no_link_out_of_it(refused, source, tmp_path):
+def test_of_a_tokenizers_folder_its_own_files_are_copied_and_no_link_out_of_it(refused, source, tmp_path, monkeypatch):
     path = source("official")
     folder = path / "google" / "umt5-xxl"
     (tmp_path / "secret").write_text("mine")
@@ -327,4 +339,13 @@ def test_of_a_tokenizers_folder_its_own_files_are_copied_and_no_link_out_of_it(r
     assert not (tmp_path / "ours" / "tokenizer" / "notes.txt").exists()
     (folder / "added_tokens.json").symlink_to(tmp_path / "secret")
     shutil.rmtree(tmp_path / "ours")
-    refused(path, "added_tokens.json is a link to", "outside of its folder; put the file itself there")
+    with monkeypatch.context() as patch:  # told before the first component is written, not after the last
+        patch.setattr(Source, "save", lambda *_: pytest.fail("a component was written"))
+        refused(path, "added_tokens.json is a link to", "outside of its folder; put the file itself there")
+    (folder / "added_tokens.json").unlink()
+    to_flax(path, tmp_path / "ours")
+    (tmp_path / "ours" / "tokenizer" / "added_tokens.json").symlink_to(tmp_path / "secret")
+    with monkeypatch.context() as patch:
+        patch.setattr(flax_to_torch, "_write_component", lambda *_: pytest.fail("a component was written"))
+        with pytest.raises(ValueError, match=r"added_tokens.json is a link to"):
+            to_torch(tmp_path / "ours", tmp_path / "back", "official")

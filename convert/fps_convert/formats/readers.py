@@ -36,7 +36,8 @@ _BITS = {
 _NUMBERS = {"F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4")}
 VIEWS = FLOATS | FP8 | _NUMBERS | {"U8": np.dtype(np.uint8)}
 # The format admits 100 MB. A 14B model with all its parts in one file has some 300 kB, and parsed it takes a hundred times that.
-_MAX_HEADER = 4_000_000
+# What trainers and ComfyUI keep in the metadata (the words of all captions, a workflow, a picture) may be some megabytes beside.
+_MAX_HEADER = 16_000_000
 
 
 _MAX_RANK = 32  # axes that NumPy had until version 2
@@ -110,8 +111,9 @@ class SafetensorsFile:
         if size < 8 or length > size - 8:
             raise self._corrupt(f"the header should be {length} bytes long, the file has {size}")
         if length > _MAX_HEADER:
-            raise self._corrupt(
-                f"its header has {length:,} bytes, more than the {_MAX_HEADER:,} that names of tensors take"
+            raise ValueError(
+                f"{path}: its header has {length:,} bytes, metadata included, more than the {_MAX_HEADER:,} that are read; save it "
+                "again without its metadata"
             )
         try:
             header = json.loads(self._bytes[8 : 8 + length].tobytes(), object_pairs_hook=_no_duplicates)
