@@ -64,9 +64,10 @@ def json_bytes(record: dict[str, Any]) -> bytes:
 def write_together(contents: dict[pathlib.Path, bytes]) -> None:
     """Write several files, all or none: all are whole beside their names before the first is renamed, in order.
 
-    Raises: OSError that names a file; what wasn't there before then isn't there now.
+    Raises: OSError that names a file; what was there before then still is, all of it, and nothing else.
     """
     beside = {path: _beside(path) for path in contents}
+    old: dict[pathlib.Path, pathlib.Path] = {}
     placed: list[pathlib.Path] = []
     path = None
     try:
@@ -74,12 +75,22 @@ def write_together(contents: dict[pathlib.Path, bytes]) -> None:
             beside[path].write_bytes(content)
             _flush(beside[path])
         for path in contents:
-            new = not path.exists()
+            if os.path.lexists(path):
+                aside = _beside(path)
+                path.replace(aside)
+                old[path] = aside
             beside[path].replace(path)
-            placed += [path] * new
+            placed.append(path)
+        for aside in old.values():
+            with contextlib.suppress(OSError):
+                aside.unlink()
     except BaseException as error:
         for done in placed:
-            done.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                done.unlink(missing_ok=True)
+        for done, aside in old.items():
+            with contextlib.suppress(OSError):
+                aside.replace(done)
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise

@@ -89,6 +89,33 @@ def test_files_that_belong_together_are_all_there_or_none(tmp_path, monkeypatch)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.mp4.json": b"{}", "a.mp4": b"video"}
 
 
+def test_files_that_would_have_been_replaced_together_are_all_put_back(tmp_path, monkeypatch):
+    """The record of a new video beside the old video would say what isn't so."""
+    first, second = tmp_path / "a.mp4.json", tmp_path / "a.mp4"
+    write_together({first: b"old record", second: b"old video"})
+    replace = pathlib.Path.replace
+    failed = []
+
+    def full(self, target):
+        if target == second and not failed:
+            failed.append(target)
+            raise OSError(28, "No space left on device")
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", full)
+    with pytest.raises(OSError, match=r"can't write '.*a.mp4': No space left on device"):
+        write_together({first: b"new record", second: b"new video"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a.mp4.json": b"old record",
+        "a.mp4": b"old video",
+    }
+    write_together({first: b"new record", second: b"new video"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a.mp4.json": b"new record",
+        "a.mp4": b"new video",
+    }
+
+
 def test_a_pipe_or_a_huge_file_is_told_before_it_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(ValueError, match=r"pipe.json is no regular file; give a file that holds its bytes"):
