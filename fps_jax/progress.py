@@ -5,11 +5,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
 Moved = Callable[[int], object]  # bytes read or written since the last call
 _LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
 _LONGEST = 60.0
+
+
+class Quiet:
+    """A stream that drops what can't be written: where nobody reads what is said of work (`| head`), the work goes on."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
@@ -30,7 +49,7 @@ def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
 def _bar(label: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
-    with tqdm(desc=label, dynamic_ncols=True) as bar, _repeated(bar.refresh, 1.0):
+    with tqdm(desc=label, dynamic_ncols=True, file=Quiet(sys.stderr)) as bar, _repeated(bar.refresh, 1.0):
 
         def update(done: int, total: int) -> None:
             bar.total = total
@@ -48,7 +67,7 @@ def _lines(label: str) -> Iterator[Progress]:
     def say() -> None:
         nonlocal said
         said = time.monotonic()
-        print(f"{state} {said - start:.0f} s", file=sys.stderr, flush=True)
+        print(f"{state} {said - start:.0f} s", file=Quiet(sys.stderr), flush=True)
 
     def beat() -> None:
         nonlocal wait
@@ -91,5 +110,6 @@ def bytes_bar(label: str, total: int) -> Iterator[Moved]:
     """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
+    out = Quiet(sys.stderr)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=2, leave=False, disable=None, file=out) as bar:
         yield bar.update

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fps_jax.commands.options import FILES, VideoOptions, load_pipeline, lora_files, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, write_json
+from fps_jax.progress import Quiet
 
 if TYPE_CHECKING:
     from fps_jax.sampling.presets import Settings
@@ -76,4 +77,4 @@ def _subtitle(request: "Request", settings: "Settings") -> str:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=Quiet(sys.stderr), flush=True)

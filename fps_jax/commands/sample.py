@@ -10,6 +10,7 @@ from typing import Literal
 from fps_jax.commands.options import VideoOptions, check_output, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import json_bytes, write_together
+from fps_jax.progress import Quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def _sample(options: Sample) -> None:
     seconds = time.time() - start
     record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}
     write_together({_record_of(options.output): json_bytes(record), options.output: content})
-    print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=sys.stderr)
+    print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=Quiet(sys.stderr))
 
 
 def _record_of(output: pathlib.Path) -> pathlib.Path:

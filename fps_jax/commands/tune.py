@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fps_jax.errors import parse, run_cli
+from fps_jax.progress import Quiet
 from fps_jax.sizes import latent_grid, token_grid
 from fps_jax.tuning.defaults import CLASSES, DEADLINE, SCALES, SPARSE_DENSITY
 
@@ -166,4 +167,4 @@ def _table_text(tasks: Any, all_results: list[list[dict[str, Any]]]) -> str:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=Quiet(sys.stderr), flush=True)

@@ -1,6 +1,8 @@
 """What is said of work under way: a clock that goes on, lines in a log."""
 
 import io
+import os
+import subprocess
 import sys
 import time
 
@@ -39,6 +41,57 @@ def test_a_log_has_whole_lines_and_hears_of_work_that_stands(monkeypatch):
     assert lines[-1].startswith("denoise: 50 of 50 ")
     assert 3 <= len(lines) <= 8  # not one for each of fifty steps in no time
     assert not set("\r\x1b█") & set(stream.getvalue())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_work_goes_on_where_nobody_reads_of_it(monkeypatch, terminal):
+    class Broken(Stream):
+        def write(self, text=""):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Broken(terminal))
+    monkeypatch.setattr(progress, "_LINE", 0.0)
+    with progress.progress_bar("denoise", True) as update:
+        update(1, 2)
+        update(2, 2)
+    with progress.bytes_bar("read", 2) as moved:
+        moved(2)
+
+
+@pytest.mark.parametrize(("closed", "status"), [("stdout", 0), ("stderr", 0), ("both", 0), ("other", 2)])
+def test_the_exit_status_where_a_pipe_is_closed(closed, status):
+    """`| head` ends what prints and is no error; a closed stderr ends nothing; any other pipe is a failure."""
+    code = (
+        "import os, sys\n"
+        "from fps_jax.errors import run_cli\n"
+        "from fps_jax.progress import progress_bar\n"
+        "def main(_):\n"
+        "    with progress_bar('work', True) as bar:\n"
+        "        bar(1, 1)\n"
+        "    if sys.argv[1] == 'stdout':\n"
+        "        print('x' * 100_000, flush=True)\n"
+        "    if sys.argv[1] == 'other':\n"
+        "        read, write = os.pipe()\n"
+        "        os.close(read)\n"
+        "        os.write(write, b'x')\n"
+        "    os.write(int(sys.argv[2]), b'done')\n"
+        "sys.exit(run_cli(main, []))\n"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    here, there = os.pipe()
+    out = write if closed in ("stdout", "both") else subprocess.DEVNULL
+    err = write if closed in ("stderr", "both") else subprocess.DEVNULL
+    done = subprocess.run(
+        [sys.executable, "-c", code, closed, str(there)], stdout=out, stderr=err, pass_fds=[there], check=False
+    )
+    os.close(there)
+    os.close(write)
+    with open(here, "rb") as told:
+        assert told.read() == (b"done" if closed in ("stderr", "both") else b"")
+    assert done.returncode == status
 
 
 def test_the_clock_of_a_bar_goes_on_while_nothing_moves(monkeypatch):
