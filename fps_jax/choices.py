@@ -55,3 +55,13 @@ def check_choice(name: str, value: Any, kind: Any) -> None:
     """Raises ValueError where the argument `name` is none of the names of a Literal."""
     if value not in get_args(kind):
         raise ValueError(f"{name}={value!r} is not one of {choices(kind)}")
+
+
+def check_fps(fps: Any) -> None:
+    """Raises ValueError for frames per second that no player has; fractions may be."""
+    try:
+        fine = 1 <= float(fps) <= 1000
+    except (TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise ValueError(f"fps={fps!r} is not a number in 1 to 1000; Wan's videos are 16")

@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, get_args, get_origin
 
-from fps_jax.foreign import answer
+from fps_jax.foreign import option_answer
 from fps_jax.interrupts import interrupt_on_sigterm
 
 # What a user can cause and cure. Anything else is a defect of ours and says so.
@@ -33,6 +35,9 @@ def one_line(error: BaseException) -> str:
 def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> int:
     """Runs `main(arguments)` and returns the exit status: 0, 2 for any error, 130 for Ctrl-C.
 
+    Where the reader of stdout has seen enough (`| head`), the status is 0, as what was asked for was seen. Of any other pipe that
+    broke it is an error.
+
     `--debug` anywhere among the arguments is taken out, and lets the traceback through before the one line. `--version` alone says
     the version. Without `argv` this is a process of its own, and SIGTERM is as Ctrl-C: nothing half-written stays.
     """
@@ -51,19 +56,39 @@ def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> 
         main(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        sys.stdout = None
-        return 0
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        _say("error: interrupted")
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            sys.stdout = None
+            return 0
         if debug:
             traceback.print_exc()
         hint = "" if isinstance(error, _EXPECTED) else f" ({type(error).__name__}: a defect; --debug shows where)"
-        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
+        _say(f"error: {one_line(error)}{hint}")
         return 2
+    finally:
+        if _has_no_reader(sys.stderr):
+            sys.stderr = (
+                None  # what is left in it can't be written when Python ends either, and would be the exit status
+            )
     return 0
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+
+
+def _has_no_reader(stream: Any) -> bool:
+    """Whether a stream is a pipe or a socket whose other end is closed."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # none, or one in memory
+        return False
 
 
 def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = None, default: Any = None) -> Any:
@@ -83,7 +108,7 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
         if stop.code in (0, None):
             raise
         said = _unboxed(report.getvalue())
-        raise ValueError(f"{_foreign(said, argv)}{said} (see {prog} --help)") from None
+        raise ValueError(f"{_foreign(said, kind, argv)}{said} (see {prog} --help)") from None
 
 
 @contextlib.contextmanager
@@ -102,16 +127,28 @@ def _no_color() -> Iterator[None]:
             os.environ["TERM"] = before
 
 
-def _foreign(said: str, argv: list[str]) -> str:
+def _foreign(said: str, kind: Any, argv: list[str]) -> str:
     """What stands for an option that was taken from another program; nothing for other errors."""
-    names = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    told = next((f"{name}: {answer(name)}; " for name in names if name in said and answer(name)), "")
-    return told if "Unrecognized" in said else ""
+    ours = {field.name for one in _dataclasses(kind) for field in dataclasses.fields(one)}
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said):
+            continue
+        size = re.fullmatch(r"(\d+)[*x](\d+)", value if equals else after)
+        if name == "--size" and size and {"height", "width"} <= ours:  # generate.py's, width first
+            return f"{name} {size[0]}: use --height {size[2]} --width {size[1]}; "
+        if "Unrecognized" in said and (told := option_answer(name, ours)):
+            return f"{name}: {told}; "
+    return ""
+
+
+def _dataclasses(kind: Any) -> list[Any]:
+    return [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)]
 
 
 def _check_lists(kind: Any, argv: list[str]) -> None:
     """Raises ValueError for an option of any number of values that is given twice: the last alone would count."""
-    kinds = [one for one in (kind, *get_args(kind)) if dataclasses.is_dataclass(one)]
+    kinds = _dataclasses(kind)
     lists = {f"--{f.name}".replace("_", "-") for one in kinds for f in dataclasses.fields(one) if _is_list(f.type)}
     names = [word.partition("=")[0].replace("_", "-") for word in argv]
     twice = next((name for name in names if name in lists and names.count(name) > 1), None)

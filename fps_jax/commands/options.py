@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Size, Solver, check_text, file_and_scale
+from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Size, Solver, check_fps, check_text, file_and_scale
 from fps_jax.files import check_name, check_regular
+from fps_jax.progress import Quiet
 
 if TYPE_CHECKING:
     from fps_jax.sampling.pipeline import WanPipeline
@@ -122,8 +123,7 @@ def read_request(options: VideoOptions) -> "Request":
     for name, value in dataclasses.asdict(options).items():
         if isinstance(value, str | pathlib.Path):
             check_text(name, str(value))
-    if not 1 <= options.fps <= 1000:
-        raise ValueError(f"fps={options.fps} must be in 1 to 1000; Wan's videos are 16")
+    check_fps(options.fps)
     return request
 
 
@@ -159,10 +159,10 @@ def load_pipeline(
         from fps_jax.sampling.presets import PRESETS
 
         preset = model.config.preset
-        print(f"this checkpoint is sampled by preset {preset}: {PRESETS[preset].words()}", file=sys.stderr)
+        print(f"this checkpoint is sampled by preset {preset}: {PRESETS[preset].words()}", file=Quiet(sys.stderr))
     pipe = WanPipeline.from_pretrained(model.directory, dtype=options.dtype, show_progress=True)
     for lora, scale in opened:
-        print(f"{pipe.load_lora(lora, scale).summary} at scale {scale:g}", file=sys.stderr)
+        print(f"{pipe.load_lora(lora, scale).summary} at scale {scale:g}", file=Quiet(sys.stderr))
     return pipe
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import tyro
 
 from fps_jax.causal import CausalConfig
-from fps_jax.choices import CausalPreset, Dtype, Switch, check_text, choices
+from fps_jax.choices import CausalPreset, Dtype, Switch, check_fps, check_text, choices
 from fps_jax.commands.options import check_output
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import MAX_JSON, check_regular
+from fps_jax.progress import Quiet
 
 if TYPE_CHECKING:
     from fps_jax.media.fragments import FragmentWriter
@@ -76,9 +77,15 @@ def _stream(options: Stream) -> None:
         except KeyboardInterrupt:  # the normal end of a video without end
             if options.blocks is not None or not writer.frames:
                 raise
-    print(f"wrote {options.output}: {writer.frames} frames in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    print(
+        f"wrote {options.output}: {writer.frames} frames in {time.perf_counter() - started:.1f} s",
+        file=Quiet(sys.stderr),
+    )
     if script:
-        print(f"script: {len(script)} entries were not reached, the first at {script[0]['at']:g} s", file=sys.stderr)
+        print(
+            f"script: {len(script)} entries were not reached, the first at {script[0]['at']:g} s",
+            file=Quiet(sys.stderr),
+        )
 
 
 def _session(options: Stream) -> "Session":
@@ -109,7 +116,7 @@ def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWr
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
         print(
             f"block {block.index + 1}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
-            file=sys.stderr,
+            file=Quiet(sys.stderr),
         )
 
 
@@ -122,8 +129,7 @@ def _check(options: Stream) -> None:
         raise ValueError(f"blocks={options.blocks} is not 1 or more; leave it out for a video without end")
     if not options.prompt.strip():
         raise ValueError(f"prompt={options.prompt!r} is not a text; give a few words")
-    if not 0 < options.fps <= 1000:
-        raise ValueError(f"fps={options.fps} must be above 0 and at most 1000; Wan's videos are 16")
+    check_fps(options.fps)
 
 
 def _with_window(causal: CausalConfig, options: Stream) -> CausalConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from fps_jax.choices import check_fps
 from fps_jax.media.video import BT709, rgb_frame
 
 
@@ -76,8 +77,7 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"path={str(path)!r} must end in .mp4")
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps={fps} must be above 0 and at most 1000; Wan's videos are 16")
+    check_fps(fps)
     if not 0 <= crf <= 51:
         raise ValueError(f"crf={crf} must be in 0 (lossless) to 51; 18 looks lossless")
     if "libx264" not in codecs_available:
@@ -85,7 +85,7 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is in a folder that doesn't exist; make it first")
     with ExitStack() as files:
-        writer = FragmentWriter(path, files, Fraction(fps).limit_denominator(1001), crf)
+        writer = FragmentWriter(path, files, Fraction(float(fps)).limit_denominator(1001), crf)
         try:
             yield writer
         finally:

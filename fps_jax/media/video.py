@@ -8,8 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
+from fps_jax.choices import check_fps
 from fps_jax.files import write_bytes
 from fps_jax.media.mp4 import index_first
 
@@ -46,13 +47,20 @@ def video_to_uint8(video: Any) -> UInt8[np.ndarray, "F H W 3"]:
     return out
 
 
+def to_pil(video: Float[np.ndarray, "B F H W 3"]) -> list[list[Any]]:
+    """One list of PIL images a sample, of floats in [0, 1]."""
+    from PIL import Image
+
+    return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]
+
+
 def save_video(video: Any, path: str | os.PathLike, fps: float = 16, crf: int = 18) -> None:
     """Write a video file: H.264, 4:2:0, BT.709; the file appears when whole, and one that was there stays until then.
 
     Args:
       video: as for `video_to_uint8`; height and width even.
       path: ends in .mp4, .mov or .mkv, in a folder that exists; or in .png, for a video of one frame.
-      fps: frames per second, fractions too (23.976).
+      fps: frames per second, 1 to 1000, fractions too (23.976).
       crf: quality from 0 (lossless) to 51; 18 looks lossless.
     Raises: ValueError for a wrong video, suffix, fps or crf; OSError naming the path if it can't be written.
     """
@@ -64,8 +72,7 @@ def video_bytes(video: Any, path: Path, fps: float = 16, crf: int = 18) -> bytes
     """What `save_video` writes at a path; its arguments and errors."""
     if path.suffix.lower() not in (*_CONTAINERS, ".png"):
         raise ValueError(f"path={str(path)!r} must end in one of {', '.join((*_CONTAINERS, '.png'))}")
-    if not 0 < fps <= 1000:
-        raise ValueError(f"fps={fps} must be above 0 and at most 1000; Wan's videos are 16")
+    check_fps(fps)
     if not 0 <= crf <= 51:
         raise ValueError(f"crf={crf} must be in 0 (lossless) to 51; 18 looks lossless")
     frames = video_to_uint8(video)
@@ -126,7 +133,7 @@ def _encode(frames: UInt8[np.ndarray, "F H W 3"], container: str, fps: float, cr
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as output:
-        rate = Fraction(fps).limit_denominator(1001)
+        rate = Fraction(float(fps)).limit_denominator(1001)
         if "libx264" in codecs_available:
             stream = output.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         else:

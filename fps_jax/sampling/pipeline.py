@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import Dtype, OutputType, Preset, Setting, SigmaGrid, Size, Solver, check_choice
 from fps_jax.compilation import enable_compilation_cache
 from fps_jax.config import WanConfig
-from fps_jax.foreign import answer
+from fps_jax.foreign import check_no_foreign, no_attribute
+from fps_jax.media.video import to_pil
 from fps_jax.models.params import Params
 from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
@@ -29,9 +30,9 @@ from fps_jax.sampling.denoise import Seen, Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.presets import PRESETS
-from fps_jax.sampling.request import Request
+from fps_jax.sampling.request import Request, repeated
 from fps_jax.sampling.solvers import SolverTable
-from fps_jax.sizes import check_integer_up_to, video_size
+from fps_jax.sizes import video_size
 
 log = logging.getLogger("fps_jax")
 
@@ -69,7 +70,7 @@ class WanPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, dtype: str = "bfloat16", show_progress: bool | None = None
+        cls, path: str | os.PathLike, *, dtype: str = "bfloat16", show_progress: bool | None = None, **foreign: Any
     ) -> "WanPipeline":
         """Load a checkpoint of ours, one from PyTorch (converted on the fly), or a Hugging Face repo id.
 
@@ -78,8 +79,10 @@ class WanPipeline:
             download into the Hugging Face cache.
           dtype: 'bfloat16' or 'float32', for the DiT and the text encoder. The VAE and the image tower are float32 always.
           show_progress: the attribute, which holds for loading too.
-        Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint.
+        Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, or not a Wan2.1 checkpoint;
+          TypeError for an argument that isn't there, `foreign`.
         """
+        check_no_foreign(foreign, "WanPipeline.from_pretrained", ("dtype", "show_progress"))
         check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
         return cls._of(open_model(path), dtype, show_progress)
@@ -94,6 +97,7 @@ class WanPipeline:
         image_encoder: str | os.PathLike | None = None,
         tokenizer: str | os.PathLike | None = None,
         dtype: str = "bfloat16",
+        **foreign: Any,
     ) -> "WanPipeline":
         """Load single files, such as ComfyUI's and Kijai's, bf16, fp16 or FP8 (docs/checkpoints.md).
 
@@ -104,6 +108,9 @@ class WanPipeline:
           dtype: as of `from_pretrained`.
         Raises: as `from_pretrained`.
         """
+        check_no_foreign(
+            foreign, "WanPipeline.from_files", ("dit", "vae", "text_encoder", "image_encoder", "tokenizer")
+        )
         check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
         model = open_model_files(
@@ -124,14 +131,7 @@ class WanPipeline:
             for name in model.components:
                 params[name] = model.load(name, jnp.dtype(dtype))
                 bar(len(params), len(model.components))
-        return cls(
-            config=model.config,
-            params=params,
-            tokenizer=tokenizer,
-            dtype=jnp.dtype(dtype),
-            show_progress=show_progress,
-            schedule=model.schedule,
-        )
+        return cls(model.config, params, tokenizer, jnp.dtype(dtype), show_progress, model.schedule)
 
     def save_pretrained(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Write the checkpoint in our format, in the dtypes that it was loaded with, LoRAs merged, and its schedule.
@@ -140,6 +140,11 @@ class WanPipeline:
         """
         tokenizer = self.tokenizer.source.parent
         save_checkpoint(path, self.config, self.params, tokenizer, self.schedule, overwrite=overwrite)
+
+    if not TYPE_CHECKING:  # a type checker goes on to tell names that aren't there
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise no_attribute(self, name)
 
     @property
     def loras(self) -> list[Scaled]:
@@ -238,17 +243,11 @@ class WanPipeline:
         Raises: TypeError for an argument that isn't there; ValueError for one that breaks a rule above; FloatingPointError for NaN
           or inf (names step and layer).
         """
-        for name in foreign:
-            said = answer(name, Request.__dataclass_fields__)
-            raise TypeError(f"{name} is no argument of a WanPipeline" + (f"; {said}" if said else ""))
-        check_integer_up_to("num_videos_per_prompt", num_videos_per_prompt, 1000, "more than a call is made for")
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt} is less than 1; use 1 or more")
-        prompt, negative_prompt, image, last_image = (
-            _repeated(value, num_videos_per_prompt) for value in (prompt, negative_prompt, image, last_image)
+        if foreign:
+            check_no_foreign(foreign, "a WanPipeline", Request.__dataclass_fields__)
+        prompt, negative_prompt, image, last_image = repeated(
+            num_videos_per_prompt, prompt, negative_prompt, image, last_image
         )
-        if isinstance(prompt, str) and num_videos_per_prompt > 1:
-            prompt = [prompt] * num_videos_per_prompt
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -308,7 +307,7 @@ class WanPipeline:
         if request.output_type == "latent":
             return np.asarray(out)
         video = self.decode(out, tiling=prepared.tiling)
-        return _to_pil(video) if request.output_type == "pil" else video
+        return to_pil(video) if request.output_type == "pil" else video
 
     def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
         """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
@@ -395,19 +394,3 @@ class WanPipeline:
             return False
         log.info("VAE decode needs %.1f GB and %.1f GB are free: decoding in spatial tiles", needed / 1e9, free / 1e9)
         return True
-
-
-def _repeated(value: Any, count: int) -> Any:
-    """Each item of a list, or of a batch of images, `count` times; what is one for all stays it."""
-    if count == 1:
-        return value
-    if isinstance(value, list | tuple):
-        return [item for item in value for _ in range(count)]
-    return np.repeat(np.asarray(value), count, axis=0) if getattr(value, "ndim", 0) == 4 else value
-
-
-def _to_pil(video: np.ndarray) -> list[list[Any]]:
-    """One list of PIL images a sample."""
-    from PIL import Image
-
-    return [[Image.fromarray((frame * 255).round().astype(np.uint8)) for frame in sample] for sample in video]

@@ -19,7 +19,7 @@ from fps_jax.sampling.denoise import Segments
 from fps_jax.sampling.flow import check_levels
 from fps_jax.sampling.presets import Settings, fill
 from fps_jax.sampling.solvers import SolverTable, coefficients
-from fps_jax.sizes import Shape3, check_frame, check_integer, latent_grid, token_grid
+from fps_jax.sizes import Shape3, check_frame, check_integer, check_integer_up_to, latent_grid, token_grid
 
 
 class Resolved(NamedTuple):
@@ -339,3 +339,22 @@ def default_flow_shift(config: WanConfig, height: int, width: int) -> float:
     if config.flow_shift_480p is not None and height * width <= 480 * 832:
         return config.flow_shift_480p
     return config.flow_shift
+
+
+def repeated(count: Any, prompt: Any, *others: Any) -> tuple[Any, ...]:
+    """A prompt and what goes with it for `count` videos of each (`num_videos_per_prompt`). Raises ValueError for no such count."""
+    check_integer_up_to("num_videos_per_prompt", count, 1000, "more than a call is made for")
+    if count < 1:
+        raise ValueError(f"num_videos_per_prompt={count} is less than 1; use 1 or more")
+    if isinstance(prompt, str) and count > 1:
+        prompt = [prompt]
+    return tuple(_repeated(value, count) for value in (prompt, *others))
+
+
+def _repeated(value: Any, count: int) -> Any:
+    """Each item of a list, or of a batch of images, `count` times; what is one for all stays it."""
+    if count == 1:
+        return value
+    if isinstance(value, list | tuple):
+        return [item for item in value for _ in range(count)]
+    return np.repeat(np.asarray(value), count, axis=0) if getattr(value, "ndim", 0) == 4 else value

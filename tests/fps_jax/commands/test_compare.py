@@ -115,7 +115,7 @@ def bad_cases(tmp_path) -> dict[str, tuple[list, str]]:
     np.save(tmp_path / "noise.npy", np.zeros((1, 16, 1, 4, 8), np.float32))
     return {
         "frames": (["--num-frames", "6"], "num_frames=6 is not 4k+1"),
-        "rate": (["--fps", "0"], "fps=0 must be in 1 to 1000"),
+        "rate": (["--fps", "0"], "is not a number in 1 to 1000"),
         "seed": (["--seed", "-1"], "seed=-1 is not in [0, 2**32)"),
         "guidance": (["--guidance-scale", "nan"], "guidance_scale=nan is not a finite number"),
         "dense": (["--attention", "dense"], "--attention"),

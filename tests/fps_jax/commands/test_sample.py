@@ -147,8 +147,15 @@ BAD = [
     ),
     (["--prompt", "x", "--output", "caf\udce9.mp4"], "output='caf\\udce9.mp4.json' is not valid text (UTF-8)"),
     (["--prompt", "caf\udce9"], "prompt='caf\\udce9' is not valid text (UTF-8); write it in UTF-8"),
-    (["--prompt", "x", "--sample_steps", "4"], "--sample_steps: use num_inference_steps; "),
-    (["--prompt", "x", "--offload_model", "True"], "--offload_model: leave it out; nothing: the text encoder is on"),
+    (["--prompt", "x", "--sample_steps", "4"], "error: --sample_steps: use --num-inference-steps; "),
+    (["--prompt", "x", "--offload_model", "True"], "error: --offload_model: leave it out: the text encoder is on"),
+    (
+        ["--prompt", "x", "--unet_name", "a"],
+        "error: Unrecognized options: --unet_name",
+    ),  # none of its options stands for it
+    (["--prompt", "x", "--size", "832*480"], "error: --size 832*480: use --height 480 --width 832; invalid choice"),
+    (["--prompt", "x", "--steps", "4", "--steps-per-unit", "4"], "error: --steps: use --num-inference-steps; "),
+    (["--prompt", "x", "--to-nowhere", "4"], "error: Unrecognized options: --to-nowhere"),
     (
         ["--prompt", "x", "--num-inference-steps", "1000000000"],
         "is above 1,000, the number of noise levels in training",

@@ -120,7 +120,7 @@ def test_of_what_is_due_together_the_newest_prompt_counts_and_the_strongest_way(
         (("--output", "nowhere/out.mp4"), "doesn't exist; make it first"),
         (("--blocks", 0), "blocks=0 is not 1 or more; leave it out"),
         (("--prompt", " "), "prompt=' ' is not a text"),
-        (("--fps", 0), "fps=0.0 must be above 0"),
+        (("--fps", 0), "fps=0.0 is not a number in 1 to 1000"),
         (("--script", "nowhere.json"), "script='nowhere.json' doesn't exist"),
     ],
 )

@@ -49,7 +49,7 @@ def test_colours_are_tagged_bt709(tmp_path, video):
         assert context.pix_fmt == "yuv420p"
 
 
-@pytest.mark.parametrize("fps", [8, 23.976, 30])
+@pytest.mark.parametrize("fps", [8, 23.976, np.float32(23.976), 30])
 def test_frame_rate(tmp_path, video, fps):
     save_video(video, tmp_path / "out.mp4", fps=fps)
     assert _decode(tmp_path / "out.mp4")[1] == pytest.approx(fps, rel=1e-3)
@@ -127,8 +127,9 @@ def test_full_disk_leaves_nothing(tmp_path):
     [
         ({"path": "out.avi"}, "'out.avi' must end in one of .mp4, .mov, .mkv"),
         ({"path": "out"}, "must end in one of"),
-        ({"fps": 0}, "fps=0 must be above 0"),
-        ({"fps": float("nan")}, "fps=nan must be above 0"),
+        ({"fps": 0}, "fps=0 is not a number in 1 to 1000"),
+        ({"fps": float("nan")}, "fps=nan is not a number in 1 to 1000"),
+        ({"fps": "16 a second"}, "fps='16 a second' is not a number"),
         ({"crf": 52}, r"crf=52 must be in 0 \(lossless\) to 51"),
         ({"video": np.zeros((2, 15, 16, 3), np.uint8)}, "has 15x16 pixels; H.264 needs even sizes"),
         ({"video": np.zeros((2, 2, 16, 16, 3), np.uint8)}, r"one sample of a batch: video\[0\]"),

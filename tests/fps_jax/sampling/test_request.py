@@ -1,8 +1,10 @@
 """One request: the same for Python and the commands, checked without a checkpoint, the same object all the way down."""
 
+import copy
 import dataclasses
 import inspect
 import pathlib
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from fps_jax.commands.options import read_request
 from fps_jax.commands.sample import Sample
 from fps_jax.config import NEGATIVE_PROMPTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_14B, SamplingDefaults
 from fps_jax.evaluation.compare import compare
+from fps_jax.foreign import FOREIGN, option_answer
 from fps_jax.sampling import pipeline
 from fps_jax.sampling.request import Request
 
@@ -401,9 +404,9 @@ def test_several_videos_of_a_prompt_are_prompts_of_their_own():
     [
         ("sample_steps", "sample_steps is no argument of a WanPipeline; use num_inference_steps"),
         ("generator", "; use seed: a whole number, or one for each video"),
-        ("ckpt_dir", "; use the checkpoint's folder: WanPipeline.from_pretrained"),
-        ("torch_dtype", "; use dtype of WanPipeline.from_pretrained and fps-sample"),
-        ("enable_model_cpu_offload", "; leave it out; nothing: the text encoder is on the device"),
+        ("ckpt_dir", "; leave it out: the checkpoint's folder is the first argument, of WanPipeline.from_pretrained"),
+        ("torch_dtype", "; use dtype, 'bfloat16' or 'float32', of WanPipeline.from_pretrained and fps-sample"),
+        ("enable_model_cpu_offload", "; leave it out: the text encoder is on the device"),
         ("guidence_scale", "; did you mean guidance_scale\\?"),
         ("zzzz", "zzzz is no argument of a WanPipeline$"),
     ],
@@ -413,9 +416,34 @@ def test_a_name_from_elsewhere_is_answered_with_ours(name, said):
         asked(prompt="a", **{name: 1})
 
 
-def test_what_is_answered_isnt_an_argument_of_ours():
-    from fps_jax.foreign import FOREIGN
+def test_names_from_elsewhere_at_loading_and_methods_are_answered_too(tmp_path):
+    with pytest.raises(TypeError, match=r"^torch_dtype is no argument of WanPipeline.from_pretrained; use dtype, "):
+        WanPipeline.from_pretrained(tmp_path, torch_dtype="bfloat16")
+    with pytest.raises(TypeError, match=r"^unet_name is no argument of WanPipeline.from_files; use dit of"):
+        WanPipeline.from_files(dit="a", vae="b", text_encoder="c", unet_name="a")
+    pipe: Any = object.__new__(WanPipeline)
+    for name, said in (
+        ("to", "; leave it out: parameters are on JAX's default device"),
+        ("enable_model_cpu_offload", "; leave it out: the text encoder is on the device"),
+        ("load_lora_weights", r"; use load_lora\(file, scale\)$"),
+        ("zzzz", "'WanPipeline' object has no attribute 'zzzz'$"),
+    ):
+        assert not hasattr(pipe, name)
+        with pytest.raises(AttributeError, match=said):
+            getattr(pipe, name)
+    pipe.dtype = "float32"
+    for made in (copy.copy(pipe), copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert made.dtype == "float32"
 
+
+def test_a_command_answers_with_options_that_it_has():
+    assert option_answer("--frame-num", {"model", "num_frames"}) == "use --num-frames"
+    assert option_answer("--steps", {"model", "prompt"}) is None  # fps-stream's steps are its preset's
+    assert option_answer("--task", {"prompt"}) is None  # not about this command at all
+    assert option_answer("--task", {"model"}) == "leave it out: it is told by the checkpoint"
+
+
+def test_what_is_answered_isnt_an_argument_of_ours():
     assert not FOREIGN.keys() & inspect.signature(WanPipeline.__call__).parameters.keys()
 
 
