@@ -32,7 +32,8 @@ class Calibrate(VideoOptions):
     prompts: pathlib.Path
     """Text file with one prompt a line. Two or three that are typical of your use are a good start."""
     output: pathlib.Path = pathlib.Path("schedule.json")
-    """The schedule. Beside it: .errors.json (all that was measured), .errors.png and .choice.png."""
+    """The schedule. Beside it: .errors.json (all that was measured), .errors.png and .choice.png. Those of an earlier run are
+    replaced."""
     error_budget: float | None = None
     """Largest relative L2 error of the attention output at any step, mean over layers and prompts. Left out: at each step twice the
     error that FP8 alone makes there."""
@@ -172,6 +173,7 @@ def _read_errors(path: pathlib.Path, plans: Any) -> tuple[Any, dict[str, Any]]:
             raise ValueError("errors")
         if not isinstance(record.get("settings", {}), dict):
             raise TypeError("settings")
+        _progress(record.get("settings", {}))  # which the choice needs
         known = [
             (c["tile"], c["window"], c["scales_per_tile"], c.get("center_k", False)) for c in record.pop("candidates")
         ]

@@ -94,3 +94,12 @@ def test_a_tuned_table_that_cannot_be_read_is_found_before_the_measurement(tmp_p
     code, said = run(capsys, "--prompts", prompts, "--output", tmp_path / "s.json")
     assert code == 2
     assert "none.json' doesn't exist; run fps-tune to write it" in said
+
+
+@pytest.mark.parametrize("settings", [{}, {"flow_shift": 3.0}, {"flow_shift": None, "solver": "lcm"}])
+def test_levels_without_what_goes_with_them_are_no_earlier_run(settings, tmp_path):
+    file = tmp_path / "s.errors.json"
+    record = {"errors": [[[0.1]]], "candidates": [], "settings": {"sigmas": [1.0, 0.5], **settings}}
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"is no .errors.json that fps-calibrate wrote"):
+        calibrate._read_errors(file, [])
