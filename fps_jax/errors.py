@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import re
 import select
@@ -130,7 +131,7 @@ def _no_color() -> Iterator[None]:
 def _foreign(said: str, kind: Any, argv: list[str]) -> str:
     """What stands for an option that was taken from another program; nothing for other errors."""
     ours = {field.name for one in _dataclasses(kind) for field in dataclasses.fields(one)}
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+    for word, after in itertools.pairwise([*argv, ""]):
         name, equals, value = word.partition("=")
         if not name.startswith("--") or not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said):
             continue

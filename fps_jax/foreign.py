@@ -80,9 +80,9 @@ def answer(name: str, near: Iterable[str] = ()) -> str | None:
 def option_answer(option: str, ours: Collection[str]) -> str | None:
     """What to use in place of an option; None where it is unknown, or what stands for it is none of a command's, `ours`."""
     here, remark = FOREIGN.get(option.lstrip("-").replace("-", "_"), (None, ""))
-    if (
-        here is None or "model" not in ours or (here and here not in ours)
-    ):  # without a model, a command that doesn't sample
+    if "model" not in ours:  # a command that doesn't sample
+        return None
+    if here is None or (here and here not in ours):
         return None
     # What is said of a name of ours is about Python, as is a way to say a value.
     return f"use --{here.replace('_', '-')}" if here else f"leave it out: {remark}"
