@@ -175,7 +175,15 @@ class Rollout:
 
     def _empty(self) -> KVCache:
         heads, size = self.config.num_heads, self.config.head_dim
-        return self.layout.zeros(self.config.num_layers, self.text.k.shape[1], heads, size, self.dtype)
+        zeros = self.layout.zeros(self.config.num_layers, self.text.k.shape[1], heads, size, self.dtype)
+        return self.on_device(zeros)
+
+    def on_device(self, cache: KVCache) -> KVCache:
+        """The cache where the weights are, and bound to that device as a block's results are: else the second block's program is
+        another one, for arguments that are bound.
+        """
+        leaf = jax.tree.leaves(self.params)[0]
+        return jax.device_put(cache, next(iter(leaf.devices()))) if isinstance(leaf, jax.Array) else cache
 
     @property
     def causal(self) -> CausalConfig:

@@ -135,7 +135,7 @@ def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) 
         raise ValueError(f"its finished blocks end at latent frame {end}, and the next begins at {next_frame}")
     kind = type(rollout.cache)
     del rollout.cache  # before its successor is on the device: there may be no room for two
-    rollout.cache = kind(*map(jnp.asarray, kept))
+    rollout.cache = rollout.on_device(kind(*map(jnp.asarray, kept)))
     rollout.next_frame, session.index, session.made, session.finished = next_frame, index, made, finished
     if record["pending"] is not None:
         session.switch(*record["pending"])

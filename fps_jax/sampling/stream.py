@@ -197,7 +197,7 @@ def causal_of(config: WanConfig, causal: CausalConfig | CausalPreset | None) -> 
     causal = causal or config.causal
     if causal is None:
         names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)
-        raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig")
+        raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig (--preset)")
     return causal
 
 

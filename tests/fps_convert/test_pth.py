@@ -237,10 +237,10 @@ def test_small_records_are_believed_only_so_far(tmp_path):
             PthFile(path)
         assert tracemalloc.get_traced_memory()[1] < 4e6
         tracemalloc.stop()
-    whole = (tmp_path / "long.pth").read_bytes()
+    whole = pth(tmp_path / "whole.pth", one, {"0": SIX.tobytes()}).read_bytes()
     at = whole.index(b"PK\1\2")
     (tmp_path / "locked.pth").write_bytes(whole[: at + 8] + b"\1" + whole[at + 9 :])  # the first bit of its flags
-    with pytest.raises(ValueError, match=r"locked.pth is refused: its record archive/data.pkl is encrypted"):
+    with pytest.raises(ValueError, match=r"locked.pth is refused: its record \w+/data.pkl is encrypted"):
         PthFile(tmp_path / "locked.pth")
 
 
@@ -248,7 +248,7 @@ def test_marks_and_tuples_take_linear_time():
     import time
 
     start = time.process_time()
-    with pytest.raises(ValueError, match="doesn't end"):
+    with pytest.raises(ValueError, match="exhausted before seeing STOP"):
         interpret(b"\x80\x02" + b"(t" * 100_000)
     assert time.process_time() - start < 5  # from the bottom of the stack each mark was searched for: minutes
 
