@@ -366,7 +366,7 @@ def test_another_model_s_tokenizer_is_told(comfy, tmp_path):
     content["model"]["vocab"] += [[f"word{i}", 0.0] for i in range(1000)]
     (root / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"another model's tokenizer: 1400 words, and .* has 416; give the folder of UMT5's"
+        ValueError, match=r"another model's tokenizer: 1400 words, and .* has 416 rows; give the folder of UMT5's"
     ):
         open_checkpoint(root)
 

@@ -15,6 +15,14 @@ from fps_jax.sampling.solvers import solver_table
 from tests.checkpoints import TINY, tiny_dit
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_python_s():
+    """A test runner's worker may leave Ctrl-C to the process that started it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _send(number: int) -> None:
     os.kill(os.getpid(), number)
     time.sleep(10)  # Python's handler comes at once
