@@ -54,6 +54,7 @@ def run_as_checkpoint(
             frozen = dict(flatten(open_model(run.base).load("dit", np.float32)))
             params = unflatten({path: np.asarray(frozen[path]).astype(leaf.dtype) for path, leaf in flatten(params)})
         save_component(whole / "dit", run.apply(params, trained))
+        (whole / SCHEDULE).unlink(missing_ok=True)  # the base's own: the run's attention is another, or dense
         schedule = run.directory / SCHEDULE
         if schedule.is_file():
             (whole / SCHEDULE).symlink_to(schedule.resolve())
