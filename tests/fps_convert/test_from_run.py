@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -72,6 +73,17 @@ def test_a_run_on_a_run_and_on_our_format(tmp_path):
         np.testing.assert_array_equal(got[path], value * (5 if "/mlp/" in path else 2), err_msg=path)
     for path, value in dit_of(second).items():
         np.testing.assert_array_equal(got[path], value)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_schedule_of_the_model_gives_way_to_the_run_s(dense, tmp_path):
+    shutil.copytree(T2V, tmp_path / "model")
+    FPSSchedule(regimes=(Regime(until=1.0),)).save(tmp_path / "model" / "fps_schedule.json")
+    run = write_run(tmp_path / "run", tmp_path / "model", {"params": scaled(2)})
+    if dense:
+        (run / "fps_schedule.json").unlink()
+    assert convert("to-torch", run, tmp_path / "out", "--layout", "diffusers") == 0
+    assert open_model(tmp_path / "out").schedule == (None if dense else SCHEDULE)
 
 
 def test_what_was_frozen_is_of_the_checkpoint_that_the_run_started_from(tmp_path):
