@@ -118,7 +118,6 @@ def _measure(options: Calibrate, request: "Request", prompts: list[str], plans: 
     from fps_jax.tuning import calibration
 
     pipe = load_pipeline(options, request)
-    pipe.show_progress = True
     errors = []
     for number, prompt in enumerate(prompts, 1):
         prepared = pipe.prepare(dataclasses.replace(request, prompt=prompt))

@@ -53,7 +53,6 @@ def _compare(options: Compare) -> None:
         from fps_jax.evaluation.compare import compare, write
 
         pipe = load_pipeline(options, request)
-        pipe.show_progress = True
         comparison = compare(pipe, request, tell=_tell)
         write(comparison, folder, fps=options.fps, subtitle=_subtitle(request.filled(model.config), resolved.settings))
         write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")

@@ -36,7 +36,6 @@ def _sample(options: Sample) -> None:
     request = read_request(options)
     start = time.time()
     pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
-    pipe.show_progress = True
     result = pipe.sample(request)
     if options.output_type == "latent":
         import numpy as np

@@ -178,17 +178,25 @@ def _orientation(image: Any) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # SyntaxError, struct.error, whatever the damage leads to
         return 1
-    return value if isinstance(value, int) else 1
+    return value if value in _UPRIGHT else 1
+
+
+# What turns a picture upright, by EXIF's orientation (TIFF 6.0, tag 274). Not `ImageOps.exif_transpose`, which also writes the
+# block anew and fails on one that can be read but not written.
+_UPRIGHT = {
+    1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 
 
 def _from_pil(image: Any, name: str) -> np.ndarray:
-    from PIL import ImageOps
+    from PIL import Image
 
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has PIL mode {image.mode!r}, whose range is unknown; convert it to RGB")
-    if _orientation(image) != 1:
-        with contextlib.suppress(Exception):  # a rotation that can be read in a block that can't be written anew
-            image = ImageOps.exif_transpose(image)
+    turn = _UPRIGHT[_orientation(image)]
+    if turn is not None:
+        image = image.transpose(Image.Transpose[turn])
     return np.asarray(image.convert("RGB"))
 
 

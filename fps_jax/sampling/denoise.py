@@ -1,9 +1,10 @@
 """The denoising loop: one jitted `lax.scan` over the steps of a solver table."""
 
+import contextlib
 import functools
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -63,7 +64,7 @@ def denoise(
         )
     inputs = inputs._replace(noise=jnp.asarray(inputs.noise, jnp.float32), step_noise=_step_noise(inputs, table))
     report: Report = "latents" if seen is not None else "steps" if progress is not None else "nothing"
-    with _Run(num_steps, progress, seen) as run:
+    with _Run.begin(num_steps, progress, seen) as run:
         out, bad = _denoise(
             params,
             inputs,
@@ -109,32 +110,34 @@ class _Run:
     _active: dict[int, "_Run"] = {}  # noqa: RUF012
     _numbers = itertools.count()
 
-    def __init__(self, num_steps: int, progress: Progress | None, seen: Seen | None):
-        self.num_steps, self.progress, self.seen = num_steps, progress, seen
+    def __init__(self, num_steps: int, progress: Progress | None, seen: Seen | None, interrupted: Callable[[], bool]):
+        self.num_steps, self.progress, self.seen, self.interrupted = num_steps, progress, seen, interrupted
         self.number, self.done = next(self._numbers) % 2**31, 0
         self.error: BaseException | None = None
 
-    def __enter__(self) -> "_Run":
-        self._watch = watched()
-        self._interrupted = self._watch.__enter__()
-        self._active[self.number] = self
-        _LOG.addFilter(_not_ours)
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        del self._active[self.number]
-        if not self._active:
-            _LOG.removeFilter(_not_ours)
-        self._watch.__exit__(None, None, None)
-        if self.error is not None:  # in place of XLA's, which the program ended with
-            raise self.error from None
+    @classmethod
+    @contextlib.contextmanager
+    def begin(cls, num_steps: int, progress: Progress | None, seen: Seen | None) -> Iterator["_Run"]:
+        """Takes callbacks until the block ends; what one of them ended the program with is then raised in place of XLA's."""
+        with watched() as interrupted:
+            run = cls(num_steps, progress, seen, interrupted)
+            cls._active[run.number] = run
+            _LOG.addFilter(_not_ours)
+            try:
+                yield run
+            finally:
+                del cls._active[run.number]
+                if not cls._active:
+                    _LOG.removeFilter(_not_ours)
+                if run.error is not None:
+                    raise run.error from None
 
     @classmethod
     def report(cls, number: Any, step: Any, x: Any = None) -> None:
         run = cls._active.get(int(number))
         if run is None:
             return
-        if run.error is None and run._interrupted():
+        if run.error is None and run.interrupted():
             run.error = KeyboardInterrupt()
         try:
             if run.error is None and int(step) >= run.done:  # callbacks may overtake each other

@@ -93,6 +93,12 @@ class Request:
         for name in ("vae_tiling", "batch_guidance"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
+        for name in ("height", "width", "num_frames"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
+                object.__setattr__(
+                    self, name, int(getattr(self, name))
+                )  # NumPy's small ones would overflow in products
         self._texts(default_negative="")
         check_frame(*self._asked(SamplingDefaults()))  # a size that is left out can't be wrong
         self._check_walk()

@@ -74,11 +74,29 @@ def test_other_pil_modes_become_rgb(pixels, mode):
     np.testing.assert_array_equal(load_image(image, 32, 48)[0], want)
 
 
-def test_exif_rotation_is_applied(tmp_path, pixels):
+# What each orientation's first row and column are, of the upright picture (TIFF 6.0, tag 274).
+UPRIGHT = {
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),  # as a phone held upright writes it
+    7: lambda x: np.rot90(x.swapaxes(0, 1), 2),
+    8: np.rot90,
+    0: lambda x: x,  # no orientation: as it is
+    9: lambda x: x,
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_rotation_is_applied(tmp_path, pixels, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # as a phone held upright writes it: turn by 90 degrees to look at it
+    exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    np.testing.assert_array_equal(load_image(tmp_path / "a.png", 48, 32)[0], np.rot90(pixels, -1) / np.float32(255))
+    want = UPRIGHT[orientation](pixels)
+    assert image_size(tmp_path / "a.png") == want.shape[:2]
+    np.testing.assert_array_equal(load_image(tmp_path / "a.png", *want.shape[:2])[0], want / np.float32(255))
 
 
 def test_missing_file():

@@ -366,3 +366,13 @@ def _threefry(key: tuple[int, int], x: np.ndarray, y: np.ndarray) -> tuple[np.nd
             y = ((y << np.uint32(turn)) | (y >> np.uint32(32 - turn))) ^ x
         x, y = x + keys[(group + 1) % 3], y + keys[(group + 2) % 3] + np.uint32(group + 1)
     return x, y
+
+
+def test_sizes_in_numpys_small_integers_dont_overflow():
+    """720 x 1280 pixels are more than an int16 counts."""
+    request = Request(prompt="a", height=np.int16(720), width=np.int16(1280), num_frames=np.int8(81))
+    resolved = request.resolve(WAN_T2V_14B)
+    assert resolved.latent_shape == (1, 16, 21, 90, 160)
+    assert resolved.flow_shift == 5.0
+    with pytest.raises(ValueError, match=r"height=720\.5 is not a whole number"):
+        Request(prompt="a", height=720.5)
