@@ -1,6 +1,7 @@
 """Files and directories appear whole or not at all: written beside their final name, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ from typing import Any
 
 MAX_JSON = 64_000_000  # UMT5's tokenizer.json, the largest that there is, has 17 million
 _PARTIAL = ".partial"  # in the name of what isn't whole yet
+_ROOM = "make room, or choose another path"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME = 255  # bytes of a file's name, on the file systems of Linux and macOS
 
 
@@ -190,6 +193,10 @@ def new_directory(
         os.umask(umask)
         fresh.chmod(0o777 & ~umask)  # mkdtemp's 0700 is for secrets
         _swap(fresh, final)
+    except OSError as error:
+        if error.errno in _FULL and str(error.filename or fresh).startswith(str(fresh)):
+            raise OSError(error.errno, f"{os.strerror(error.errno)}; {_ROOM}", str(path)) from error
+        raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: the checkpoint stands there
@@ -211,10 +218,9 @@ def _swap(fresh: pathlib.Path, final: pathlib.Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def check_space(parent: pathlib.Path, nbytes: int) -> None:
+def check_space(parent: pathlib.Path, nbytes: int, fix: str = _ROOM) -> None:
     """Raises OSError where a directory has no room for `nbytes` and a margin for small files: before hours of work, not after."""
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + (16 << 20):
-        raise OSError(
-            28, f"not enough disk space: needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free", str(parent)
-        )
+    free, needed = shutil.disk_usage(parent).free, nbytes + (16 << 20)
+    if free < needed:
+        amounts = f"needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"not enough disk space: {amounts}; {fix}", str(parent))

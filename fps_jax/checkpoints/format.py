@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from fps_jax.attention.schedule import FPSSchedule
+from fps_jax.checkpoints.writes import orbax_writes, quiet_orbax
 from fps_jax.config import COMPONENTS, WanConfig
-from fps_jax.files import MAX_JSON, check_regular, new_directory, read_json
+from fps_jax.files import MAX_JSON, check_regular, check_space, new_directory, read_json
 from fps_jax.models.params import Params, flatten, unflatten
 
 FORMAT = "fps_jax"
@@ -91,12 +92,7 @@ def write_config(path: pathlib.Path, config: WanConfig, **notes: Any) -> None:
 
 def _handler(largest: int = 0):
     """`largest`: bytes of the largest parameter, which has to fit into what may be in flight."""
-    # Imported late: orbax takes two seconds, and most commands only read config.json.
-    import logging
-
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every step of a save
-    import orbax.checkpoint as ocp
-
+    ocp = quiet_orbax()
     # Compression off: zstd gains 0.1% on weights and halves the speed. OCDBT off: it costs a third of the speed, and
     # without it a parameter is a folder of plain files, which the converter fills in place.
     in_flight = max(_IN_FLIGHT_GB, -(-largest // 10**9))
@@ -123,13 +119,11 @@ def save_component(path: str | os.PathLike, params: Params) -> None:
                 f"{name} is {leaf.dtype}, which JAX would store as {leaves[name].dtype}; cast it first"
             )
     tree = unflatten(leaves)
-    try:
-        with checkpointer:
-            checkpointer.save(pathlib.Path(path).absolute(), args=ocp.args.PyTreeSave(tree))
-    except Exception as error:
-        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-            raise OSError(28, "No space left on device", str(path)) from error
-        raise
+    path = pathlib.Path(path).absolute()
+    check_space(path.parent, sum(leaf.nbytes for _, leaf in flatten(params)))
+    # the folder around it: while it is written it has another name there
+    with orbax_writes(path.parent), checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
 
 
 def abstract_component(path: str | os.PathLike) -> Params:

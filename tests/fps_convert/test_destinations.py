@@ -112,7 +112,7 @@ def test_too_little_space_is_told_before_the_work(capsys, pristine, tmp_path, mo
     usage = shutil._ntuple_diskusage(10**9, 10**9, 10**6)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     message = fails(capsys, "to-flax", pristine("official"), tmp_path / "out")
-    assert "not enough disk space: needs 1.4 MB, 1.0 MB are free" in message
+    assert "not enough disk space: needs 18.2 MB, 1.0 MB are free; make room, or choose another path" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -90,6 +90,19 @@ def test_a_disk_that_takes_nothing_is_told_in_one_line(tmp_path, state, monkeypa
         assert checkpoints.latest == 1
 
 
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(tmp_path, state, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    save(folder, state, CheckpointOptions(), {1: None})
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10**6)  # type: ignore[attr-defined]
+    with Checkpoints(folder, CheckpointOptions()) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        said = r"not enough disk space: needs [\d.]+ MB, 1\.0 MB are free; make room, then --resume"
+        with pytest.raises(OSError, match=said) as told:
+            checkpoints.save(state, {"step": 2}, None)
+        assert told.value.filename == str(folder)
+        assert checkpoints.latest == 1
+
+
 @pytest.mark.slow
 def test_a_run_in_bf16_of_two_sizes(options, tmp_path):
     """Two sizes by two regimes: four gradients, each used; and what a resumed run has to agree with."""

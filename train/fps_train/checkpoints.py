@@ -2,18 +2,21 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
+from fps_jax.checkpoints.writes import orbax_writes, quiet_orbax
+from fps_jax.files import check_space
 from fps_train.agreement import AGREED
 from fps_train.config import CheckpointOptions
 from fps_train.hosts import lost_peer
 from fps_train.placement import put
 from fps_train.state import TrainState
+
+_FIX = "make room, then --resume"
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,7 @@ class Checkpoints:
     """The folder RUN/checkpoints. Use it in a `with` block: its end waits for a save that is under way."""
 
     def __init__(self, directory: pathlib.Path, options: CheckpointOptions):
-        import logging
-
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax tells every step of a save, and what it raises too
-        import orbax.checkpoint as ocp
+        ocp = quiet_orbax()
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
         self._ocp = ocp
@@ -46,7 +46,8 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        with _full_disk(directory):
+        self.directory = directory
+        with self._writes():
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 options=ocp.CheckpointManagerOptions(
@@ -55,7 +56,6 @@ class Checkpoints:
                     enable_background_delete=False,
                 ),
             )
-        self.directory = directory
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -71,6 +71,9 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):
                 self._manager.close()
+
+    def _writes(self) -> contextlib.AbstractContextManager[None]:
+        return orbax_writes(self.directory, f"no space left for a checkpoint; {_FIX}")
 
     @property
     def latest(self) -> int | None:
@@ -91,7 +94,8 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.PyTreeSave(state.ema)  # pyright: ignore[reportCallIssue]
-        with _full_disk(self.directory):
+        check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _FIX)
+        with self._writes():
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(**items),
@@ -100,7 +104,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises as `save`."""
-        with _full_disk(self.directory):
+        with self._writes():
             self._manager.wait_until_finished()
 
     def restore(self, like: TrainState, step: int) -> Restored:
@@ -145,21 +149,3 @@ class Checkpoints:
 def _numbered(tree: Any) -> dict[str, Any]:
     """Leaves by their number: Optax's own names and nesting may change with its versions, its order of leaves hasn't."""
     return {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
-
-
-@contextlib.contextmanager
-def _full_disk(directory: pathlib.Path) -> Iterator[None]:
-    """What Orbax and TensorStore say of a full or forbidden disk, as one OSError."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        for sign, number, reason in (
-            ("No space left", 28, "no space left for a checkpoint; make room, then --resume"),
-            ("RESOURCE_EXHAUSTED", 28, "no space left for a checkpoint; make room, then --resume"),
-            ("Permission denied", 13, "can't be written"),
-            ("Read-only file system", 30, "can't be written"),
-        ):
-            if sign in text or (isinstance(error, OSError) and error.errno == number):
-                raise OSError(number, reason, str(directory)) from error
-        raise

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from fps_jax.checkpoints.writes import orbax_writes, quiet_orbax
 from fps_jax.config import VAEConfig
 from fps_jax.files import write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
@@ -126,10 +127,10 @@ def train(
     In `run`: `state/` (the last two states, orbax) and `metrics.jsonl`. On one machine a resumed run gives the bits of an
     uninterrupted one.
 
-    Raises: FloatingPointError naming the step where the loss is NaN or inf, before a state with it is saved.
+    Raises: FloatingPointError naming the step where the loss is NaN or inf, before a state with it is saved; OSError for a disk
+      without room.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = quiet_orbax()
     config, images = raw(config), clips.num_frames == 1
     step, state = _step(config, options, images), initial_state(options, params, images=images)
     # jax's arrays and tuples as they are: what is restored has to have this tree.
@@ -160,7 +161,8 @@ def train(
                 f"step {done} of {options.steps}: loss {line['loss']:.4f}, PSNR {line['psnr']:.1f} dB, {seconds:.2f} s"
             )
             if done % options.save_every == 0 or last:
-                manager.save(done, args=ocp.args.StandardSave(state))
+                with orbax_writes(run / "state", "no space left for the state; make room, then run again"):
+                    manager.save(done, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
     return state.params
 
