@@ -51,27 +51,64 @@ def paired_losses(
       schedule: what it attends with, None for dense.
       data: what fps-precompute wrote of held-out clips, one size.
     """
+    from fps_train.regimes import training_regimes
+
+    config, grid = model.config.dit, _grid(model, data)
+    regimes = training_regimes(
+        by, _flow(model), grid=grid, num_layers=config.num_layers, sampling_shift=model.config.flow_shift, sampling_steps=50
+    )  # fmt: skip
+    kinds = attentions(schedule, [(r.start, r.end) for r in regimes], grid, config.num_layers)
+    intervals = [(r.name, kind, r.low, r.high) for r, kind in zip(regimes, kinds, strict=True)]
+    return _losses(model, intervals, data, batch_size)
+
+
+def level_losses(
+    model: Any, schedule: FPSSchedule | None, levels: Sequence[float], data: pathlib.Path, *, batch_size: int = 20
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """The same at single noise levels sigma, each with `DRAWS` noises, by the attention that holds there in sampling."""
+    from fps_jax.sampling.flow import shift_sigma
+
+    shift = model.config.flow_shift
+    intervals = []
+    for sigma in levels:
+        t = shift_sigma(sigma, 1 / shift)  # the inverse: uniform in training, and one less than progress in sampling
+        progress = min(1 - t, float(np.nextafter(1, 0)))
+        (kind,) = attentions(
+            schedule, [(progress, float(np.nextafter(progress, 1)))], _grid(model, data), model.config.dit.num_layers
+        )
+        intervals.append((f"{sigma:g}", kind, t, t))
+    return _losses(model, intervals, data, batch_size)
+
+
+def _flow(model: Any) -> Any:
+    from fps_train.config import FlowOptions
+
+    return FlowOptions(distribution="uniform", shift=model.config.flow_shift)
+
+
+def _grid(model: Any, data: pathlib.Path) -> Any:
+    from fps_jax.sizes import token_grid
+    from fps_train.data import open_data
+
+    return token_grid(open_data(data).buckets[0].latent_shape[1:], model.config.dit.patch_size)
+
+
+def _losses(
+    model: Any, intervals: Sequence[tuple[str, Any, float, float]], data: pathlib.Path, batch_size: int
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """intervals: (name, attention, lowest and highest quantile of t)."""
     import jax.numpy as jnp
 
-    from fps_jax.sizes import token_grid
     from fps_train.batch import Batch
-    from fps_train.config import FlowOptions
     from fps_train.data import open_data
-    from fps_train.regimes import training_regimes
     from fps_train.state import Parts
     from fps_train.step import Interval, StepOptions, evaluate
 
-    config, opened = model.config.dit, open_data(data)
-    flow = FlowOptions(distribution="uniform", shift=model.config.flow_shift)
-    grid = token_grid(opened.buckets[0].latent_shape[1:], config.patch_size)
-    regimes = training_regimes(
-        by, flow, grid=grid, num_layers=config.num_layers, sampling_shift=model.config.flow_shift, sampling_steps=50
-    )
-    kinds = attentions(schedule, [(r.start, r.end) for r in regimes], grid, config.num_layers)
-    options = StepOptions(Parts(config, "float32"), flow)
+    opened = open_data(data)
+    options = StepOptions(Parts(model.config.dit, "float32"), _flow(model))
     params = model.load("dit", "float32")
     samples = sorted(opened.samples[0], key=lambda sample: sample.source)
-    losses = {regime.name: np.zeros(len(samples)) for regime in regimes}
+    losses = {name: np.zeros(len(samples)) for name, *_ in intervals}
     for first in range(0, len(samples), batch_size):
         rows = np.arange(first, first + batch_size) % len(samples)  # one program
         real = min(batch_size, len(samples) - first)
@@ -82,8 +119,8 @@ def paired_losses(
             numbers = DRAWS * rows + draw
             uniform = jnp.asarray((numbers + 0.5) * _GOLDEN % 1, jnp.float32)
             batch = Batch(jnp.asarray(latents), jnp.asarray(text), jnp.asarray(numbers, jnp.uint32))
-            for regime, attention in zip(regimes, kinds, strict=True):
-                interval = Interval(jnp.float32(regime.low), jnp.float32(regime.high))
-                of = evaluate(params, {}, batch, jnp.uint32(0), uniform, interval, options=options, attention=attention)
-                losses[regime.name][first : first + real] += np.asarray(of, np.float64)[:real] / DRAWS
+            for name, attention, low, high in intervals:
+                where = Interval(jnp.float32(low), jnp.float32(high))
+                of = evaluate(params, {}, batch, jnp.uint32(0), uniform, where, options=options, attention=attention)
+                losses[name][first : first + real] += np.asarray(of, np.float64)[:real] / DRAWS
     return losses

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.claim import report
 from benchmarks.claim.judge import FACTS, captions, share
-from benchmarks.claim.losses import attentions, paired_losses
+from benchmarks.claim.losses import attentions, level_losses, paired_losses
 from benchmarks.claim.measure import LAST
 from benchmarks.claim.rows import FLAT, ROWS, STEPAWARE
 from fps_jax.attention.schedule import FPSSchedule, Regime
@@ -81,6 +81,23 @@ def test_losses_are_paired_and_regimes_go_by_their_own_windows(tiny):
     sparse = paired_losses(model, schedule, schedule, data, batch_size=4)
     assert np.abs(sparse["regime0"] - dense["regime0"]).min() > 1e-5
     np.testing.assert_allclose(sparse["regime1"], dense["regime1"], rtol=1e-5)  # its window is the whole grid
+
+
+def test_a_level_is_the_limit_of_a_narrow_regime(tiny):
+    model, data, schedule = tiny
+    sigmas, shift = (0.96, 0.5), model.config.flow_shift
+    dense = level_losses(model, None, sigmas, data, batch_size=4)
+    for sigma in sigmas:
+        progress = 1 - sigma / (
+            shift - (shift - 1) * sigma
+        )  # sigma = shift s / (1 + (shift - 1) s) at s = 1 - progress
+        ends = (progress - 1e-4, progress + 1e-4, 1.0)
+        narrow = FPSSchedule(regimes=tuple(Regime(until=end) for end in ends))
+        near = paired_losses(model, None, narrow, data, batch_size=4)["regime1"]
+        np.testing.assert_allclose(dense[f"{sigma:g}"], near, rtol=1e-3)
+    sparse = level_losses(model, schedule, sigmas, data, batch_size=4)
+    assert np.abs(sparse["0.96"] - dense["0.96"]).min() > 1e-5  # in regime0
+    np.testing.assert_allclose(sparse["0.5"], dense["0.5"], rtol=1e-5)  # in regime1, the whole grid
 
 
 def fake(folder, name, right, losses, seed):
