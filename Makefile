@@ -9,9 +9,9 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@sh .ci/make_venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	@echo "installing fps-jax and its test tools into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' 'jax==0.11.2'
+	@sh .ci/pip_into $(VENV) --upgrade pip
+	@sh .ci/pip_into $(VENV) --editable '.[test]' 'jax==0.11.2'
 	@touch $(STAMP)
 
 # PROMPT="a red circle moves left" says another one.
@@ -37,29 +37,29 @@ mutants: $(STAMP)
 # The newest jax that pyproject.toml allows, in an environment of its own: imports, lowering and a parity smoke.
 newest:
 	@sh .ci/make_venv .venv-newest
-	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' --upgrade --upgrade-strategy eager
+	@sh .ci/pip_into .venv-newest --editable '.[test]' --upgrade --upgrade-strategy eager
 	.venv-newest/bin/python -m pytest -n 2 tests/test_newest_jax.py tests/pallas_kernels/test_interpret.py \
 		tests/pallas_kernels/test_mosaic.py tests/pallas_kernels/sm90/test_registers.py
 
 # Bytes per device at real size, compiled for an H200 on this machine (no GPU needed).
 memory:
 	@sh .ci/make_venv .venv-offline-gpu
-	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
+	@sh .ci/pip_into .venv-offline-gpu --editable '.[offline-gpu]'
 	.venv-offline-gpu/bin/python -m benchmarks.memory
 
 # Machine code of the Hopper kernels, and a small training step for eight GPUs, compiled on this machine (no GPU needed): fails
 # where it broke a limit or got worse.
 offline-gpu:
 	@sh .ci/make_venv .venv-offline-gpu
-	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
+	@sh .ci/pip_into .venv-offline-gpu --editable '.[offline-gpu]'
 	.venv-offline-gpu/bin/python -m benchmarks.kernel_report --check
 	.venv-offline-gpu/bin/python -m benchmarks.cluster_plan --check
 
 # Writes the report anew, with the newest ptxas beside the pinned one.
 kernel-report:
 	@sh .ci/make_venv .venv-offline-gpu
-	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[offline-gpu]'
-	@.venv-offline-gpu/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+	@sh .ci/pip_into .venv-offline-gpu --editable '.[offline-gpu]'
+	@sh .ci/pip_into .venv-offline-gpu --upgrade --no-deps \
 		--target .venv-offline-gpu/newest-nvcc nvidia-cuda-nvcc
 	.venv-offline-gpu/bin/python -m benchmarks.kernel_report \
 		--newest-ptxas .venv-offline-gpu/newest-nvcc/nvidia/cu13/bin
