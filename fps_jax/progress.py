@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
 Moved = Callable[[int], object]  # bytes read or written since the last call
-_LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
-_LONGEST = 60.0
+LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
+LONGEST = 60.0
 
 
 class Quiet:
@@ -49,7 +49,7 @@ def progress_bar(label: str, show: bool | None) -> Iterator[Progress]:
 def _bar(label: str) -> Iterator[Progress]:
     from tqdm import tqdm
 
-    with tqdm(desc=label, dynamic_ncols=True, file=Quiet(sys.stderr)) as bar, _repeated(bar.refresh, 1.0):
+    with tqdm(desc=label, dynamic_ncols=True, file=Quiet(sys.stderr)) as bar, repeated(bar.refresh, 1.0):
 
         def update(done: int, total: int) -> None:
             bar.total = total
@@ -61,7 +61,7 @@ def _bar(label: str) -> Iterator[Progress]:
 @contextlib.contextmanager
 def _lines(label: str) -> Iterator[Progress]:
     start = said = time.monotonic()
-    wait, state = _LINE, f"{label} ..."
+    wait, state = LINE, f"{label} ..."
     lock = threading.Lock()
 
     def say() -> None:
@@ -73,22 +73,22 @@ def _lines(label: str) -> Iterator[Progress]:
         nonlocal wait
         with lock:
             if time.monotonic() - said >= wait:
-                wait = min(2 * wait, _LONGEST)
+                wait = min(2 * wait, LONGEST)
                 say()
 
     def update(done: int, total: int) -> None:
         nonlocal wait, state
         with lock:
-            state, wait = f"{label}: {done} of {total}", _LINE
-            if done >= total or time.monotonic() - said >= _LINE:
+            state, wait = f"{label}: {done} of {total}", LINE
+            if done >= total or time.monotonic() - said >= LINE:
                 say()
 
-    with _repeated(beat, _LINE / 2):
+    with repeated(beat, LINE / 2):
         yield update
 
 
 @contextlib.contextmanager
-def _repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
+def repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
     """Calls it again and again from another thread while the block runs."""
     ended = threading.Event()
 

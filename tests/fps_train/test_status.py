@@ -22,6 +22,28 @@ def test_a_log_has_a_line_now_and_then_with_what_is_left(capsys, monkeypatch):
     assert lines[-1].endswith("0:00:00 left")
 
 
+def test_a_log_says_what_is_waited_for(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    told = status.Status(0, 10, None)
+
+    def said_within(seconds):
+        nonlocal now
+        for _ in range(seconds):
+            now += 1
+            told._beat()
+        return capsys.readouterr().err.splitlines()
+
+    assert said_within(20) == [f"step 1 of 10 ... {seconds} s" for seconds in (2, 4, 8, 16)]  # compiling
+    told.step(1, VALUES | {"seconds": 0.3})
+    capsys.readouterr()
+    assert said_within(3) == ["step 2 of 10 ... 2 s"]  # another program
+    told.step(2, VALUES)  # 10 seconds
+    capsys.readouterr()
+    assert said_within(39) == []  # what may be the next step
+    assert said_within(1) == ["step 3 of 10 ... 40 s"]
+
+
 def test_silence_is_silent(capsys):
     with status.Status(0, 1, False) as told:
         told.say("a line")

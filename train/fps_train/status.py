@@ -1,29 +1,54 @@
 """How far a run is, on stderr: a bar on a terminal, a line now and then in a log."""
 
+import contextlib
 import sys
 import time
 from typing import Any
 
+from fps_jax.progress import LINE, LONGEST, repeated
+
 _LOG_SECONDS = 30.0  # between lines of a log
+_LATE = 4  # times the last step's seconds: what takes longer is waited for (a program that compiles, a checkpoint)
 
 
 class Status:
-    """Told of each step. show: False for silence, None or True for a bar on a terminal and lines elsewhere."""
+    """Told of each step. show: False for silence, None or True for a bar on a terminal and lines elsewhere.
+
+    In its `with` block the bar's clock goes on while nothing moves, and a log has a line of what is waited for.
+    """
 
     def __init__(self, first: int, steps: int, show: bool | None):
         self._steps, self._bar, self._silent = steps, None, show is False
         self._began, self._done, self._told = time.monotonic(), 0, 0.0
+        self._step, self._since, self._wait = first, self._began, LINE
         if not self._silent and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(desc="train", initial=first, total=steps, dynamic_ncols=True, unit="step")
+        self._alive = contextlib.ExitStack()
 
     def __enter__(self) -> "Status":
+        if not self._silent:
+            self._alive.enter_context(repeated(self._beat, 1.0))
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._alive.close()
         if self._bar is not None:
             self._bar.close()
+
+    def _beat(self) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            return
+        waited = time.monotonic() - self._since
+        if waited >= self._wait:
+            self._wait = waited + min(waited, LONGEST)
+            print(
+                f"step {min(self._step + 1, self._steps)} of {self._steps} ... {waited:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def say(self, line: str) -> None:
         """A line of its own."""
@@ -38,6 +63,7 @@ class Status:
         if not self._done:  # compiling isn't what the other steps will take
             self._began = now - values["seconds"]
         self._done += 1
+        self._step, self._since, self._wait = step, now, max(LINE, _LATE * values["seconds"])
         numbers = (
             f"loss {values['loss']:.4f}, {values['seconds']:.3g} s a step, {values['tokens_per_second']:,.0f} tokens/s"
         )
