@@ -31,7 +31,7 @@ def test_only_a_terminal_is_told_unasked(monkeypatch, show, terminal, said):
 
 def test_a_log_has_whole_lines_and_hears_of_work_that_stands(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream := Stream(False))
-    monkeypatch.setattr(progress, "_LINE", 0.1)
+    monkeypatch.setattr(progress, "LINE", 0.1)
     with progress.progress_bar("denoise", True) as update:
         time.sleep(0.5)  # nothing moves: a line after 0.1 s, another 0.2 s later
         for done in range(1, 51):
@@ -52,7 +52,7 @@ def test_work_goes_on_where_nobody_reads_of_it(monkeypatch, terminal):
         flush = write
 
     monkeypatch.setattr(sys, "stderr", Broken(terminal))
-    monkeypatch.setattr(progress, "_LINE", 0.0)
+    monkeypatch.setattr(progress, "LINE", 0.0)
     with progress.progress_bar("denoise", True) as update:
         update(1, 2)
         update(2, 2)
