@@ -72,6 +72,7 @@ ROOMS = {
     "fps_jax.evaluation": Room(
         f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.sampling", f"{ARRAYS} scipy", inside="PIL"
     ),
+    "fps_jax.live": Room(f"{LEAVES} fps_jax.media", "", inside="fps_jax.sampling jax starlette uvicorn"),
     # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
     "fps_jax": Room(inside="fps_jax.causal fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
     "fps_train.config": Room(LEAVES, inside="tomli_w"),
@@ -94,7 +95,7 @@ ROOMS = {
         f"{LEAVES} fps_jax.tuning.defaults",
         "tyro",
         inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
-        "fps_jax.tuning fps_jax.evaluation jax numpy",
+        "fps_jax.tuning fps_jax.evaluation fps_jax.live jax numpy",
     ),
     "benchmarks": Room(ANY, ANY),  # on top: they also compare with what isn't ours
 }
@@ -197,7 +198,8 @@ def test_one_door_leads_to_the_converter():
 
 def test_every_package_that_we_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["live"]]
+    declared = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in lines}
     providers = importlib.metadata.packages_distributions()
     used = {p for r in ROOMS.values() for p in f"{r.packages} {r.inside}".split()} - {ANY} - set(ROOMS)
     assert {"jax", "scipy", "tyro"} <= used

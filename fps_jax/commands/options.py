@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fps_jax.choices import Dtype, Preset, Setting, SigmaGrid, Size, Solver, check_fps, check_text, file_and_scale
+from fps_jax.causal import CausalConfig
+from fps_jax.choices import (
+    CausalPreset,
+    Dtype,
+    Preset,
+    Setting,
+    SigmaGrid,
+    Size,
+    Solver,
+    check_fps,
+    check_text,
+    file_and_scale,
+)
 from fps_jax.files import check_name, check_regular
 from fps_jax.progress import Quiet
 
 if TYPE_CHECKING:
+    from fps_jax.config import WanConfig
     from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.sampling.request import Request
 
@@ -88,6 +101,42 @@ class VideoOptions:
     """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
     lora_partial: bool = False
     """Leave out what of a LoRA this model has no place for, in place of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamOptions:
+    """A causal checkpoint, and how it makes its blocks."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A checkpoint directory or a Hugging Face repo id."""
+    preset: CausalPreset | None = None
+    """How the model makes its blocks, where the checkpoint doesn't say."""
+    window: int | None = None
+    """Latent frames that a block attends, in place of the model's own."""
+    sink: int | None = None
+    """Of those, the first ones of the video, which stay."""
+    height: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
+    width: int | None = None
+    """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
+    seed: int = 0
+    """Of all noise."""
+    dtype: Dtype = "bfloat16"
+    """Compute dtype of the DiT and the text encoder."""
+    fps: float = 16
+    """Frames a second of the video."""
+
+
+def causal_config(options: StreamOptions, config: "WanConfig", own: CausalConfig | None = None) -> CausalConfig:
+    """How a checkpoint of this config is to make its blocks. own: in place of what it says, where no preset is given.
+
+    Raises: ValueError as `CausalConfig`, and where nothing says it.
+    """
+    from fps_jax.sampling.stream import causal_of
+
+    causal = causal_of(config, own if options.preset is None else options.preset)
+    given = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}
+    return dataclasses.replace(causal, **given)
 
 
 def check_output(*files: pathlib.Path, overwrite: bool) -> None:

@@ -1,18 +1,14 @@
 """fps-stream: an endless video from a causal model, written while it is made."""
 
-import dataclasses
 import json
 import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import tyro
-
-from fps_jax.causal import CausalConfig
-from fps_jax.choices import CausalPreset, Dtype, Switch, check_fps, check_text, choices
-from fps_jax.commands.options import check_output
+from fps_jax.choices import Switch, check_fps, check_text, choices
+from fps_jax.commands.options import StreamOptions, causal_config, check_output
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import MAX_JSON, check_regular
 from fps_jax.progress import Quiet
@@ -25,11 +21,9 @@ _LATEST = 1e9  # seconds of video, 30 years: what is later was meant otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class Stream(StreamOptions):
     """Make a video block after block from a causal Wan2.1 checkpoint (Self-Forcing, CausVid), and write it as it is made."""
 
-    model: Annotated[str, tyro.conf.Positional]
-    """A checkpoint directory or a Hugging Face repo id."""
     prompt: str
     """What the video shows."""
     output: pathlib.Path = pathlib.Path("out.mp4")
@@ -41,22 +35,6 @@ class Stream:
     script: pathlib.Path | None = None
     """A JSON file of other prompts: [{"at": 12.5, "prompt": "...", "how": "continue"}, ...], at in seconds of video, rising; how is
     continue (the default), recache or cut."""
-    preset: CausalPreset | None = None
-    """How the model makes its blocks, where the checkpoint doesn't say."""
-    window: int | None = None
-    """Latent frames that a block attends, in place of the model's own."""
-    sink: int | None = None
-    """Of those, the first ones of the video, which stay."""
-    height: int | None = None
-    """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
-    width: int | None = None
-    """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
-    seed: int = 0
-    """Of all noise."""
-    dtype: Dtype = "bfloat16"
-    """Compute dtype of the DiT and the text encoder."""
-    fps: float = 16
-    """Frames a second of the file."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,10 +69,10 @@ def _stream(options: Stream) -> None:
 def _session(options: Stream) -> "Session":
     """The stream, which is checked in full before the checkpoint's weights are read."""
     from fps_jax.checkpoints.open import open_model
-    from fps_jax.sampling.stream import CausalPipeline, StreamPlan, causal_of
+    from fps_jax.sampling.stream import CausalPipeline, StreamPlan
 
     model = open_model(options.model)
-    causal = _with_window(causal_of(model.config, options.preset), options)
+    causal = causal_config(options, model.config)
     size = (options.height, options.width)
     StreamPlan.build(model.config, causal, options.prompt, seed=options.seed, blocks=options.blocks, size=size)
     pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
@@ -130,11 +108,6 @@ def _check(options: Stream) -> None:
     if not options.prompt.strip():
         raise ValueError(f"prompt={options.prompt!r} is not a text; give a few words")
     check_fps(options.fps)
-
-
-def _with_window(causal: CausalConfig, options: Stream) -> CausalConfig:
-    given = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}
-    return dataclasses.replace(causal, **given)
 
 
 def take_due(script: list[dict[str, Any]], seconds: float) -> dict[str, Any] | None:

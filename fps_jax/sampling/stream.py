@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from numbers import Integral
@@ -256,6 +257,7 @@ class Session(Iterator[Block]):
         }
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
+        self._changing = threading.Lock()
         text = self._kv(wan.encode_prompt(prompt))
         self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, plan.layout, dtype=wan.dtype)
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
@@ -296,7 +298,7 @@ class Session(Iterator[Block]):
         self.switch(prompt)
 
     def switch(self, prompt: str, how: Switch = "continue") -> None:
-        """Another prompt from the next block on; the newest one wins.
+        """Another prompt from the next block on; the newest one wins. Another thread may call it while a block is made.
 
         Args:
           how: 'continue' leaves the cache as it is, made under the old prompt. 'recache' computes what the next block attends again
@@ -306,14 +308,16 @@ class Session(Iterator[Block]):
         """
         check_choice("how", how, Switch)
         check_prompt(prompt)
-        self._pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
+        pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
+        with self._changing:
+            self._pending = pending
 
     def __next__(self) -> Block:
         if self._undecoded is None:
             if self.blocks is not None and self.index == self.blocks:
                 raise StopIteration
             if self._pending is not None:
-                self._apply(*self._pending)
+                self._apply(self._pending)
             self._undecoded = self._denoise()
         made = self._undecoded
         started, latents = time.perf_counter(), np.asarray(made.latents)
@@ -344,8 +348,9 @@ class Session(Iterator[Block]):
         _, end = causal.block(self.rollout.next_frame)
         return 0 if causal.window is None or end <= causal.window else end - (causal.window - causal.sink)
 
-    def _apply(self, prompt: str, how: Switch, text: Array) -> None:
+    def _apply(self, pending: tuple[str, Switch, Array]) -> None:
         """Does the change. One that is broken off is still to be made, and is then made whole."""
+        prompt, how, text = pending
         self.rollout.text = self._kv(text)
         if how == "cut":
             self.rollout.restart()
@@ -354,7 +359,8 @@ class Session(Iterator[Block]):
         elif how == "recache" and self.finished:
             latents = np.concatenate([part for _, part in self.finished], axis=2)
             self.rollout.recache(latents, self.finished[0][0])
-        self._prompt, self._pending = prompt, None
+        with self._changing:  # a newer one may have come meanwhile
+            self._prompt, self._pending = prompt, None if self._pending is pending else self._pending
 
 
 def check_prompt(prompt: Any) -> None:

@@ -1,0 +1,1 @@
+"""Endless video in a browser while it is made: `fps-live`."""
