@@ -107,7 +107,7 @@ class Site:
 
     @contextlib.contextmanager
     def client(self, codecs: list[str] | None = ["avc1.640028"], **options: Any) -> Iterator[Client]:  # noqa: B006
-        with connect(f"ws://127.0.0.1:{self.port}/watch", max_size=None, **options) as socket:
+        with connect(f"ws://127.0.0.1:{self.port}/watch", max_size=None, max_queue=None, **options) as socket:
             yield Client(socket, codecs)
 
 

@@ -2,8 +2,10 @@
 "use strict";
 
 const CODECS = ["avc1.640028", "avc1.42e01e", "vp09.00.40.08"]; // best first; the server names the exact one
-const BEHIND = 20; // seconds that stay in the player behind what is shown
-const SAVED = 256 * 2 ** 20; // bytes kept for "Save mp4"; of a longer stream the last ones
+const KEEP = {
+  behind: 20, // seconds that stay in the player behind what is shown
+  saved: 256 * 2 ** 20, // bytes for "Save mp4"; of a longer stream the last ones
+};
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 
@@ -41,8 +43,8 @@ class Player {
   pump() {
     if (!this.buffer || this.buffer.updating || this.source.readyState !== "open") return;
     const held = this.buffer.buffered;
-    if (held.length && video.currentTime - held.start(0) > 2 * BEHIND) {
-      this.buffer.remove(0, video.currentTime - BEHIND);
+    if (held.length && video.currentTime - held.start(0) > 2 * KEEP.behind) {
+      this.buffer.remove(0, video.currentTime - KEEP.behind);
       return;
     }
     const next = this.queue[0];
@@ -85,7 +87,7 @@ class Recording {
     }
     this.parts.push(new Blob([bytes])); // a browser keeps large ones on disk
     this.size += bytes.byteLength;
-    while (this.size > SAVED && this.parts.length > 1) {
+    while (this.size > KEEP.saved && this.parts.length > 1) {
       this.size -= this.parts.shift().size;
       this.dropped = true;
     }

@@ -254,8 +254,8 @@ def test_pages_of_others_get_no_stream(painted, host, origin):
     running, made = painted
     origin = origin and origin.format(port=running.port)
     with socket.create_connection(("127.0.0.1", running.port)) as sock:
-        page = connect(f"ws://{host}:{running.port}/watch", sock=sock, origin=origin)
-        with pytest.raises(InvalidStatus) as refused, page:
+        url = f"ws://{host}:{running.port}/watch"
+        with pytest.raises(InvalidStatus) as refused, connect(url, sock=sock, origin=origin):
             pass
     assert refused.value.response.status_code == 403
     assert not made

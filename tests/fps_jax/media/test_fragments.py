@@ -1,12 +1,13 @@
 """An mp4 that is written while it is made: at every moment what is there plays, and at the end all of it."""
 
 import io
+import re
 
 import av
 import numpy as np
 import pytest
 
-from fps_jax.media.fragments import fragmented_mp4
+from fps_jax.media.fragments import CODECS, Fragments, fragmented_mp4, mime_type, split_head
 
 
 def clip(frames: int) -> np.ndarray:
@@ -71,3 +72,40 @@ def test_bad_files_are_refused(tmp_path):
             pass
     with pytest.raises(FileNotFoundError), fragmented_mp4(tmp_path / "nowhere" / "a.mp4"):
         pass
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_fragments_in_memory_are_a_file(codec):
+    """Joined they play, a block can be played without those before it, and the head says what a browser calls the video."""
+    packed, frames = Fragments(16, codec), clip(21)
+    parts = [packed.push(frames[:1]), packed.push(frames[1:9]), packed.push(frames[9:]), packed.close()]
+    assert packed.frames == 21
+    whole = b"".join(parts)
+    np.testing.assert_allclose(brightness(whole), frames.mean((1, 2, 3)), atol=2)
+    with av.open(io.BytesIO(whole)) as container:
+        decoded = list(container.decode(video=0))
+    assert [frame.time for frame in decoded] == pytest.approx([i / 16 for i in range(21)])
+    assert all(decoded[i].key_frame for i in (0, 1, 9))
+    head, rest = split_head(parts[0])
+    assert (head[4:8], rest) == (b"ftyp", b""), "a single frame waits for the next"
+    assert split_head(head + parts[1]) == (head, parts[1])
+    first = int.from_bytes(parts[2][:4], "big")  # the last frame of the block before: moof and mdat
+    first += int.from_bytes(parts[2][first : first + 4], "big")
+    np.testing.assert_allclose(brightness(head + parts[2][first:] + parts[3]), frames[9:].mean((1, 2, 3)), atol=2)
+    want = {"avc1": r"avc1\.64000a", "vp09": r"vp09\.00\.10\.08"}[codec]  # High, level 1; profile 0, level 1, 8 bits
+    assert re.fullmatch(f'video/mp4; codecs="{want}"', mime_type(head))
+
+
+def test_a_head_of_another_video_has_no_name():
+    with pytest.raises(ValueError, match=r"no H\.264 and no VP9"):
+        mime_type(b"ftyp")
+
+
+def test_what_is_written_in_memory_is_what_is_written_to_a_file(tmp_path):
+    packed, frames = Fragments(16), clip(21)
+    with fragmented_mp4(tmp_path / "out.mp4") as writer:
+        parts = []
+        for part in (frames[:9], frames[9:]):
+            writer.push(part)
+            parts.append(packed.push(part))
+    assert b"".join([*parts, packed.close()]) == (tmp_path / "out.mp4").read_bytes()

@@ -150,6 +150,24 @@ def test_a_model_without_a_window_has_one_where_there_is_no_end(pipe, caplog):
     assert endless.session(BOAT, blocks=12, **SIZE).rollout.layout.frames == 24
 
 
+def test_a_prompt_that_comes_while_another_is_applied_is_not_lost(pipe, monkeypatch):
+    """It may come from another thread."""
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    session.switch("on the way", "continue")
+    real = session._kv
+
+    def kv(text):
+        session.switch(STORM)
+        return real(text)
+
+    monkeypatch.setattr(session, "_kv", kv)
+    assert next(session).prompt == "on the way"
+    monkeypatch.undo()
+    assert session.pending == (STORM, "continue")
+    assert next(session).prompt == STORM
+    assert session.pending is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

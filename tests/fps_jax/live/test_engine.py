@@ -1,0 +1,162 @@
+"""A stream's thread on its own: what becomes of errors, of prompts that come fast, and of what it held."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+from fps_jax.live.engine import Stream
+from tests.live_server import WAIT, Painted, decoded
+
+
+class Told:
+    """What a stream says. until: waits for it."""
+
+    def __init__(self):
+        self.records, self.video = [], []
+        self._changed = threading.Condition()
+
+    def __call__(self, record):
+        with self._changed:
+            (self.video if isinstance(record, bytes) else self.records).append(record)
+            self._changed.notify_all()
+
+    def until(self, kind):
+        with self._changed:
+            assert self._changed.wait_for(lambda: any(r["type"] == kind for r in self.records), WAIT), self.records
+            return [r for r in self.records if r["type"] == kind][-1]
+
+
+def stream(make, told, prompt="a") -> Stream:
+    made = Stream(make, prompt, fps=16, codec="avc1", tell=told)
+    made.start()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
+            "no memory left on the device; use a",
+        ),
+        (
+            FloatingPointError("NaN or inf in the block of latent frames 3 to 5"),
+            "NaN or inf in the block of latent frames",
+        ),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_an_error_is_told_and_what_was_made_is_whole(error, text):
+    class Broken(Painted):
+        def __next__(self):
+            if self.asked == 2:
+                raise error
+            return super().__next__()
+
+    told = Told()
+    assert stream(Broken, told).join(WAIT)
+    assert told.until("error")["text"].startswith(text)
+    assert told.records[-1] == {"type": "ended", "frames": 16}
+    assert len(decoded(b"".join(told.video))) == 16
+
+
+def test_a_session_that_cannot_begin_is_told():
+    def make(prompt):
+        raise ValueError("height=40 is not a positive multiple of 16")
+
+    told = Told()
+    assert stream(make, told).join(WAIT)
+    assert told.until("error")["text"] == "height=40 is not a positive multiple of 16"
+    assert told.records[-1] == {"type": "ended", "frames": 0}
+    assert not told.video
+
+
+def test_a_stream_with_an_end_has_one():
+    told = Told()
+    assert stream(lambda prompt: Painted(prompt, blocks=3), told).join(WAIT)
+    assert told.records[-1] == {"type": "ended", "frames": 24}
+    shades = [picture.mean() for _, picture in decoded(b"".join(told.video))]
+    assert shades == pytest.approx([0] * 8 + [10] * 8 + [20] * 8, abs=2)
+
+
+def test_of_prompts_that_come_while_one_is_encoded_the_newest_is():
+    begun, go, made = threading.Event(), threading.Event(), []
+
+    class Slow(Painted):
+        def switch(self, prompt, how="continue"):
+            if prompt == "bad":
+                raise ValueError("prompt='bad' is no text")
+            begun.set()
+            go.wait(WAIT)
+            super().switch(prompt, how)
+
+    def make(prompt):
+        made.append(Slow(prompt))
+        return made[-1]
+
+    told = Told()
+    running = stream(make, told)
+    running.switch("b", "continue")
+    assert begun.wait(WAIT)
+    running.switch("c", "cut")
+    running.switch("d", "recache")
+    go.set()
+    told.until("switching")
+    running.switch("bad", "continue")
+    told.until("error")
+    running.buffered(0, 9)
+    running.stop()
+    assert running.join(WAIT)
+    assert made[0].switches[0] == ("b", "continue")
+    assert made[0].switches[-1] == ("d", "recache") or "d" not in [p for p, _ in made[0].switches]
+    assert "c" not in [p for p, _ in made[0].switches]
+
+
+def test_a_stream_waits_for_the_one_before_and_lets_go_of_its_session():
+    """On the device there is never room for two."""
+    hold, in_block, alive = threading.Event(), threading.Event(), []
+
+    class Slow(Painted):
+        def __next__(self):
+            in_block.set()
+            hold.wait(WAIT)
+            return super().__next__()
+
+    sessions = []
+
+    def make(prompt):
+        gc.collect()
+        alive.append([ref() is not None for ref in sessions])
+        session = Slow(prompt)
+        sessions.append(weakref.ref(session))
+        return session
+
+    told = Told()
+    first = stream(make, told)
+    assert in_block.wait(WAIT)
+    first.stop()
+    second = Stream(make, "b", fps=16, codec="avc1", tell=told)
+    second.start(after=first)
+    assert len(alive) == 1
+    assert not second.join(0.2)
+    assert len(alive) == 1, "it waits"
+    hold.set()
+    assert first.join(WAIT)
+    second.stop()
+    assert second.join(WAIT)
+    assert alive == [[], [False]]
+
+
+def test_an_old_report_of_a_viewer_counts_for_nothing():
+    told = Told()
+    running = Stream(Painted, "a", fps=16, codec="avc1", tell=told)
+    running._sent = [8, 8, 8]
+    assert running.ahead == 1.5
+    running.buffered(0.2, 2)
+    assert running.ahead == 0.7
+    running.buffered(9, 1)
+    assert running.ahead == 0.7
+    running.buffered(0.1, 99)
+    assert running.ahead == 0.1
