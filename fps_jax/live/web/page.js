@@ -6,6 +6,7 @@ const KEEP = {
   behind: 20, // seconds that stay in the player behind what is shown
   saved: 256 * 2 ** 20, // bytes for "Save mp4"; of a longer stream the last ones
 };
+const Source = window.MediaSource || window.ManagedMediaSource; // iPhones have the second alone
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 
@@ -15,7 +16,7 @@ class Player {
     this.blocks = 0; // appended so far
     this.ended = false;
     this.queue = []; // {bytes, block}
-    this.source = new MediaSource();
+    this.source = new Source();
     this.url = URL.createObjectURL(this.source);
     video.src = this.url;
     this.source.addEventListener("sourceopen", () => {
@@ -200,7 +201,7 @@ const on = {
   video(message) {
     fps = message.fps;
     if (player) player.close();
-    if (!MediaSource.isTypeSupported(message.mime)) fail(`this browser can't play ${message.mime}; saving works all the same`);
+    if (!Source.isTypeSupported(message.mime)) fail(`this browser can't play ${message.mime}; saving works all the same`);
     player = new Player(message.mime);
     recording = new Recording();
     blockNext = false;
@@ -219,7 +220,7 @@ const on = {
     for (const [name, took] of Object.entries(seconds)) {
       const part = document.createElement("div");
       part.dataset.stage = name;
-      part.style.flexGrow = took;
+      part.style.flexGrow = took / all;
       $("stages").append(part);
       const mark = document.createElement("i");
       mark.dataset.stage = name;
@@ -291,7 +292,7 @@ function connect() {
   socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/watch`);
   socket.binaryType = "arraybuffer";
   socket.addEventListener("open", () => {
-    const can = (codec) => window.MediaSource && MediaSource.isTypeSupported(`video/mp4; codecs="${codec}"`);
+    const can = (codec) => Source && Source.isTypeSupported(`video/mp4; codecs="${codec}"`);
     fail("");
     say({ type: "hello", codecs: CODECS.filter(can) });
   });
