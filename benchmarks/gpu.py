@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from benchmarks import record
+from benchmarks.gpu_cases.alone import BusyError, alone
 from benchmarks.gpu_cases.facts import Clocks, add_cuda_to_path
 from benchmarks.gpu_cases.plan import SWEEP, all_families
 from benchmarks.gpu_cases.report import table
@@ -151,21 +152,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(
             "--gpu demands a GPU, and nvidia-smi names none; run where it does, or leave --gpu out for toy sizes"
         )
-    toy = gpu is None
-    if toy:
+    command = shlex.join(["python3", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    if gpu is None:
         print("No GPU: toy sizes in interpret mode on a CPU, which prove the script. Nothing is measured.", flush=True)
-        chosen = [_patient(family) for family in chosen]
+        run_call([_patient(family) for family in chosen], gpu, command, budget=options.budget, again=options.again)
+        return
+    try:
+        with alone(command):
+            run_call(chosen, gpu, command, budget=options.budget, again=options.again)
+    except BusyError as error:
+        parser.error(f"another call has this machine's GPU ({error}); wait until it has ended, or end it with Ctrl-C")
+
+
+def run_call(chosen: Sequence[Family], gpu: str | None, command: str, *, budget: float, again: bool) -> None:
+    """What of the chosen families has no result yet, into the results file, and the table. `gpu`: None for toy sizes."""
+    toy = gpu is None
     out = pathlib.Path(os.environ.get("OUT") or record.RESULTS)
     name = "gpu_toy.json" if toy else "gpu.json"
     # A toy run elsewhere is to prove the script there: what is committed proves nothing of it.
     results = Results(out / name, toy=toy, earlier=None if toy else record.RESULTS / name)
     call = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = ["python3", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
-    environment = {**record.environment(), "command": shlex.join(command)}
+    environment = {**record.environment(), "command": command}
     results.calls[call] = {"gpu": gpu or "none", "environment": environment}
     patience = {"ahead": 0, "prepare_seconds": _TOY_PATIENCE} if toy else {"ahead": _AHEAD}
-    runner = Runner(results, call, toy=toy, budget=options.budget, **patience)
-    families = due(chosen, results, again=options.again, gpu=gpu)
+    runner = Runner(results, call, toy=toy, budget=budget, **patience)
+    families = due(chosen, results, again=again, gpu=gpu)
     with tempfile.TemporaryDirectory() as folder:
         references = None
         if not toy:

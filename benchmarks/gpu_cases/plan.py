@@ -131,6 +131,7 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"stages": 4, "polynomial_columns": 16},
     {"stages": 4, "cluster": 2, "polynomial_columns": 16},
     {"stages": 2, "polynomial_columns": 16},
+    {"stages": 2, "cluster": 2, "polynomial_columns": 16},
     {"stages": 4, "polynomial_columns": 32},
     {"stages": 4, "take_turns": True},
     {"stages": 4, "cluster": 2, "take_turns": True},
@@ -275,6 +276,10 @@ def all_families() -> list[Family]:
         _torch("14B"),
         _correct("correct bf16", *_group("bf16", "bf16 clusters")),
         _quantized(),
+        # With the window and the granularity that the default schedule pairs; at 0.12 that is the headline's.
+        _speed(
+            "scales", timed("14B", 0.2, 2, quantized=True), timed("14B", 0.33, 4, quantized=True), _pairs("14B", 0.2, 2)
+        ),
         _sweep("14B", 0.33, 4, _FEWER, ""),
         _sweep("14B", 0.2, None, _BF16, ""),
         _speed(

@@ -113,10 +113,10 @@ def forward(
 @functools.cache
 def last_tile_error(
     toy: bool, size: str, density: float, scales: int | None
-) -> Callable[[list[jax.Array], jax.Array], dict[str, float]]:
-    """(q, k, v), output -> how far its last tile of the last head is from the specification, in float32, at this size.
+) -> Callable[[list[jax.Array], jax.Array, jax.Array], dict[str, float]]:
+    """(q, k, v), output, log-sum-exp -> how far their last tile of the last head is from the specification, at this size.
 
-    Addresses are largest there. 'rel_l2' over the tile's tokens, 'worst_row' of one of them.
+    In float32. Addresses are largest there. 'rel_l2' and 'rel_l2_lse' over the tile's tokens, 'worst_row' of one of them.
     """
     task = task_of(toy, size, density, scales)
     pattern = task.plan.pattern
@@ -128,18 +128,20 @@ def last_tile_error(
         q_valid=pattern.q_valid[-stored:],
     )
 
-    def error(q, k, v, out, last):
-        q, out = q[:, -stored:, -1:], out[:, -stored:, -1:]
-        want, _ = reference.attention(q, k[:, :, -1:], v[:, :, -1:], last)
+    def error(q, k, v, out, lse, last):
+        q, out, lse = q[:, -stored:, -1:], out[:, -stored:, -1:], lse[:, -1:, -stored:]
+        want, want_lse = reference.attention(q, k[:, :, -1:], v[:, :, -1:], last)
         want, got = want.astype(jnp.float32), out.astype(jnp.float32)
         wrong, norm = jnp.linalg.norm(got - want, axis=-1), jnp.linalg.norm(want, axis=-1)
         rows = jnp.where(last.q_valid[None, :, None], wrong / jnp.where(norm > 0, norm, 1), 0)
-        return jnp.linalg.norm(wrong) / jnp.linalg.norm(norm), rows.max()
+        lse_error = jnp.linalg.norm(lse - want_lse) / jnp.linalg.norm(want_lse)  # both 0 at padding
+        return jnp.linalg.norm(wrong) / jnp.linalg.norm(norm), rows.max(), lse_error
 
-    run = compiled(toy, error, *[like(task)] * 4, last)
+    lse_like = jax.ShapeDtypeStruct((1, task.heads, task.plan.layout.num_stored), jnp.float32)
+    run = compiled(toy, error, *[like(task)] * 4, lse_like, last)
 
-    def check(qkv: list[jax.Array], out: jax.Array) -> dict[str, float]:
-        rel_l2, worst = run(*qkv, out, last)
-        return {"rel_l2": float(rel_l2), "worst_row": float(worst)}
+    def check(qkv: list[jax.Array], out: jax.Array, lse: jax.Array) -> dict[str, float]:
+        rel_l2, worst, rel_l2_lse = run(*qkv, out, lse, last)
+        return {"rel_l2": float(rel_l2), "worst_row": float(worst), "rel_l2_lse": float(rel_l2_lse)}
 
     return check

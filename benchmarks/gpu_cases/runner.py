@@ -23,7 +23,7 @@ from benchmarks.gpu_cases.results import Results
 from fps_jax.processes import Ended, Running
 
 ROOT = pathlib.Path(__file__).parents[2]
-CACHE = pathlib.Path(tempfile.gettempdir()) / "fps_benchmarks_xla"
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
 REFERENCES = "FPS_BENCHMARK_REFERENCES"  # names the folder where `references` leaves what it computes
 SILENCE = 25.0  # seconds without a word that are a hang, where a case claims no more
 _LOOK = 0.1  # seconds between two looks
@@ -88,6 +88,11 @@ def python_path() -> str:
     return os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH")]))
 
 
+def cache() -> str:
+    """Where compiled programs stay: for a family that starts again, a later call, and, where it is named, another machine."""
+    return os.environ.get(_CACHE) or os.path.join(tempfile.gettempdir(), "fps_benchmarks_xla")
+
+
 def launch(family: Family, toy: bool) -> Process:
     """The process of a family (`benchmarks.gpu_cases.child`)."""
     asked = {"toy": toy, "cases": [{"name": c.name, "function": c.function, "kwargs": c.kwargs} for c in family.cases]}
@@ -99,12 +104,7 @@ def launch(family: Family, toy: bool) -> Process:
             "TF_CPP_MIN_LOG_LEVEL": "2",
             # A plugin that is broken must not have a CPU timed in the GPU's place. Host callbacks need the CPU as well.
             "JAX_PLATFORMS": "cpu" if toy else "cuda,cpu",
-            # A family that starts again, or a later call on the same machine, has most of it compiled.
-            **(
-                {}
-                if toy
-                else {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            ),
+            **({} if toy else {_CACHE: cache(), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}),
             **family.environment,
         },
         folder=ROOT,

@@ -67,4 +67,5 @@ def never_ready(toy: bool):
 
 def environment(toy: bool):
     yield None
-    yield {"part": "environment", "platforms": os.environ["JAX_PLATFORMS"], "own": os.environ.get("OF_THE_FAMILY")}
+    names = {"platforms": "JAX_PLATFORMS", "own": "OF_THE_FAMILY", "cache": "JAX_COMPILATION_CACHE_DIR"}
+    yield {"part": "environment", **{what: os.environ.get(name) for what, name in names.items()}}

@@ -1,6 +1,7 @@
 """`benchmarks.gpu` without a GPU: what is chosen, kept and reported, that a wrong kernel is found, and nothing claimed."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import gpu
+from benchmarks.gpu_cases import alone
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 from tests.benchmarks.gpu_records import CASES, PLAN, names, record
 
@@ -76,6 +78,39 @@ def test_a_gpu_that_is_demanded_and_missing_is_an_error(monkeypatch, capsys, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_second_call_says_who_has_the_gpu_and_leaves_everything_alone(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(gpu, "gpu_name", lambda: "NVIDIA H200, GPU-1, 580")
+    monkeypatch.setattr(gpu, "add_cuda_to_path", lambda: None)
+    monkeypatch.setattr(alone, "LOCK", tmp_path / "lock")
+    called = []
+    monkeypatch.setattr(gpu, "run_call", lambda *args, **more: called.append(gpu.gpu_name()))
+    with alone.alone("python3 -m benchmarks.gpu the first"), pytest.raises(SystemExit) as exit:
+        gpu.main(["--gpu"])
+    assert exit.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    holder = f"process {os.getpid()}: python3 -m benchmarks.gpu the first"
+    assert f"another call has this machine's GPU ({holder}); wait until it has ended" in said
+    assert called == []
+    gpu.main(["--gpu"])
+    assert len(called) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_call_that_is_killed_leaves_no_lock(tmp_path):
+    path = tmp_path / "lock"
+    code = f"from benchmarks.gpu_cases.alone import *\nwith alone('x', pathlib.Path({str(path)!r})): print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(alone.BusyError, match=f"process {holder.pid}: x$"), alone.alone("y", path):
+            pass
+        holder.kill()
+    with alone.alone("y", path):
+        assert path.read_text() == f"process {os.getpid()}: y\n"
+
+
 @pytest.mark.parametrize("answer", ["exit 9", "echo", "echo 'No devices were found' >&2; exit 6"])
 def test_an_nvidia_smi_that_fails_names_no_gpu(answer, tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
@@ -93,6 +128,15 @@ def test_the_parent_needs_no_jax():
         [sys.executable, "-c", code.replace("'numpy'", "'jaxlib'")], check=True, cwd=ROOT, capture_output=True
     )
     assert len(done.stdout.splitlines()) == len(CASES)
+
+
+def test_the_cases_import_what_a_rented_machine_has():
+    """The command says what it needs; torch only inside the baselines that it is for."""
+    names = sorted({case.function.split(":")[0] for case in CASES} | {"benchmarks.gpu_cases.references"})
+    lacking = ("tyro", "av", "ftfy", "tokenizers", "PIL", "tqdm", "torch")
+    code = f"import sys\nfor name in {lacking}: sys.modules[name] = None\nimport benchmarks.gpu, {', '.join(names)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- what is chosen ----

@@ -3,12 +3,13 @@
 import dataclasses
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu_cases import correct, counters, facts, programs, shapes
+from benchmarks.gpu_cases import attention, correct, counters, facts, programs, shapes
 from benchmarks.gpu_cases.results import Results
 from benchmarks.gpu_cases.runner import REFERENCES
 from pallas_kernels import reference
@@ -135,6 +136,55 @@ def test_a_kernel_that_drops_a_tile_or_leaves_an_element_is_found(scales):
         found[run.__name__] = correct._compared(True, run, qkv, pattern, correct._specification(shape))["ok"]
     assert found.pop("right")
     assert found == dict.fromkeys(found, False)
+
+
+def test_at_real_size_the_last_tile_of_output_and_log_sum_exp_is_looked_at(monkeypatch):
+    """At toy size here: a kernel that goes wrong at the largest addresses, in either of its results."""
+    pattern = programs.task_of(True, "14B", 0.2, 1).plan.pattern
+    out, lse = jax.jit(reference.attention)(*programs.inputs(True, "14B"), pattern)
+    last = int(np.flatnonzero(np.asarray(pattern.q_valid))[-1])
+    results = {
+        "right": (out, lse),
+        "an element of the output": (out.at[0, last, -1, -1].add(3), lse),
+        "the output, a little": (out * 1.02, lse),
+        "a log-sum-exp": (out, lse.at[0, -1, last].add(0.1)),
+        "log-sum-exps, a little": (out, lse * 1.0003),
+        "not a number": (out, lse.at[0, -1, last].set(jnp.nan)),
+    }
+    monkeypatch.setattr(programs, "quantizer", lambda *args: None)
+    monkeypatch.setattr(programs, "operands", lambda *args: None)
+    found = {}
+    for name, result in results.items():
+        monkeypatch.setattr(programs, "forward", lambda *args, result=result: lambda operands: result)
+        *_, part = attention.attention(True, size="14B", density=0.2, scales=1)
+        found[name] = part["ok"]
+    assert found.pop("right")
+    assert found == dict.fromkeys(found, False)
+
+
+def test_a_shape_runs_first_where_waits_give_up_and_then_as_it_is_used(monkeypatch):
+    """Programs are lowered for a GPU, and answered by the specification."""
+    built, ran = [], []
+
+    def compiled(toy, fn, *args):
+        text = jax.jit(fn).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+        assert "mosaic_gpu" in text
+        kind = "trap" if "trap;" in text else "hang"
+        built.append(kind)
+        return lambda *qkv: ran.append(kind) or correct._specification(shape)
+
+    shape = shapes.SHAPES["first"]["one tile"]
+    monkeypatch.setattr(correct, "compiled", compiled)
+    monkeypatch.setattr(correct, "poison", lambda toy: None)
+    monkeypatch.delenv(REFERENCES, raising=False)
+    parts = correct.forward(False, group="first", name="one tile")
+    assert next(parts) is None
+    assert (built, ran) == (["trap", "hang"], [])  # both are there before the turn
+    first, second = parts
+    assert ran == ["trap"] * 3 + ["hang"] * 3
+    assert (first["part"], second["part"]) == ("one tile, waits that give up", "one tile")
+    assert first["ok"]
+    assert second["ok"]
 
 
 def test_poison_is_nan_in_every_float_dtype():

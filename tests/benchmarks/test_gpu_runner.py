@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 import time
 
 import pytest
@@ -124,12 +125,16 @@ def test_what_never_gets_ready_is_ended_and_recorded(results):
     assert "hung" not in found["late"]  # it may have waited for a compiler
 
 
-def test_children_get_their_platform_and_their_family_s_environment(results):
+def test_children_get_their_platform_their_family_s_environment_and_a_place_for_programs(results, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     toy = call(results, odd("toy", "environment"), environment={"OF_THE_FAMILY": "yes"})["toy"]
-    assert toy["parts"][0] == {"part": "environment", "platforms": "cpu", "own": "yes"}
+    assert toy["parts"][0] == {"part": "environment", "platforms": "cpu", "own": "yes", "cache": None}
     # A plugin that is broken must not have a CPU timed in the GPU's place: cuda first, which then has to be there.
     gpu = call(results, odd("gpu", "environment"), toy=False)["gpu"]
-    assert gpu["parts"][0] == {"part": "environment", "platforms": "cuda,cpu", "own": None}
+    cache = str(pathlib.Path(tempfile.gettempdir()) / "fps_benchmarks_xla")
+    assert gpu["parts"][0] == {"part": "environment", "platforms": "cuda,cpu", "own": None, "cache": cache}
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "comes/back")
+    assert call(results, odd("again", "environment"), toy=False)["again"]["parts"][0]["cache"] == "comes/back"
 
 
 def test_the_file_is_whole_after_each_case_and_says_in_words_what_is_not_finite(results):
