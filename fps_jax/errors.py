@@ -108,8 +108,13 @@ def parse(kind: Any, argv: list[str], *, prog: str, description: str | None = No
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        said = _unboxed(report.getvalue())
+        said = _in_order(_unboxed(report.getvalue()))
         raise ValueError(f"{_foreign(said, kind, argv)}{said} (see {prog} --help)") from None
+
+
+def _in_order(said: str) -> str:
+    """Choices sorted: tyro takes those of an option that may be None from a set, in another order in each process."""
+    return re.sub(r"(?<=Expected one of \()[^()]*", lambda found: ", ".join(sorted(found[0].split(", "))), said)
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ BAD = [
     (["--prompt", "x", "--solver", "dpm++", "--sigma-grid", "diffusers"], "use one of unipc/wan"),
     (
         ["--prompt", "x", "--solver", "heun"],
-        "error: invalid choice 'heun' for argument '--solver'. Expected one of (",
+        "error: invalid choice 'heun' for argument '--solver'. Expected one of ('None', 'dpm++', 'euler', 'lcm', 'unipc').",
     ),
     (["--prompt", "x", "--nope", "3"], "error: Unrecognized options: --nope, 3 (see fps-sample --help)"),
     ([], "error: Missing from fps-sample: --prompt STR"),
