@@ -113,3 +113,31 @@ def bytes_bar(label: str, total: int) -> Iterator[Moved]:
     out = Quiet(sys.stderr)
     with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=2, leave=False, disable=None, file=out) as bar:
         yield bar.update
+
+
+@contextlib.contextmanager
+def amount_bar(label: str, total: int, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
+    """Progress with the time left, on stderr; a line every half minute where that is no terminal.
+
+    Yields advance(amount, note=""). unit: what is counted; None for something that only a share of is shown.
+    """
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    shape = None if unit else "{desc}: {percentage:3.0f}%|{bar:20}| {postfix} [{elapsed}<{remaining}]"
+    with tqdm(
+        desc=label,
+        file=Quiet(sys.stderr),
+        total=total,
+        unit=unit or "",
+        mininterval=0.2 if terminal else 30,
+        dynamic_ncols=True,
+        bar_format=shape,
+    ) as line:
+
+        def advance(amount: int, note: str = "") -> None:
+            if note:
+                line.set_postfix_str(note, refresh=False)
+            line.update(amount)
+
+        yield advance

@@ -11,13 +11,13 @@ import numpy as np
 from fps_jax.checkpoints.open import open_model
 from fps_jax.media.plots import figure, save_png
 from fps_jax.models.vae import decode
+from fps_jax.progress import amount_bar
 from fps_train.data import Data, open_data
 from fps_train.fingerprint import encoder_fingerprint
 from fps_train.precompute.buckets import Size
 from fps_train.precompute.clips import IMAGES, ClipError
 from fps_train.precompute.frames import content_hash, read_frames
 from fps_train.precompute.manifest import Sample, read_manifest
-from fps_train.precompute.scan import bar
 
 _CLIPS, _FRAMES = 6, 3  # on a contact sheet
 _CAPTION = 110  # characters of a caption there
@@ -34,7 +34,7 @@ def check(folder: pathlib.Path) -> str:
         f"{folder}: {data.task}, {sum(b.num_samples for b in data.buckets)} samples, fingerprint {data.fingerprint}"
     ]
     lines.append("  made by " + ", ".join(f"{name} {value}" for name, value in data.fingerprints.items()))
-    with bar("read back", sum(map(len, data.samples)), unit="sample") as advance:
+    with amount_bar("read back", sum(map(len, data.samples)), unit="sample") as advance:
         for bucket, samples in zip(data.buckets, data.samples, strict=True):
             numbers = []
             for sample in samples:

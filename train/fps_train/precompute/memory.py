@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from fps_jax.progress import amount_bar
 from fps_train.precompute.buckets import Size, reasons
 from fps_train.precompute.clips import Clip, ClipError, Dropped, find_clips
 from fps_train.precompute.frames import read_all_frames
-from fps_train.precompute.scan import bar
 
 _FPS = 16  # Wan's, as in fps-precompute
 
@@ -89,7 +89,7 @@ def load_stretches(
     kept, frames = [], 0
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        with bar("read clips", len(found), unit="clip") as advance:
+        with amount_bar("read clips", len(found), unit="clip") as advance:
             for done, (clip, what) in enumerate(zip(found, pool.map(look, found), strict=True), 1):
                 advance(1)
                 if isinstance(what, ClipError):

@@ -17,6 +17,7 @@ from fps_jax.checkpoints.placement import visiting
 from fps_jax.choices import Dtype
 from fps_jax.files import check_space
 from fps_jax.models.tokenizer import Tokenizer, clean
+from fps_jax.progress import amount_bar
 from fps_jax.sampling.encoding import GIVEN_FRAMES
 from fps_jax.sizes import latent_grid
 from fps_train.precompute.buckets import Placed, Rule, Size, table
@@ -34,7 +35,7 @@ from fps_train.precompute.manifest import (
     write_part,
 )
 from fps_train.precompute.prompts import Wanted, read_images, read_prompts
-from fps_train.precompute.scan import bar, scan
+from fps_train.precompute.scan import scan
 from fps_train.precompute.shards import ShardWriter, Store, Tensors
 
 _AHEAD = 2  # clips that are decoded while one is encoded
@@ -282,7 +283,7 @@ def _encode_clips(recipe: Recipe, encoders: Encoders, work: Sequence[_Work]) -> 
             tower = stack.enter_context(visiting(encoders.params("image_encoder")))
         maker = LatentsMaker(config=config, vae=encoders.params("vae"), tower=tower, tiling=recipe.vae_tiling)
         writer = stack.enter_context(ShardWriter(store.folder, shard_bytes=recipe.shard_bytes, owner=owner))
-        advance = stack.enter_context(bar("encode clips", sum(amounts.values())))
+        advance = stack.enter_context(amount_bar("encode clips", sum(amounts.values())))
         for done, (one, decoded) in enumerate(_decoded_ahead(todo), 1):
             try:
                 writer.add(one.key, one.encode(maker, decoded.result()), {"source": one.source, "size": one.size.name})
@@ -318,7 +319,7 @@ def _encode_texts(recipe: Recipe, encoders: Encoders, tokens: dict[str, list[int
     owner = f"{recipe.worker[0]}-of-{recipe.worker[1]}"
     with (
         ShardWriter(store.folder, shard_bytes=recipe.shard_bytes, owner=owner) as writer,
-        bar("encode texts", len(todo), unit="text") as advance,
+        amount_bar("encode texts", len(todo), unit="text") as advance,
     ):
         for key, tensors in encode_texts(config, encoders.params("text_encoder"), todo, dtype=encoders.dtype):
             writer.add(key, tensors)

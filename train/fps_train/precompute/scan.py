@@ -1,15 +1,14 @@
 """What is in the clips: each decoded once, in threads, and remembered."""
 
-import contextlib
 import json
 import os
 import pathlib
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from fps_jax.files import write_bytes
+from fps_jax.progress import amount_bar
 from fps_train.precompute.buckets import Rule
 from fps_train.precompute.clips import Clip, ClipError, Dropped
 from fps_train.precompute.frames import Probe, content_hash, probe
@@ -51,7 +50,7 @@ def scan(clips: Sequence[Clip], rule: Rule, memory: pathlib.Path | None) -> tupl
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        with bar("look at clips", len(clips), unit="clip") as advance:
+        with amount_bar("look at clips", len(clips), unit="clip") as advance:
             for clip, what in zip(clips, pool.map(look, clips), strict=True):
                 advance(1)
                 if isinstance(what, ClipError):
@@ -73,30 +72,3 @@ def _read(memory: pathlib.Path) -> dict[str, Any]:
         return json.loads(memory.read_bytes())
     except (OSError, ValueError):  # it only saves time
         return {}
-
-
-@contextlib.contextmanager
-def bar(label: str, total: int, *, unit: str | None = None) -> Iterator[Any]:
-    """Progress with the time left, on stderr; a line every half minute where that is no terminal.
-
-    Yields advance(amount, note=""). unit: what is counted; None for something that only a share of is shown.
-    """
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    shape = None if unit else "{desc}: {percentage:3.0f}%|{bar:20}| {postfix} [{elapsed}<{remaining}]"
-    with tqdm(
-        desc=label,
-        total=total,
-        unit=unit or "",
-        mininterval=0.2 if terminal else 30,
-        dynamic_ncols=True,
-        bar_format=shape,
-    ) as line:
-
-        def advance(amount: int, note: str = "") -> None:
-            if note:
-                line.set_postfix_str(note, refresh=False)
-            line.update(amount)
-
-        yield advance
