@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fps_jax.errors import parse, run_cli
 from fps_jax.progress import Quiet
 from fps_jax.sizes import latent_grid, token_grid
-from fps_jax.tuning.defaults import CLASSES, DEADLINE, SCALES, SPARSE_DENSITY
+from fps_jax.tuning.defaults import CLASSES, DEADLINE, SCALES, SPARSE_DENSITY, DensityClass, Scales
 
 # (heads, height, width) of 81 frames
 _PRESETS = {
@@ -39,9 +39,9 @@ class Tune:
     """64 or 128; every Wan model has 128."""
     density: float = SPARSE_DENSITY
     """Density of the window that stands for all sparse ones."""
-    classes: tuple[Literal["sparse", "dense"], ...] = CLASSES
+    classes: tuple[DensityClass, ...] = CLASSES
     """Keys to measure, by density. Keys that aren't measured keep their entries."""
-    scales: tuple[Literal[0, 1, 2], ...] = SCALES
+    scales: tuple[Scales, ...] = SCALES
     """Keys to measure, by FP8 scales in a block of 128 keys; 0 is bf16."""
     output: pathlib.Path | None = None
     """The table to write; the one that attention reads if left out: FPS_TUNED_TABLE, else the installed package's own."""
