@@ -9,7 +9,7 @@ Needs jax with CUDA, flax, optax, einops, jaxtyping and NumPy; torch for its own
 several compile while one has the GPU. Results (gpu.json in $OUT, else in benchmarks/results) are written after each case. A case
 that has a result on this kind of GPU is skipped (`--again` repeats it), but for wrong numbers; where $OUT holds none, those in
 benchmarks/results count. No further case runs of a kernel that hung. Without a GPU the same code runs at toy size in interpret mode
-on a CPU, writes gpu_toy.json, and says "not measured"; `--gpu` makes that an error.
+on a CPU, writes gpu_toy.json ($OUT, else outputs/), and says "not measured"; `--gpu` makes that an error.
 """
 
 import argparse
@@ -167,9 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_call(chosen: Sequence[Family], gpu: str | None, command: str, *, budget: float, again: bool) -> None:
     """What of the chosen families has no result yet, into the results file, and the table. `gpu`: None for toy sizes."""
     toy = gpu is None
-    out = pathlib.Path(os.environ.get("OUT") or record.RESULTS)
+    # A toy run is to prove the script as it is here: what is committed proves nothing of it, and stays as it is.
+    out = pathlib.Path(os.environ.get("OUT") or ("outputs" if toy else record.RESULTS))
     name = "gpu_toy.json" if toy else "gpu.json"
-    # A toy run elsewhere is to prove the script there: what is committed proves nothing of it.
     results = Results(out / name, toy=toy, earlier=None if toy else record.RESULTS / name)
     call = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     environment = {**record.environment(), "command": command}

@@ -64,6 +64,33 @@ def test_each_kind_of_case_runs_at_toy_size_and_says_not_measured(tmp_path, monk
     assert "On a GPU: not measured" in printed
 
 
+def test_a_toy_run_proves_the_script_as_it_is_and_leaves_what_is_committed(tmp_path, monkeypatch):
+    """All of it is run, however much of the plan the committed file has."""
+    asked = []
+    monkeypatch.setattr(gpu.Runner, "run", lambda self, families: asked.extend(names(families)))
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    committed = (gpu.record.RESULTS / "gpu_toy.json").read_bytes()
+    gpu.main(["--toy"])
+    assert asked == names(PLAN)
+    assert json.loads((tmp_path / "outputs" / "gpu_toy.json").read_text())["results"] == []
+    assert (gpu.record.RESULTS / "gpu_toy.json").read_bytes() == committed
+
+
+def test_the_committed_toy_run_came_to_an_end_and_claims_nothing():
+    content = json.loads((gpu.record.RESULTS / "gpu_toy.json").read_text())
+    assert content["measured"].startswith("not measured")
+    assert {call["gpu"] for call in content["calls"].values()} == {"none"}
+    assert numbers(content["results"]) == []
+    assert [
+        r["case"] for r in content["results"] if "failed" in r or any(p.get("ok") is False for p in r["parts"])
+    ] == []
+    # A plan that has grown needs no run of an hour; one that was cut short would lack most of a stage.
+    stages = {stage: [r for r in content["results"] if r["stage"] == stage] for stage in gpu.STAGES}
+    for stage, ran in stages.items():
+        assert len(ran) >= 0.8 * sum(len(f.cases) for f in PLAN if f.stage == stage), stage
+
+
 def test_a_gpu_that_is_demanded_and_missing_is_an_error(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
