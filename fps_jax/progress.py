@@ -11,6 +11,7 @@ Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted:
 Moved = Callable[[int], object]  # bytes read or written since the last call
 LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
 LONGEST = 60.0
+_LOG = 30.0  # seconds between lines of an amount of work that takes hours
 
 
 class Quiet:
@@ -60,6 +61,16 @@ def _bar(label: str) -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def _lines(label: str) -> Iterator[Progress]:
+    with _told(label) as tell:
+        yield lambda done, total: tell(f"{label}: {done} of {total}", done >= total)
+
+
+@contextlib.contextmanager
+def _told(label: str, least: float | None = None) -> Iterator[Callable[[str, bool], None]]:
+    """Whole lines on stderr. Yields tell(state, last): said now if it is the last, else not sooner than may be.
+
+    least: seconds between two of them while something moves; None for `LINE`.
+    """
     start = said = time.monotonic()
     wait, state = LINE, f"{label} ..."
     lock = threading.Lock()
@@ -73,18 +84,42 @@ def _lines(label: str) -> Iterator[Progress]:
         nonlocal wait
         with lock:
             if time.monotonic() - said >= wait:
-                wait = min(2 * wait, LONGEST)
+                wait = max(wait, min(2 * wait, LONGEST))
                 say()
 
-    def update(done: int, total: int) -> None:
+    def tell(now: str, last: bool) -> None:
         nonlocal wait, state
         with lock:
-            state, wait = f"{label}: {done} of {total}", LINE
-            if done >= total or time.monotonic() - said >= LINE:
+            state, wait = now, LINE if least is None else least
+            if last or time.monotonic() - said >= wait:
                 say()
 
     with repeated(beat, LINE / 2):
-        yield update
+        yield tell
+
+
+@contextlib.contextmanager
+def waiting(label: str) -> Iterator[None]:
+    """What is waited for, on stderr, where that is longer than two seconds; gone from a terminal when the block ends."""
+    if not sys.stderr.isatty():
+        with _told(label):
+            yield
+        return
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    shape = "{desc} ... {elapsed}"
+    with tqdm(desc=label, file=Quiet(sys.stderr), dynamic_ncols=True, delay=LINE, leave=False, bar_format=shape) as bar:
+
+        def beat() -> None:
+            if time.monotonic() - start >= LINE:
+                bar.refresh()
+
+        try:
+            with repeated(beat, 0.5):
+                yield
+        finally:
+            bar.clear()  # closing it doesn't, where it was refreshed alone
 
 
 @contextlib.contextmanager
@@ -117,27 +152,44 @@ def bytes_bar(label: str, total: int) -> Iterator[Moved]:
 
 @contextlib.contextmanager
 def amount_bar(label: str, total: int, *, unit: str | None = None) -> Iterator[Callable[..., None]]:
-    """Progress with the time left, on stderr; a line every half minute where that is no terminal.
+    """Progress with the time left, on stderr: a bar whose clock goes on, or a line every half minute where that is no terminal.
 
     Yields advance(amount, note=""). unit: what is counted; None for something that only a share of is shown.
     """
+    if not sys.stderr.isatty():
+        with _amount_lines(label, total, unit) as advance:
+            yield advance
+        return
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty()
     shape = None if unit else "{desc}: {percentage:3.0f}%|{bar:20}| {postfix} [{elapsed}<{remaining}]"
-    with tqdm(
-        desc=label,
-        file=Quiet(sys.stderr),
-        total=total,
-        unit=unit or "",
-        mininterval=0.2 if terminal else 30,
-        dynamic_ncols=True,
-        bar_format=shape,
-    ) as line:
+    with (
+        tqdm(
+            desc=label, file=Quiet(sys.stderr), total=total, unit=unit or "", dynamic_ncols=True, bar_format=shape
+        ) as bar,
+        repeated(bar.refresh, 1.0),
+    ):
 
         def advance(amount: int, note: str = "") -> None:
             if note:
-                line.set_postfix_str(note, refresh=False)
-            line.update(amount)
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(amount)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _amount_lines(label: str, total: int, unit: str | None) -> Iterator[Callable[..., None]]:
+    start, done = time.monotonic(), 0
+    with _told(label, _LOG) as tell:
+
+        def advance(amount: int, note: str = "") -> None:
+            nonlocal done
+            done += amount
+            share = done / max(total, 1)
+            text = f"{label}: {done} of {total} {unit}s" if unit else f"{label}: {share:.0%}"
+            if 0 < share < 1:
+                note = f"{note}, {(time.monotonic() - start) * (1 / share - 1):.0f} s left".removeprefix(", ")
+            tell(f"{text}{f' ({note})' if note else ''}", done >= total)
 
         yield advance

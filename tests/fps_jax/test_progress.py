@@ -43,6 +43,45 @@ def test_a_log_has_whole_lines_and_hears_of_work_that_stands(monkeypatch):
     assert not set("\r\x1b█") & set(stream.getvalue())
 
 
+def test_an_amount_is_told_in_whole_lines_in_a_log(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Stream(False))
+    monkeypatch.setattr(progress, "_LOG", 0.0)
+    with progress.amount_bar("encode clips", 8) as advance:
+        advance(2, "1 of 4 clips")
+        advance(6, "4 of 4 clips")
+    with progress.amount_bar("encode texts", 2, unit="text") as advance:
+        advance(2)
+    lines = [line.rsplit(" ", 2)[0] for line in stream.getvalue().splitlines()]  # without the clock
+    assert lines == [
+        "encode clips: 25% (1 of 4 clips, 0 s left)",
+        "encode clips: 100% (4 of 4 clips)",
+        "encode texts: 2 of 2 texts",
+    ]
+    assert not set("\r\x1b█") & set(stream.getvalue())
+
+
+def test_a_bars_clock_goes_on_while_nothing_moves(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Stream(True))
+    with progress.amount_bar("encode clips", 8):
+        before = stream.getvalue()
+        time.sleep(1.2)
+        assert len(stream.getvalue()) > len(before)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_is_waited_for_is_told_when_it_takes_long(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", stream := Stream(terminal))
+    with progress.waiting("block 1"):
+        time.sleep(0.7)
+    assert stream.getvalue() == ""
+    monkeypatch.setattr(progress, "LINE", 0.1)
+    with progress.waiting("block 2"):
+        time.sleep(0.7)
+        assert "block 2 ... " in stream.getvalue()
+    if terminal:
+        assert not stream.getvalue().split("\r")[-1].strip()  # gone
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_work_goes_on_where_nobody_reads_of_it(monkeypatch, terminal):
     class Broken(Stream):
