@@ -119,7 +119,8 @@ def waiting(label: str) -> Iterator[None]:
             with repeated(beat, 0.5):
                 yield
         finally:
-            bar.clear()  # closing it doesn't, where it was refreshed alone
+            if time.monotonic() - start >= LINE:
+                bar.clear()  # closing it doesn't, where it was refreshed alone
 
 
 @contextlib.contextmanager
