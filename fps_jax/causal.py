@@ -147,6 +147,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+def preset_name(causal: CausalConfig) -> CausalPreset | None:
+    """The preset that this is; None for none of them."""
+    return next((name for name, preset in CAUSAL_PRESETS.items() if preset == causal), None)
+
+
 CAUSAL_PRESETS: dict[CausalPreset, CausalConfig] = {
     # guandeh17/Self-Forcing configs/self_forcing_dmd.yaml and default_config.yaml: DMD and SiD models.
     "self-forcing": CausalConfig(),

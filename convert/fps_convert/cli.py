@@ -11,20 +11,32 @@ import tyro
 from fps_convert.comfyui import ComfyDtype
 from fps_convert.formats.readers import Dtype
 from fps_convert.layouts import LayoutName
-from fps_jax.choices import Which, choices, file_and_scale
+from fps_jax.choices import CausalPreset, Which, choices, file_and_scale
 from fps_jax.errors import parse, run_cli
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToFlax:
-    """Convert a Wan2.1 checkpoint from PyTorch to this project's format: a directory, or single files."""
+    """Convert a Wan2.1 checkpoint from PyTorch to this project's format: a directory, single files, or a causal model's .pt with a
+    directory for the rest of it."""
 
     paths: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[SRC] DST")]
     """SRC: an official or diffusers directory, or one with single files in any tree; which it is goes by its content. Left out,
     where --dit, --vae and --text-encoder give the files. DST: the directory to write; it appears when it is whole."""
 
+    base: str | None = None
+    """SRC by name, where --dit and others give what is special: the directory for the parts that they don't."""
+
     dit: str | None = None
-    """The diffusion transformer's .safetensors, such as ComfyUI's or Kijai's, FP8 or not; in place of SRC's."""
+    """The diffusion transformer's .safetensors, such as ComfyUI's or Kijai's, FP8 or not, or a .pt of Self-Forcing's or CausVid's
+    training; in place of SRC's."""
+
+    root: str | None = None
+    """Of a .pt that holds several models, such as generator, generator_ema and critic: which one. Left out: generator_ema, else
+    generator, else model."""
+
+    preset: CausalPreset | None = None
+    """How a causal model makes its blocks, kept with the checkpoint: fps-stream then needs none."""
 
     vae: str | None = None
     """The VAE's file."""
@@ -53,16 +65,17 @@ class ToFlax:
 
 @dataclass(frozen=True, kw_only=True)
 class ToTorch:
-    """Convert a checkpoint of this project to a directory that the official code or diffusers reads, or to ComfyUI's files."""
+    """Convert a checkpoint of this project to a directory that the official code or diffusers reads, to ComfyUI's files, or to
+    Self-Forcing's .pt."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """A directory that `fps-convert to-flax` or `save_pretrained` wrote, or a run of fps-train."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """The directory to write; it appears when it is whole."""
+    """The directory to write, of self-forcing the .pt; it appears when it is whole."""
 
     layout: LayoutName | None = None
-    """Whose file names and keys to write; not for --lora apart."""
+    """Whose file names and keys to write; not for --lora apart. self-forcing: the DiT alone, as its training writes it."""
 
     dtype: ComfyDtype | None = None
     """With --layout comfyui: cast all but the VAE; fp8_scaled writes the matrices of the DiT's blocks in FP8 with a scale each.
@@ -98,9 +111,16 @@ def _run(argv: list[str]) -> None:
     from fps_convert.torch_to_flax import to_flax
 
     if isinstance(command, ToFlax):
-        given = Given(command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
+        files = (command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
         report = to_flax(
-            src, dst, command.dtype, command.overwrite, given=given, loras=loras, lora_partial=command.lora_partial
+            src,
+            dst,
+            command.dtype,
+            command.overwrite,
+            given=Given(*files, root=command.root),
+            loras=loras,
+            lora_partial=command.lora_partial,
+            preset=command.preset,
         )
         print(summary(report, f"report: {os.path.join(dst, 'audit.json')}"))
     else:
@@ -111,6 +131,10 @@ def _src_and_dst(command: ToFlax | ToTorch) -> tuple[str | None, str]:
     """Raises ValueError where one of them is missing."""
     if isinstance(command, ToTorch):
         return command.src, command.dst
+    if command.base is not None:
+        if len(command.paths) != 1:
+            raise ValueError(f"{len(command.paths)} paths were given with --base, which is SRC; give DST alone")
+        return command.base, command.paths[0]
     if len(command.paths) == 2:
         return command.paths[0], command.paths[1]
     missing = [name for name in ("dit", "vae", "text_encoder") if getattr(command, name) is None]
@@ -120,7 +144,9 @@ def _src_and_dst(command: ToFlax | ToTorch) -> tuple[str | None, str]:
         )
     if missing:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise ValueError(f"only one path was given, and no {options}; give SRC and DST, or DST and files for all parts")
+        raise ValueError(
+            f"only one path was given, and no {options}; give SRC (--base) and DST, or DST and files for all parts"
+        )
     return None, command.paths[0]
 
 

@@ -24,6 +24,7 @@ class Files:
       where: what messages name: the folder of safetensors, where config.json is too, or a file.
       jsons: config.json of each component, or what stands for it; empty where the layout has none.
       tokenizer: the folder of tokenizer.json or spiece.model; None where there is none.
+      spelling: how the files spell what is read in one way, for the way back.
       notes: on the whole, such as files that are left out.
       notes_on: the same on one component.
     """
@@ -33,6 +34,7 @@ class Files:
     where: dict[Component, pathlib.Path] = field(default_factory=dict)
     jsons: dict[Component, dict[str, Any]] = field(default_factory=lambda: {name: {} for name in COMPONENTS})
     tokenizer: pathlib.Path | None = None
+    spelling: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     notes_on: dict[Component, list[str]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
 

@@ -1,6 +1,7 @@
 """Our format to a directory in a torch layout."""
 
 import collections
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -18,12 +19,14 @@ from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
-from fps_convert.report import NAMES, lost_flow_shift, lost_preset
+from fps_convert.report import NAMES, lost_causal, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, check_tokenizer, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
-from fps_jax.files import check_space, new_directory, write_json
+from fps_jax.files import check_name, check_space, new_directory, new_file, write_json
 from fps_jax.progress import Moved, bytes_bar
+
+_NAME_LENGTH = 200  # of a state dict in a file, and of what its keys begin with
 
 
 def to_torch(
@@ -34,7 +37,8 @@ def to_torch(
     *,
     dtype: ComfyDtype | None = None,
 ) -> dict[str, Any]:
-    """Converts a checkpoint of this project to a directory in a layout of `layouts.LAYOUTS`, with that layout's own file names.
+    """Converts a checkpoint of this project to a directory in a layout of `layouts.LAYOUTS`, with that layout's own file names; or,
+    of a layout that is one file (self-forcing), to the file `dst`, which has the DiT alone.
 
     Without `dtype`, every tensor is bit-identical to what `to_flax` read at the same dtype. Parts that Wan never uses (CLIP's text
     tower) were left out on the way in and stay out.
@@ -54,6 +58,9 @@ def to_torch(
         raise ValueError(
             f"dtype={dtype!r} with layout={layout!r}: give {' or '.join(COMFY_DTYPES)} with {casting}, or none"
         )
+    if wanted.alone:
+        report = _to_file(pathlib.Path(src), pathlib.Path(dst), wanted, overwrite)
+        return _written(report, dst, began)
     with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
         root = pathlib.Path(src)
         manifest, config = read_manifest(root), read_config(root)
@@ -74,7 +81,12 @@ def to_torch(
         write_rest(fresh, config, wanted, tokenizer)
         if (root / SCHEDULE).is_file():  # what the weights were trained with goes with them
             shutil.copyfile(root / SCHEDULE, fresh / SCHEDULE)
-        report["notes"] += lost_flow_shift(config, wanted) + lost_preset(config, wanted)
+        report["notes"] += lost_flow_shift(config, wanted) + lost_preset(config, wanted) + lost_causal(config, wanted)
+    return _written(report, dst, began)
+
+
+def _written(report: dict[str, Any], dst: str | os.PathLike, began: float) -> dict[str, Any]:
+    """The report, closed and written beside `dst`."""
     report |= {"written_bytes": sum(part["bytes"] for part in report["components"].values()), "destination": str(dst)}
     report["seconds"] = round(time.monotonic() - began, 3)
     final = pathlib.Path(dst).resolve()
@@ -82,6 +94,48 @@ def to_torch(
     report["report"] = str(beside)
     write_json(report, beside)
     return report
+
+
+def _to_file(root: pathlib.Path, dst: pathlib.Path, layout: Layout, overwrite: bool) -> dict[str, Any]:
+    """Writes the DiT alone, under the root and the prefix that it was read from, else the layout's."""
+    place = layout.places["dit"]
+    _check_file(root, dst, layout, overwrite)
+    manifest, config = read_manifest(root), read_config(root)
+    if config.task != "t2v":
+        raise ValueError(f"{root} is a {config.task} model; layout={layout.name!r} is of t2v models")
+    names = _saved_components(root, manifest)
+    mixed, spelling = _notes(root, manifest, config)
+    arrays = _arrays(root / "dit", "dit", config)
+    outputs, notes = _outputs("dit", config, layout, arrays, mixed.get("dit", {}))
+    prefix = spelling.get("root_prefix", place.prefix)
+    outputs = [dataclasses.replace(output, key=prefix + output.key) for output in outputs]
+    total = sum(output.nbytes for output in outputs)
+    check_space(dst.absolute().parent, total)
+    with bytes_bar("converting", total) as progress, new_file(dst) as fresh:
+        write_pth(fresh, outputs, progress, root=spelling.get("root", place.root), name=dst.stem)
+    others = [name for name in names if name != "dit"]
+    notes.append(f"{layout.name} files hold the DiT alone: {', '.join(others)} and the tokenizer are left out")
+    dtypes = {output.key: output.dtype for output in outputs}
+    part = {"tensors": len(outputs), "parameters": len(arrays.shapes), "bytes": total, "dtypes": dtypes}
+    notes += lost_causal(config, layout)
+    return {"layout": layout.name, "task": config.task, "notes": notes, "components": {"dit": part}}
+
+
+def _check_file(root: pathlib.Path, dst: pathlib.Path, layout: Layout, overwrite: bool) -> None:
+    """Raises ValueError or OSError for a destination that no such file can be."""
+    if not dst.name.endswith((".pt", ".pth")):
+        raise ValueError(f"destination {dst} is one file in layout={layout.name!r}; give a name that ends in .pt")
+    check_name(dst, "destination")
+    if dst.is_dir():
+        raise IsADirectoryError(
+            f"destination {dst} is a directory, and layout={layout.name!r} is one file; give a name"
+        )
+    if not dst.absolute().parent.is_dir():
+        raise FileNotFoundError(f"destination {dst}: its folder doesn't exist; make it first")
+    if root.resolve() in dst.resolve().parents:
+        raise ValueError(f"destination {dst} and source {root} overlap; give a destination outside the source")
+    if dst.exists() and not overwrite:
+        raise FileExistsError(f"destination {dst} exists; give another or --overwrite (overwrite=True)")
 
 
 def _saved_components(root: pathlib.Path, manifest: dict[str, Any]) -> list[Component]:
@@ -110,6 +164,11 @@ def _notes(
                     raise ValueError(f"mixed_dtypes of {path}")
         known = {"text_embedding": ["shared.weight", "encoder.embed_tokens.weight"], "vision_prefix": [""]}
         for name, value in spelling.items():
+            if name in ("root", "root_prefix"):
+                if not isinstance(value, str) or len(value) > _NAME_LENGTH:
+                    raise ValueError(f"spelling of {name}")
+                value.encode()
+                continue
             listed = value if name == "text_embedding" else [value]
             if not listed or len(set(listed)) < len(listed) or not set(listed) <= set(known[name]):
                 raise ValueError(f"spelling of {name}")

@@ -4,6 +4,8 @@ import collections
 import math
 import pathlib
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 from fps_convert import key_patterns, unsupported
@@ -156,11 +158,28 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
     )
 
 
-def stated_by_shapes(naming: Naming, reader: Reader, where: pathlib.Path) -> tuple[dict[str, Any], list[str]]:
+def dit_sizes(directory: pathlib.Path, layout: Layout) -> dict[str, int]:
+    """What the config.json of a directory's own DiT says of its sizes, under our names; empty where there is none to say it."""
+    place = layout.places["dit"]
+    file = directory / place.folder / "config.json"
+    if place.config is None or not file.is_file():
+        return {}
+    config, fields = read_json(file), key_patterns.DIT[place.naming].fields
+    stated = {ours: config.get(theirs) for ours, theirs in fields.items()}
+    sizes = {ours: value for ours, value in stated.items() if type(value) is int and value > 0}
+    if "head_dim" in sizes and "num_heads" in sizes:
+        sizes["dim"] = sizes["head_dim"] * sizes["num_heads"]
+    return sizes
+
+
+def stated_by_shapes(
+    naming: Naming, reader: Reader, where: pathlib.Path, beside: Mapping[str, int] = MappingProxyType({})
+) -> tuple[dict[str, Any], list[str]]:
     """What a DiT's config.json states, for a file that comes without one; and notes.
 
     All but the number of heads is in the shapes. Wan's heads are 128 wide; `num_heads` in the file's metadata says otherwise, and
-    of a DiT that is narrower than one such head two are taken, which is a guess.
+    so does `beside`, `dit_sizes` of the directory whose DiT it takes the place of, where that one is as wide. Of a DiT that is
+    narrower than one such head two are taken, which is a guess.
     """
     names = key_patterns.DIT[naming]
     shapes = _Shapes(reader, "a Wan DiT", where)
@@ -169,6 +188,8 @@ def stated_by_shapes(naming: Naming, reader: Reader, where: pathlib.Path) -> tup
     noted, notes = reader.metadata.get("num_heads", ""), []
     if noted.isascii() and noted.isdecimal() and len(noted) < 7 and int(noted) > 0:
         heads = int(noted)
+    elif beside.get("dim") == dim and dim % beside.get("num_heads", dim + 1) == 0:
+        heads = beside["num_heads"]
     elif dim % _HEAD_DIM == 0:
         heads = dim // _HEAD_DIM
     elif dim < _HEAD_DIM and dim % 4 == 0:

@@ -15,7 +15,7 @@ from fps_convert import torch_configs
 from fps_convert.mapping import Naming
 from fps_jax.config import Component, Task, WanConfig
 
-LayoutName = Literal["official", "diffusers", "comfyui"]
+LayoutName = Literal["official", "diffusers", "comfyui", "self-forcing"]
 _MODEL = "diffusion_pytorch_model.safetensors"
 
 
@@ -28,11 +28,15 @@ class Place:
       naming: whose names its tensors have.
       config: what the config.json beside it holds, from our config of the component and the dtype that most of its tensors
         have ('float32'). None: it has no config.json, and sizes go by shapes.
+      root, prefix: of a .pt that holds state dicts under names: this one's, and what its keys begin with; those of a checkpoint
+        that was read from such a file are its own.
     """
 
     file: str
     naming: Naming
     config: Callable[[Any, str], dict[str, Any]] | None = None
+    root: str | None = None
+    prefix: str = ""
 
     @property
     def folder(self) -> str:
@@ -48,7 +52,7 @@ class Place:
 
     @property
     def is_pth(self) -> bool:
-        return self.file.endswith(".pth")
+        return self.file.endswith((".pth", ".pt"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class Layout:
       flow_shift: where there is none: by task, the shift that sampling with this layout means, and that up to 480 x 832.
       not_its_dit: prefixes of tensors that tell a DiT of elsewhere, and what such a directory is instead.
       loose: files are told by content, whatever their name and place.
+      alone: a t2v DiT in one file, which is the destination itself: no folder, and nothing beside it.
       shards: a large .safetensors is written in shards.
       casts: tensors can be written in another dtype than they are stored in (`comfyui.cast`).
       one_spelling: keys with two spellings are written in the first, not as the source had them.
@@ -76,12 +81,13 @@ class Layout:
     name: LayoutName
     marks: tuple[str, ...] = ()
     places: dict[Component, Place]
-    tokenizer: str
+    tokenizer: str = ""
     index: str | None = None
     scheduler: str | None = None
     flow_shift: dict[Task, tuple[float, float | None]] = field(default_factory=dict)
     not_its_dit: dict[str, str] = field(default_factory=dict)
     loose: bool = False
+    alone: bool = False
     shards: bool = True
     casts: bool = False
     one_spelling: bool = False
@@ -153,7 +159,15 @@ COMFYUI = Layout(
     one_spelling=True,
     tokenizer_within="text_encoder",
 )
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS, COMFYUI)}
+# What Self-Forcing's and CausVid's training writes (trainer/distillation.py): {"generator": {"model.blocks...": tensor}, ...}. Read
+# as a single file, whatever its roots.
+SELF_FORCING = Layout(
+    name="self-forcing",
+    places={"dit": Place(file="model.pt", naming="official", root="generator", prefix="model.")},
+    flow_shift=OFFICIAL.flow_shift,
+    alone=True,
+)
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (OFFICIAL, DIFFUSERS, COMFYUI, SELF_FORCING)}
 _WEIGHTS = (".safetensors", ".gguf")
 
 

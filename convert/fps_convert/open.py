@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-from typing import Any
 
 from fps_convert import infer, spelling, unsupported
 from fps_convert.check import check
@@ -46,8 +45,8 @@ def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) 
         raise ValueError(f"{path} is already in this project's format; give an official or a diffusers directory")
     check_supported(path)
     layout = layout_of(path)
-    loose = layout.loose or given.any()
-    return _open(path, open_single_files(path, given) if loose else open_directory(path, layout), layout)
+    loose = layout.loose or bool(given.all())
+    return _open(path, open_single_files(path, given, layout) if loose else open_directory(path, layout), layout)
 
 
 def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Source:
@@ -60,7 +59,7 @@ def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Sou
         files.notes_on[name] += lines
 
     # One spelling of keys that have two.
-    spelt: dict[str, Any] = {}
+    spelt = files.spelling
     if layout.places["text_encoder"].naming == "diffusers":
         readers["text_encoder"], lines = spelling.text_embedding(readers["text_encoder"], spelt)
         files.notes_on["text_encoder"] += lines

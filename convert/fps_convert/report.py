@@ -9,6 +9,7 @@ from fps_convert import mapping
 from fps_convert.formats.readers import FLOATS
 from fps_convert.layouts import Layout, LayoutName
 from fps_convert.source import Part, Source
+from fps_jax.causal import preset_name
 from fps_jax.config import Component, WanConfig
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
@@ -77,6 +78,15 @@ def lost_preset(config: WanConfig, layout: Layout) -> list[str]:
     if config.preset == "wan" or (config.preset == "dmd" and layout.index is not None):
         return []
     return [f"preset={config.preset!r} has no place in the {layout.name} layout; give it when you sample"]
+
+
+def lost_causal(config: WanConfig, layout: Layout) -> list[str]:
+    """What no torch file says: how a model makes its blocks."""
+    if config.causal is None:
+        return []
+    name = preset_name(config.causal)
+    again = f"give --preset {name}" if name else f"they are {config.causal}"
+    return [f"how the model makes its blocks has no place in the {layout.name} layout; when it is read again, {again}"]
 
 
 def summary(report: dict[str, Any], where: str) -> str:

@@ -11,12 +11,12 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
-from fps_convert import key_patterns, unsupported
+from fps_convert import key_patterns, spelling, unsupported
 from fps_convert.files import Files, has_tokenizer
 from fps_convert.formats.pth import PthFile
 from fps_convert.formats.readers import Reader, ShardedSafetensors, open_weights
-from fps_convert.infer import stated_by_shapes
-from fps_convert.layouts import COMFYUI, layout_by_names, top_names, tree
+from fps_convert.infer import dit_sizes, stated_by_shapes
+from fps_convert.layouts import COMFYUI, Layout, layout_by_names, top_names, tree
 from fps_convert.parts import Found, tell, tokenizer_bytes, told_apart
 from fps_jax.config import COMPONENTS, Component
 from fps_jax.files import read_json
@@ -33,29 +33,41 @@ _OF_ITS_JSON: dict[Component, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Given:
-    """Files that were named: each a .safetensors, the .index.json of one in shards, or a .pth; and the tokenizer's folder."""
+    """Files that were named: each a .safetensors, the .index.json of one in shards, or a .pth; and the tokenizer's folder.
+
+    root: of the DiT's .pt that holds several state dicts under names, the one to read. Raises ValueError without such a file.
+    """
 
     dit: str | os.PathLike | None = None
     vae: str | os.PathLike | None = None
     text_encoder: str | os.PathLike | None = None
     image_encoder: str | os.PathLike | None = None
     tokenizer: str | os.PathLike | None = None
+    root: str | None = None
+
+    def __post_init__(self):
+        if self.root is not None and self.dit is None:
+            raise ValueError(f"root={self.root!r} is of the DiT's file, and none is given; give --dit FILE (dit=) too")
 
     def file(self, name: Component) -> pathlib.Path | None:
         given = getattr(self, name)
         return None if given is None else pathlib.Path(given).expanduser()
 
-    def any(self) -> bool:
-        return any(value is not None for value in dataclasses.astuple(self))
+    def all(self) -> list[str | os.PathLike]:
+        """Everything that is read."""
+        files = (getattr(self, name) for name in (*COMPONENTS, "tokenizer"))
+        return [file for file in files if file is not None]
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A file that may be a component; `whole` is all that is in it."""
+    """A file that may be a component; `whole` is all that is in it. root: of the state dict in it that is read; '' without one."""
 
     found: Found
     file: pathlib.Path
     whole: Reader
+    root: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -79,9 +91,10 @@ class _Seen:
     notes: list[str] = field(default_factory=list)
 
 
-def open_single_files(folder: pathlib.Path | None, given: Given) -> Files:
+def open_single_files(folder: pathlib.Path | None, given: Given, layout: Layout = COMFYUI) -> Files:
     """The files that were given, and for the rest those that lie anywhere in the folder.
 
+    layout: of the folder, whose DiT's config.json says the heads of another of its width that was given.
     Raises: FileNotFoundError for a part that is nowhere; ValueError for two candidates of one part, or a file that is something
       else than it was given for; NotImplementedError for another model.
     """
@@ -93,7 +106,11 @@ def open_single_files(folder: pathlib.Path | None, given: Given) -> Files:
                 seen.notes.append("the image tower is left out: a T2V model doesn't use it")
             continue
         file = given.file(name)
-        candidate = _choose(folder, name, seen) if file is None else _open_given(name, file)
+        candidate = (
+            _choose(folder, name, seen)
+            if file is None
+            else _open_given(name, file, given.root if name == "dit" else None)
+        )
         if candidate is not None:
             chosen[name] = candidate
     namings = {name: candidate.found.naming for name, candidate in chosen.items()}
@@ -105,12 +122,16 @@ def open_single_files(folder: pathlib.Path | None, given: Given) -> Files:
     for name, candidate in chosen.items():
         files.readers[name], files.where[name] = candidate.found.reader, candidate.file
         files.jsons[name] = _config_beside(name, candidate.file)
+        files.notes_on[name] += candidate.notes
+        if candidate.root:
+            files.spelling |= {"root": candidate.root, "root_prefix": candidate.found.prefix}
         if candidate.found.prefix:
             files.notes_on[name].append(f"keys have the prefix {candidate.found.prefix!r}, which is left out")
     if not files.jsons["dit"]:
         dit = chosen["dit"]
         unsupported.check_dit(dit.found.reader.tensors, {}, dit.file)
-        files.jsons["dit"], notes = stated_by_shapes(dit.found.naming, dit.found.reader, dit.file)
+        beside = {} if folder is None else dit_sizes(folder, layout)
+        files.jsons["dit"], notes = stated_by_shapes(dit.found.naming, dit.found.reader, dit.file, beside)
         files.notes_on["dit"] += notes
     files.tokenizer = _tokenizer(folder, given, chosen["text_encoder"], seen.tokenizers)
     return files
@@ -141,7 +162,7 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
             seen.gguf.append(path)
         elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
             try:
-                reader = _open(path)
+                reader, _ = spelling.unwrapped(_open(path))
             except ValueError as error:
                 if path.suffix == ".pth":
                     seen.notes.append(f"{path.relative_to(folder)} is left out: {error}")
@@ -170,10 +191,14 @@ def _is_whole(folder: pathlib.Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.pth"))
 
 
-def _open(file: pathlib.Path) -> Reader:
+def _open(file: pathlib.Path, root: str | None = None) -> Reader:
     with file.open("rb") as opened:
         is_zip = opened.read(4) == b"PK\3\4"  # torch's, whatever its name: .pth, .pt, .bin, .ckpt
-    return PthFile(file) if is_zip or file.suffix in _PICKLES else open_weights(file)
+    if is_zip or file.suffix in _PICKLES:
+        return PthFile(file, root)
+    if root is not None:
+        raise ValueError(f"root={root!r}: {file} is one state dict, without roots; leave it out")
+    return open_weights(file)
 
 
 def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path) -> None:
@@ -223,15 +248,19 @@ def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candi
     raise FileNotFoundError(f"{where}: a {name} is missing; add its .safetensors file, or give it with {option} FILE")
 
 
-def _open_given(name: Component, file: pathlib.Path) -> _Candidate:
+def _open_given(name: Component, file: pathlib.Path, root: str | None) -> _Candidate:
     if not file.is_file():
         raise FileNotFoundError(f"{OPTIONS[name]} {file} is no file; give a .safetensors file")
     (unsupported.check_file if name == "dit" else unsupported.check_gguf)(file)
-    reader = _open(file)
+    whole = _open(file, root)
+    reader, notes = spelling.unwrapped(whole)
+    read, there = (whole.root, whole.roots) if isinstance(whole, PthFile) else ("", ())
+    if len(there) > 1:
+        notes = [f"{read!r} is read, of {', '.join(sorted(there))} in {file.name}", *notes]
     told = tell(reader)
     for found in told:
         if found.component == name:
-            return _Candidate(found, file, reader)
+            return _Candidate(found, file, reader, read, tuple(notes))
     what = " and ".join(found.component for found in told) or told_apart(reader.tensors) or "no part of a Wan2.1 model"
     raise ValueError(f"{OPTIONS[name]} {file} is {what}, not a {name} of Wan2.1; give another file")
 

@@ -1,4 +1,6 @@
-"""Where diffusers' naming has two spellings: both are read as the first, and written back as the source had them."""
+"""Where a name has two spellings: both are read as the first, and written back as the source had them; and what trainers leave
+in names, which is not.
+"""
 
 from typing import Any
 
@@ -32,6 +34,34 @@ def text_embedding(reader: Reader, spelling: dict[str, Any]) -> tuple[Reader, li
     spelling["text_embedding"] = ["shared.weight", tied]
     del reader.tensors[tied]
     return reader, [f"{tied} is the same as shared.weight, bit for bit, and is kept once"]
+
+
+# What FSDP, activation checkpointing and torch.compile put before the names of what they wrap, anywhere in a key.
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def unwrapped(reader: Reader) -> tuple[Reader, list[str]]:
+    """The tensors under the names that they have without a trainer's wrappers. Raises ValueError where two then have one."""
+    names: dict[str, str] = {}
+    for key in reader.tensors:
+        bare = key
+        for wrapper in _WRAPPERS:
+            bare = bare.replace(wrapper, "")
+        if bare != key:
+            names[key] = bare
+    if not names:
+        return reader, []
+    kept = set(reader.tensors) - set(names)
+    twice = next((bare for bare in names.values() if bare in kept), None)
+    if twice is not None or len(set(names.values())) < len(names):
+        twice = twice or next(bare for bare in names.values() if list(names.values()).count(bare) > 1)
+        raise ValueError(
+            f"{next(iter(reader.tensors.values())).file} has tensor {twice!r} twice, with and without a trainer's wrappers "
+            "(_fsdp_wrapped_module.); save it again without them"
+        )
+    return Renamed(reader, names), [
+        f"{len(names)} keys have a trainer's wrappers (such as {min(names)!r}), which are left out"
+    ]
 
 
 def vision_prefix(reader: Reader, spelling: dict[str, Any]) -> Reader:

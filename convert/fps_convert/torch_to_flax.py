@@ -13,11 +13,14 @@ from fps_convert import mapping
 from fps_convert.formats.readers import DTYPES
 from fps_convert.lora.read import open_lora
 from fps_convert.open import open_checkpoint
+from fps_convert.presets import check_preset
 from fps_convert.report import dtype_changes
 from fps_convert.single_files import Given
 from fps_convert.source import Source
+from fps_jax.causal import CAUSAL_PRESETS
 from fps_jax.checkpoints.format import SCHEDULE, check_tokenizer, copy_tokenizer, write_config
 from fps_jax.checkpoints.lora import Scaled
+from fps_jax.choices import CausalPreset, check_choice
 from fps_jax.config import Component
 from fps_jax.files import check_space, new_directory, write_json
 from fps_jax.progress import bytes_bar
@@ -32,6 +35,7 @@ def to_flax(
     given: Given | None = None,
     loras: Sequence[tuple[str | os.PathLike, float]] = (),
     lora_partial: bool = False,
+    preset: CausalPreset | None = None,
 ) -> dict[str, Any]:
     """Converts a torch checkpoint of Wan2.1 to this project's format: a directory, or single files.
 
@@ -44,6 +48,7 @@ def to_flax(
       given: single files for a component each, in place of what the directory has.
       loras: LoRA files with their scales, merged into the DiT in float32 before it's cast; see `fps_convert.lora.read.open_lora`.
       lora_partial: leave out what of a LoRA this model has no place for, in place of an error.
+      preset: how a causal model makes its blocks, which is in no torch file; kept in config.json.
     Returns: the audit, also written as `dst/audit.json`.
     """
     began = time.monotonic()
@@ -51,9 +56,18 @@ def to_flax(
         raise ValueError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}")
     kind = None if dtype is None else np.dtype(dtype)
     given = given or Given()
-    sources = [file for file in (src, *dataclasses.astuple(given)) if file is not None]
+    if preset is not None:
+        check_choice("preset", preset, CausalPreset)
+    sources = given.all() if src is None else [src, *given.all()]
     with new_directory(dst, overwrite=overwrite, sources=tuple(sources)) as fresh:
         source = open_checkpoint(src, given)
+        if preset is not None:
+            check_preset(preset, source, given)
+            source.config = dataclasses.replace(source.config, causal=CAUSAL_PRESETS[preset])
+        elif "root" in source.spelling:
+            source.audit["notes"].append(
+                "how it makes its blocks isn't said: fps-stream needs --preset, or convert with it"
+            )
         opened = [open_lora(file, source.config, partial=lora_partial) for file, _ in loras]
         source.loras = [Scaled(lora, scale) for lora, (_, scale) in zip(opened, loras, strict=True)]
         nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}

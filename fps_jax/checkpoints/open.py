@@ -129,15 +129,17 @@ def open_model_files(
     text_encoder: str | os.PathLike,
     image_encoder: str | os.PathLike | None = None,
     tokenizer: str | os.PathLike | None = None,
+    root: str | None = None,
 ) -> Model:
     """Opens single files, such as ComfyUI's, one for each component; tokenizer: its folder, where no file holds it.
 
+    root: of a DiT's .pt that holds several state dicts under names, the one to read; None for the moving average, if it has one.
     Raises: FileNotFoundError, ValueError or NotImplementedError in one line: missing, damaged, something else, not Wan2.1.
     """
     from fps_convert import open_checkpoint
     from fps_convert.single_files import Given
 
-    return _of_source(open_checkpoint(None, Given(dit, vae, text_encoder, image_encoder, tokenizer)))
+    return _of_source(open_checkpoint(None, Given(dit, vae, text_encoder, image_encoder, tokenizer, root)))
 
 
 def _theirs(directory: pathlib.Path) -> Model:
@@ -199,7 +201,8 @@ def _local(path: str | os.PathLike) -> pathlib.Path | None:
         return directory
     if directory.exists():
         raise NotADirectoryError(
-            f"checkpoint {str(path)!r} is a file; pass the directory that holds it, or files for all parts to from_files"
+            f"checkpoint {str(path)!r} is a file; pass the directory that holds it, or files for all parts to from_files, or "
+            "convert it with fps-convert to-flax --base DIR --dit FILE"
         )
     if not hub.is_repository(str(path)):
         raise FileNotFoundError(

@@ -96,25 +96,28 @@ class WanPipeline:
         text_encoder: str | os.PathLike,
         image_encoder: str | os.PathLike | None = None,
         tokenizer: str | os.PathLike | None = None,
+        root: str | None = None,
         dtype: str = "bfloat16",
         **foreign: Any,
     ) -> "WanPipeline":
         """Load single files, such as ComfyUI's and Kijai's, bf16, fp16 or FP8 (docs/checkpoints.md).
 
         Args:
-          dit, vae, text_encoder: a .safetensors each, or .pth.
+          dit, vae, text_encoder: a .safetensors each, or .pth (.pt).
           image_encoder: CLIP, for i2v and flf2v; without it a call needs image_embeds.
           tokenizer: the folder of UMT5's tokenizer; None where the text encoder's file holds it, as ComfyUI's do.
+          root: of a DiT's .pt that holds several models under names (Self-Forcing's, CausVid's), the one to take; None for
+            generator_ema, else generator, else model.
           dtype: as of `from_pretrained`.
         Raises: as `from_pretrained`.
         """
         check_no_foreign(
-            foreign, "WanPipeline.from_files", ("dit", "vae", "text_encoder", "image_encoder", "tokenizer")
+            foreign, "WanPipeline.from_files", ("dit", "vae", "text_encoder", "image_encoder", "tokenizer", "root")
         )
         check_choice("dtype", dtype, Dtype)
         enable_compilation_cache()
         model = open_model_files(
-            dit=dit, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder, tokenizer=tokenizer
+            dit=dit, vae=vae, text_encoder=text_encoder, image_encoder=image_encoder, tokenizer=tokenizer, root=root
         )
         return cls._of(model, dtype)
 

@@ -29,6 +29,9 @@ _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _MAX_PICKLE = 2 << 20  # of the largest state dict that there is, 60 kB; interpreted at about a megabyte a second
+# Of the state dicts that a trainer keeps in one file, the first of these is what videos are made with. The moving average comes
+# before the weights themselves: Self-Forcing's demo and the command of its readme take it.
+ROOTS = ("generator_ema", "generator", "model", "state_dict")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ _MARK = object()
 
 class _RefusedError(ValueError):
     pass
+
+
+class _RootError(ValueError):
+    """Of the root that was asked for, not of the file."""
 
 
 def _admit(name: str) -> _Global:
@@ -185,16 +192,36 @@ def interpret(pickle: bytes) -> Any:
     raise _RefusedError("its pickle doesn't end")
 
 
-def _state_dict(content: Any, depth: int = 1) -> dict[str, _Tensor]:
-    """The tensors, also from within one wrapper such as {"state_dict": ...} beside plain values."""
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, _Tensor) for k, v in value.items())
+    )
+
+
+def _state_dicts(content: Any) -> dict[str, dict[str, _Tensor]]:
+    """The tensors by root, such as {"generator": ..., "critic": ...} beside plain values and an optimizer's; by '' without one."""
+    if _is_state_dict(content):
+        return {"": content}
     if isinstance(content, dict):
-        if content and all(isinstance(k, str) and isinstance(v, _Tensor) for k, v in content.items()):
-            return content
-        inner = [value for value in content.values() if isinstance(value, dict)]
-        plain = all(isinstance(v, dict | str | int | float | None) for v in content.values())
-        if depth and len(inner) == 1 and plain:
-            return _state_dict(inner[0], depth - 1)
+        roots = {str(name): value for name, value in content.items() if _is_state_dict(value)}
+        if roots and all(isinstance(v, dict | list | str | int | float | None) for v in content.values()):
+            return roots
     raise _RefusedError("it doesn't hold a state dict (names to tensors)")
+
+
+def _chosen(roots: tuple[str, ...], wanted: str | None, path: pathlib.Path) -> str:
+    """The root to read. Raises ValueError that lists those there are."""
+    listed = ", ".join(sorted(roots))
+    if wanted is not None and not roots[0]:
+        raise _RootError(f"root={wanted!r}: {path} is one state dict, without roots; leave it out")
+    if wanted is not None and wanted not in roots:
+        raise _RootError(f"root={wanted!r} is not in {path}, which has {listed}; give one of these")
+    chosen = wanted or (roots[0] if len(roots) == 1 else next((name for name in ROOTS if name in roots), None))
+    if chosen is None:
+        raise _RootError(f"{path} holds several state dicts: {listed}; say which with --root (root=)")
+    return chosen
 
 
 def _check_stored(entry: zipfile.ZipInfo) -> None:
@@ -214,13 +241,18 @@ def _record(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> byte
 
 
 class PthFile:
-    """The tensors of one `.pth` state dict, each a view of the mapped file.
+    """The tensors of one `.pth` (or `.pt`) state dict, each a view of the mapped file.
 
+    Args:
+      root: which, where the file holds several under names; None for the only one, or the first of `ROOTS`.
+    Attributes:
+      root: that was read, '' in a file that is one state dict.
+      roots: those there are.
     Raises: ValueError, naming the file, where it is truncated, compressed, in PyTorch's format of before 1.6, or asks
-      for anything but tensors and ordered dicts; nothing it asks for is run.
+      for anything but tensors and ordered dicts; nothing it asks for is run. Also for a root that isn't there.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, root: str | None = None):
         self._path = path
         self._bytes = map_file(path)
         self.metadata: dict[str, str] = {}
@@ -242,13 +274,16 @@ class PthFile:
                     raise _RefusedError("it was written on a big-endian machine")
                 content = interpret(_record(archive, records[pickles[0]], _MAX_PICKLE))
             self._records = records
-            self._tensors = _state_dict(content)
+            state_dicts = _state_dicts(content)
+            self.roots = tuple(state_dicts)
+            self.root = _chosen(self.roots, root, path)
+            self._tensors = state_dicts[self.root]
             self._starts = {key: self._place(tensor.storage) for key, tensor in self._tensors.items()}
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is truncated or corrupt ({error}); copy or download it again") from None
         except _RefusedError as error:
             raise ValueError(f"{path} is refused: {error}") from None
-        except OSError:
+        except (OSError, _RootError):
             raise
         except Exception as error:  # whatever a damaged archive or pickle leads to
             raise ValueError(

@@ -118,8 +118,8 @@ def _offsets(outputs: list[Output]) -> list[int]:
     return [0, *itertools.accumulate(output.nbytes for output in outputs)][:-1]
 
 
-def _pickled(outputs: list[Output]) -> bytes:
-    """The pickle of `{key: tensor}`, in the opcodes that `torch.load(weights_only=True)` admits."""
+def _pickled(outputs: list[Output], root: str | None = None) -> bytes:
+    """The pickle of `{key: tensor}`, or `{root: {key: tensor}}`, in the opcodes that `torch.load(weights_only=True)` admits."""
 
     def text(value: str) -> bytes:
         data = value.encode()
@@ -136,6 +136,8 @@ def _pickled(outputs: list[Output]) -> bytes:
 
     ordered_dict = b"ccollections\nOrderedDict\n)R"
     parts = [b"\x80\x02", ordered_dict, b"("]
+    if root is not None:
+        parts += [text(root), ordered_dict, b"("]
     for number, output in enumerate(outputs):
         strides = tuple(math.prod(output.shape[i + 1 :]) for i in range(len(output.shape)))
         storage = f"ctorch\n{_STORAGE[output.dtype]}\n".encode()
@@ -143,7 +145,7 @@ def _pickled(outputs: list[Output]) -> bytes:
         parts += [text(output.key), b"ctorch._utils\n_rebuild_tensor_v2\n("]
         parts += [b"(", text("storage"), storage, text(str(number)), text("cpu"), numel, b"tQ"]
         parts += [integer(0), integers(output.shape), integers(strides), b"\x89", ordered_dict, b"tR"]
-    return b"".join([*parts, b"u."])
+    return b"".join([*parts, b"u" if root is None else b"uu", b"."])
 
 
 @dataclass(frozen=True)
@@ -168,20 +170,25 @@ class _Record:
         return self.position + len(self.header(0)) + self.size
 
 
-def write_pth(path: pathlib.Path, outputs: list[Output], progress: Moved) -> None:
+def write_pth(
+    path: pathlib.Path, outputs: list[Output], progress: Moved, *, root: str | None = None, name: str | None = None
+) -> None:
     """Writes a zip-format `.pth` that `torch.load(weights_only=True)` reads (and maps: records are 64-byte aligned).
 
+    Args:
+      root: the name under which the file holds its state dict; None for a file that is one.
+      name: of the folder within the archive, if not as `path` is called.
     Raises: OSError where the disk is full.
     """
-    root = path.stem.encode() + b"/"
-    contents: list[tuple[bytes, Output | bytes]] = [(b"data.pkl", _pickled(outputs)), (b"byteorder", b"little")]
+    folder = (name or path.stem).encode() + b"/"
+    contents: list[tuple[bytes, Output | bytes]] = [(b"data.pkl", _pickled(outputs, root)), (b"byteorder", b"little")]
     contents += [(b"data/" + str(number).encode(), output) for number, output in enumerate(outputs)]
     contents += [(b"version", b"3\n")]
     places: list[tuple[_Record, Output | bytes]] = []
     position = 0
-    for name, content in contents:
+    for record, content in contents:
         size = content.nbytes if isinstance(content, Output) else len(content)
-        places.append((_Record(root + name, size, position), content))
+        places.append((_Record(folder + record, size, position), content))
         position = places[-1][0].end
     with open(path, "wb", buffering=0) as file:
 

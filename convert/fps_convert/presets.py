@@ -1,0 +1,35 @@
+"""Whether a way of making blocks goes with a checkpoint."""
+
+from fps_convert.infer import dit_sizes
+from fps_convert.layouts import layout_of
+from fps_convert.single_files import Given
+from fps_convert.source import Source
+from fps_jax.choices import CausalPreset
+from fps_jax.config import WAN_T2V_1_3B
+
+_NAME = "Wan2.1-T2V-1.3B"
+
+
+def check_preset(preset: CausalPreset, source: Source, given: Given) -> None:
+    """Raises ValueError where a preset, which all are of models that were made from Wan2.1-T2V-1.3B, is given for something else.
+
+    A DiT that was given is held against the directory's own, as far as that has a config.json: they should be of one model.
+    """
+    dit, most = source.config.dit, WAN_T2V_1_3B.dit
+    if dit.task != "t2v":
+        raise ValueError(f"preset={preset!r} is of {_NAME}, and {source.path} is a {dit.task} model; leave it out")
+    if dit.dim > most.dim or dit.num_layers > most.num_layers:
+        raise ValueError(
+            f"preset={preset!r} is of {_NAME}, and this DiT has {dit.num_layers} layers of width {dit.dim}; leave it out, and give "
+            "CausalPipeline.from_pretrained a CausalConfig"
+        )
+    if given.dit is None or not source.path.is_dir():
+        return
+    sizes = {"dim": dit.dim, "num_layers": dit.num_layers, "in_channels": dit.in_channels}
+    base = dit_sizes(source.path, layout_of(source.path))
+    for name, ours in sizes.items():
+        if base.get(name, ours) != ours:
+            raise ValueError(
+                f"{source.path} is of a DiT with {name}={base[name]}, and {given.dit} has {ours}; give the directory of the model "
+                f"that it was made from, {_NAME} for preset={preset!r}"
+            )
