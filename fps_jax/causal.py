@@ -132,6 +132,18 @@ class CausalConfig:
         blocks = f"k blocks of frames_per_block={self.frames_per_block}"
         return f"one frame and {blocks}" if self.first_frame_alone else blocks
 
+    def words(self) -> str:
+        """For people: "blocks of 3 latent frames, denoised at 1000 750 500 250 (shift 5, warped), attending all frames"."""
+        sink = f", the first {self.sink} among them" if self.sink else ""
+        seen = "all frames" if self.window is None else f"{self.window} frames{sink}"
+        alone = ", the first frame alone" if self.first_frame_alone else ""
+        noise = f", context noise {self.context_noise:g}" if self.context_noise else ""
+        steps = " ".join(f"{step:g}" for step in self.steps)
+        return (
+            f"blocks of {self.frames_per_block} latent frames{alone}, denoised at {steps} (shift {self.shift:g}"
+            f"{', warped' if self.warp else ''}), attending {seen}{noise}"
+        )
+
     def attended(self, end: int) -> tuple[int, ...]:
         """The latent frames that a block ending at `end` attends, its own among them, rising."""
         if self.window is None or end <= self.window:

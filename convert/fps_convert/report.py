@@ -85,7 +85,7 @@ def lost_causal(config: WanConfig, layout: Layout) -> list[str]:
     if config.causal is None:
         return []
     name = preset_name(config.causal)
-    again = f"give --preset {name}" if name else f"they are {config.causal}"
+    again = f"give --preset {name}" if name else f"say it again: {config.causal}"
     return [f"how the model makes its blocks has no place in the {layout.name} layout; when it is read again, {again}"]
 
 

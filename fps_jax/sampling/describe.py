@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fps_jax.causal import preset_name
 from fps_jax.checkpoints.open import open_description
 from fps_jax.checkpoints.placement import builds
 from fps_jax.config import DiTConfig, WanConfig
@@ -42,6 +43,9 @@ def describe(
     lines = [f"{opened.directory}", kind]
     if config.preset != "wan":
         lines.append(f"sampled by preset {config.preset}: {PRESETS[config.preset].words()}")
+    if config.causal is not None:
+        name = preset_name(config.causal)
+        lines.append(f"block diffusion, for fps-stream{f', preset {name}' if name else ''}: {config.causal.words()}")
     lines.append("")
     for name, build in builds(config).items():
         if name in opened.components:

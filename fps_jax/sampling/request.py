@@ -132,6 +132,11 @@ class Request:
 
     def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
         """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
+        if config.causal is not None:
+            raise ValueError(
+                "this checkpoint makes video block after block (block diffusion), and for a whole video at once it wasn't trained; "
+                "use fps-stream (CausalPipeline)"
+            )
         given, (height, width, num_frames) = self.filled(config), self._size(config.sampling)
         prompts, negatives = given._texts(NEGATIVE_PROMPTS[config.task])
         shape = latent_shape(len(prompts), height, width, num_frames, config)

@@ -208,7 +208,7 @@ def test_other_layouts_say_that_blocks_are_not_kept(ours, tmp_path, layout):
 def test_blocks_of_no_preset_are_said_in_full():
     config = dataclasses.replace(tiny_config(), causal=CausalConfig(frames_per_block=2))
     (note,) = lost_causal(config, OFFICIAL)
-    assert "they are CausalConfig(frames_per_block=2, steps=" in note
+    assert "say it again: CausalConfig(frames_per_block=2, steps=" in note
 
 
 def test_roots_that_are_not_there_are_told_with_those_that_are(base, trained, models, tmp_path, capsys):

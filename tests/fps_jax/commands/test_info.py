@@ -1,9 +1,13 @@
 """fps-info: what it says of a checkpoint, without loading it."""
 
+import numpy as np
 import pytest
 
+from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
+from fps_jax.checkpoints.format import save_component, write_config
 from fps_jax.commands import info
-from tests.checkpoints import T2V
+from fps_jax.config import WanConfig
+from tests.checkpoints import T2V, TINY
 
 
 def run(*argv: str) -> int:
@@ -22,6 +26,28 @@ def test_info_describes_without_loading(capsys):
         "VAE decode",
     ):
         assert words in out
+
+
+@pytest.mark.parametrize(
+    ("causal", "words"),
+    [
+        (
+            CAUSAL_PRESETS["causvid-3"],
+            "fps-stream, preset causvid-3: blocks of 3 latent frames, denoised at 1000 757 522 (shift 8), attending all frames\n",
+        ),
+        (
+            CausalConfig(frames_per_block=2, window=7, sink=3, first_frame_alone=True, context_noise=50),
+            "fps-stream: blocks of 2 latent frames, the first frame alone, denoised at 1000 750 500 250 (shift 5, warped), attending "
+            "7 frames, the first 3 among them, context noise 50\n",
+        ),
+    ],
+)
+def test_info_says_how_a_causal_model_makes_its_blocks(tmp_path, capsys, causal, words):
+    write_config(tmp_path, WanConfig(dit=TINY, causal=causal))
+    for name in ("dit", "vae", "text_encoder"):
+        save_component(tmp_path / name, {"x": np.zeros(1, np.float32)})
+    assert run(tmp_path, "--height", "32", "--width", "48", "--num-frames", "9") == 0
+    assert f"block diffusion, for {words}" in capsys.readouterr().out
 
 
 def test_info_says_what_a_checkpoint_lacks(tmp_path, capsys):

@@ -12,8 +12,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from fps_convert.synthetic import tiny_config
+from fps_jax.causal import CausalConfig
+from fps_jax.checkpoints.format import write_config
 from fps_jax.commands import info, sample
-from tests.checkpoints import T2V, assemble
+from fps_jax.config import WanConfig
+from tests.checkpoints import T2V, TINY, assemble
 from tests.lora_spellings import CASES
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--num-inference-steps", "2", "--dtype", "float32"]
@@ -41,6 +44,18 @@ def test_sample_writes_a_video_and_its_settings(tmp_path, capsys):
     assert set(record["versions"]) == {"fps_jax", "jax", "python"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cat.mp4", "cat.mp4.json"]
     assert "wrote" in capsys.readouterr().err
+
+
+def test_a_causal_checkpoint_is_refused_before_its_weights_are_read(tmp_path, capsys):
+    """It has none, so nobody read them."""
+    (tmp_path / "causal").mkdir()
+    write_config(tmp_path / "causal", WanConfig(dit=TINY, causal=CausalConfig()))
+    assert run(tmp_path / "causal", "--prompt", "A cat", "--output", tmp_path / "cat.mp4") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: this checkpoint makes video block after block (block diffusion)")
+    assert "use fps-stream (CausalPipeline)" in err
+    assert err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["causal"]
 
 
 def test_sample_latents_in_and_out(tmp_path):
