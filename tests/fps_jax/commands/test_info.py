@@ -37,8 +37,8 @@ def test_info_describes_without_loading(capsys):
         ),
         (
             CausalConfig(frames_per_block=2, window=7, sink=3, first_frame_alone=True, context_noise=50),
-            "fps-stream: blocks of 2 latent frames, the first frame alone, denoised at 1000 750 500 250 (shift 5, warped), attending "
-            "7 frames, the first 3 among them, context noise 50\n",
+            "fps-stream: blocks of 2 latent frames, the first frame alone, denoised at 1000 750 500 250 (shift 5, warped), "
+            "attending 7 frames, the first 3 among them, context noise 50\n",
         ),
     ],
 )
