@@ -115,6 +115,8 @@ class StreamOptions:
     """Latent frames that a block attends, in place of the model's own."""
     sink: int | None = None
     """Of those, the first ones of the video, which stay."""
+    first_frame_alone: bool = False
+    """The first block has one frame, whatever the model says of it."""
     height: int | None = None
     """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
     width: int | None = None
@@ -136,6 +138,8 @@ def causal_config(options: StreamOptions, config: "WanConfig", own: CausalConfig
 
     causal = causal_of(config, own if options.preset is None else options.preset)
     given = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}
+    if options.first_frame_alone:
+        given["first_frame_alone"] = True
     return dataclasses.replace(causal, **given)
 
 

@@ -35,6 +35,12 @@ class Stream(StreamOptions):
     script: pathlib.Path | None = None
     """A JSON file of other prompts: [{"at": 12.5, "prompt": "...", "how": "continue"}, ...], at in seconds of video, rising; how is
     continue (the default), recache or cut."""
+    image: pathlib.Path | None = None
+    """A picture that the video begins with, where the model's first block is one frame (--first-frame-alone)."""
+    video: pathlib.Path | None = None
+    """A clip that the video begins with, and goes on from."""
+    video_frames: int | None = None
+    """How many of the clip's frames, the last ones, at --fps; all if left out. Whole blocks: 9, 21, 33, ... for Self-Forcing's."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,12 +79,31 @@ def _session(options: Stream) -> "Session":
 
     model = open_model(options.model)
     causal = causal_config(options, model.config)
+    given, plan = None, StreamPlan.build
+    settings: dict[str, Any] = {"seed": options.seed, "blocks": options.blocks}
     size = (options.height, options.width)
-    StreamPlan.build(model.config, causal, options.prompt, seed=options.seed, blocks=options.blocks, size=size)
+    *_, rows, columns = plan(model.config, causal, options.prompt, size=size, **settings).latent_shape
+    if options.image is not None or options.video is not None:
+        from fps_jax.sampling.given import given_latent_frames
+
+        given = _given(options, 8 * rows, 8 * columns)
+        frames = given_latent_frames(given, model.config, causal)
+        plan(model.config, causal, options.prompt, size=size, given=frames, **settings)
+        print(f"given: {len(given)} frames of {options.image or options.video}", file=Quiet(sys.stderr))
     pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
-    return pipe.session(
-        options.prompt, seed=options.seed, blocks=options.blocks, height=options.height, width=options.width
-    )
+    return pipe.session(options.prompt, height=options.height, width=options.width, given=given, **settings)
+
+
+def _given(options: Stream, height: int, width: int) -> Any:
+    """The frames that the video begins with, at its size."""
+    if options.image is not None:
+        from fps_jax.media.images import load_image
+
+        return load_image(options.image, height, width, tell_crop=True)
+    from fps_jax.media.clips import read_clip
+
+    assert options.video is not None
+    return read_clip(options.video, fps=options.fps, height=height, width=width, last=options.video_frames)
 
 
 def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float) -> None:
@@ -92,8 +117,9 @@ def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWr
         writer.push(block.frames)
         took = time.perf_counter() - begun
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
+        name = f"block {block.index + 1}{' (given)' if block.given else ''}"
         print(
-            f"block {block.index + 1}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
+            f"{name}: {writer.frames} frames, {len(block.frames) / took:.2f} frames/s ({stages})",
             file=Quiet(sys.stderr),
         )
 
@@ -108,6 +134,14 @@ def _check(options: Stream) -> None:
     if not options.prompt.strip():
         raise ValueError(f"prompt={options.prompt!r} is not a text; give a few words")
     check_fps(options.fps)
+    if options.image is not None and options.video is not None:
+        raise ValueError(f"image={str(options.image)!r} and video={str(options.video)!r} were given; give one of them")
+    if options.video_frames is not None and options.video is None:
+        raise ValueError(
+            f"video_frames={options.video_frames} is of --video, which isn't given; give a clip, or leave it out"
+        )
+    if options.video_frames is not None and options.video_frames < 1:
+        raise ValueError(f"video_frames={options.video_frames} is not 1 or more; leave it out for all of the clip")
 
 
 def take_due(script: list[dict[str, Any]], seconds: float) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from fps_jax.models.vae import decode_chunk
 if TYPE_CHECKING:
     from fps_jax.sampling.stream import CausalPipeline, Session
 
-_VERSION = 1
+_VERSION = 2
 _RECORD_BYTES = 2**20  # a prompt and a dozen numbers
 _HEADER_BYTES = 2**16  # of an array in the file, at most
 _KINDS: dict[str, Any] = {
@@ -32,7 +32,11 @@ _KINDS: dict[str, Any] = {
     "made": int,
     "next_frame": int,
     "finished": list,
+    "blocks": int | None,
+    "given": int,
+    "waiting": int,
 }
+_SINCE_1: dict[str, Any] = {"given": 0, "waiting": 0}  # what version 1 didn't know
 
 
 def save_session(session: "Session", path: str | os.PathLike) -> None:
@@ -49,10 +53,15 @@ def save_session(session: "Session", path: str | os.PathLike) -> None:
         "made": session.made,
         "next_frame": rollout.next_frame,
         "finished": [start for start, _ in session.finished],
+        "blocks": session.blocks,
+        "given": session.given_frames,
+        "waiting": 0 if session.given is None else session.given.shape[2],
     }
     arrays: dict[str, Any] = {"cache.k": rollout.cache.k, "cache.v": rollout.cache.v}
     arrays |= {f"vae.{i}": x for i, x in enumerate(session.decoder.cache or ())}
     arrays |= {f"finished.{i}": latents for i, (_, latents) in enumerate(session.finished)}
+    if session.given is not None:
+        arrays["given"] = session.given
     text = np.frombuffer(json.dumps(record).encode(), np.uint8)
     with new_file(path) as fresh, open(fresh, "wb") as file:
         np.savez(file, allow_pickle=False, record=text, **{name: _bits(np.asarray(x)) for name, x in arrays.items()})
@@ -88,13 +97,15 @@ def load_session(pipeline: "CausalPipeline", path: str | os.PathLike) -> "Sessio
 
 def _read_record(file: zipfile.ZipFile) -> dict[str, Any]:
     record = json.loads(_read(file, "record", None, np.dtype(np.uint8)).tobytes().decode())
-    if not isinstance(record, dict) or record.get("version") != _VERSION:
-        raise ValueError(f"it is no session of version {_VERSION}")
+    if not isinstance(record, dict) or record.get("version") not in (1, _VERSION):
+        raise ValueError(f"it is no session of version 1 to {_VERSION}")
+    if record["version"] == 1:
+        record: dict[str, Any] = _SINCE_1 | {"blocks": record["arguments"]["blocks"]} | record
     for name, kind in _KINDS.items():
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
             raise ValueError(f"{name} is a {type(record[name]).__name__} where its record has another type")
-    if not all(0 <= record[name] < 2**31 for name in ("index", "made", "next_frame")):
-        raise ValueError("index, made and next_frame are not all 0 or more, and below 2**31")
+    if not all(0 <= record[name] < 2**31 for name in ("index", "made", "next_frame", "given", "waiting")):
+        raise ValueError("index, made, next_frame, given and waiting are not all 0 or more, and below 2**31")
     if record["pending"] is not None and len(record["pending"]) != 2:
         raise ValueError(f"pending has {len(record['pending'])} entries where a prompt and a way belong")
     return record
@@ -109,16 +120,31 @@ def _begin(pipeline: "CausalPipeline", record: dict[str, Any]) -> "Session":
     if record["dtype"] != str(pipeline.wan.dtype):
         raise ValueError(f"it was made in {record['dtype']}; load the pipeline with dtype={record['dtype']!r}")
     arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in record["arguments"].items()}
-    return pipeline.session(record["prompt"], **arguments)
+    given = record["given"]
+    if given:
+        pipeline.causal.check_frames(given, "given")
+    from fps_jax.sampling.stream import Session
+
+    return Session(pipeline, record["prompt"], given_frames=given, **arguments)
 
 
 def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) -> None:
     rollout, wan = session.rollout, session.pipeline.wan
     index, made, next_frame = (record[name] for name in ("index", "made", "next_frame"))
+    if (session.blocks is None) != (record["blocks"] is None) or (session.blocks or 0) < (record["blocks"] or 0):
+        raise ValueError(f"blocks={record['blocks']} of it all, where {session.blocks} were asked for")
+    session.blocks = record["blocks"]
     if session.blocks is not None and index > session.blocks:
         raise ValueError(f"index={index} is more than its {session.blocks} blocks")
     if next_frame:
         rollout.causal.check_frames(next_frame, "next_frame")
+    waiting, given = record["waiting"], None
+    if waiting:
+        if waiting > record["given"]:
+            raise ValueError(f"waiting={waiting} is more than the given={record['given']} latent frames")
+        rollout.causal.check_frames(next_frame + waiting, "next_frame and waiting")
+        shape = (*session.latent_shape[:2], waiting, *session.latent_shape[3:])
+        given = _read(file, "given", shape, np.dtype(np.float32))
     kept = [_read(file, f"cache.{name}", x.shape, x.dtype) for name, x in zip("kv", rollout.cache, strict=True)]
     finished, end = [], None
     for i, start in enumerate(record["finished"]):
@@ -137,6 +163,7 @@ def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) 
     del rollout.cache  # before its successor is on the device: there may be no room for two
     rollout.cache = rollout.on_device(kind(*map(jnp.asarray, kept)))
     rollout.next_frame, session.index, session.made, session.finished = next_frame, index, made, finished
+    session.given = given
     if record["pending"] is not None:
         session.switch(*record["pending"])
 

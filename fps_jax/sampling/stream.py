@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -18,22 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from fps_jax.attention.cache import CacheLayout
-from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
+from fps_jax.causal import CausalConfig
 from fps_jax.checkpoints.open import open_model
-from fps_jax.choices import CausalPreset, Switch, check_choice, check_text
-from fps_jax.config import WanConfig
+from fps_jax.choices import CausalPreset, Switch, check_choice
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
+from fps_jax.sampling.given import given_latent_frames, given_latents
 from fps_jax.sampling.pipeline import WanPipeline
-from fps_jax.sampling.request import Request
 from fps_jax.sampling.rollout import Rollout, text_kv
 from fps_jax.sampling.snapshot import load_session, save_session
-from fps_jax.sizes import Shape3, check_integer, latent_grid, token_grid
+from fps_jax.sampling.stream_plan import StreamPlan, causal_of, check_prompt
+from fps_jax.sizes import Shape3
 
 log = logging.getLogger("fps_jax")
-
-TRAINED_FRAMES = 21  # latent frames of the videos that Self-Forcing and CausVid were trained on
 
 
 class Block(NamedTuple):
@@ -45,6 +41,7 @@ class Block(NamedTuple):
       latents: normalised.
       prompt: that the block was made by.
       seconds: what each stage took, by its name: 'denoise' (all steps, and the pass that fills the cache) and 'decode'.
+      given: it was not made, but is of the frames that the stream was given.
     """
 
     index: int
@@ -52,6 +49,7 @@ class Block(NamedTuple):
     latents: Float[np.ndarray, "16 m H/8 W/8"]
     prompt: str
     seconds: dict[str, float]
+    given: bool = False
 
 
 @dataclasses.dataclass
@@ -113,20 +111,27 @@ class CausalPipeline:
         width: int | None = None,
         tile: Shape3 | None = None,
         window: tuple[int, int] | None = None,
+        given: Any = None,
     ) -> "Session":
         """A stream whose prompt may change while it runs.
 
         Args:
           prompt: a text.
           seed: of all noise. Noise is a function of seed, latent frame and step.
-          blocks: how many; None for no end. A model without a window of its own then has one of 21 latent frames, as many as it
-            was trained on; with `blocks` it attends all.
+          blocks: how many to make; None for no end. A model without a window of its own then has one of 21 latent frames, as many
+            as it was trained on; with `blocks` it attends all.
           height, width: pixels, multiples of 16; None for the checkpoint's own.
           tile: tokens of a tile, along frames a divisor of what enters and leaves the cache together; None for the proposed one.
           window: key tiles along rows and columns, within the frames that a block attends (FPSAttention); None for all.
-        Raises: ValueError for an argument that breaks a rule.
+          given: what the video begins with, and goes on from: frames `[T, H, W, 3]` (uint8, or floats in [0, 1]; another size is
+            resized to cover the video's and cropped around its centre), a picture (array, PIL image or path), or latents
+            `[16, f, H/8, W/8]` as `Block.latents`. They have to be whole blocks, and come out of the stream first, as the VAE
+            shows them.
+        Raises: ValueError for an argument that breaks a rule; OSError for a picture that can't be read.
         """
-        return Session(self, prompt, seed, blocks, (height, width), tile, window)
+        return Session(
+            self, prompt, seed=seed, blocks=blocks, height=height, width=width, tile=tile, window=window, given=given
+        )
 
     def load_session(self, path: str | os.PathLike) -> "Session":
         """A session that `Session.save` wrote, which goes on with the same bits where the weights are the same.
@@ -134,72 +139,6 @@ class CausalPipeline:
         Raises: FileNotFoundError; ValueError for a file that is none, is damaged, or is of another model or other settings.
         """
         return load_session(self, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamPlan:
-    """What a stream will be, known from a checkpoint's config before its weights are read.
-
-    Attributes:
-      latent_shape: of one latent frame, `(1, 16, 1, H/8, W/8)`.
-      layout: of the cache.
-    """
-
-    latent_shape: tuple[int, ...]
-    layout: CacheLayout
-
-    @classmethod
-    def build(
-        cls,
-        config: WanConfig,
-        causal: CausalConfig,
-        prompt: str,
-        *,
-        seed: int = 0,
-        blocks: int | None = None,
-        size: tuple[int | None, int | None] = (None, None),
-        tile: Shape3 | None = None,
-        window: tuple[int, int] | None = None,
-    ) -> "StreamPlan":
-        """Checks the arguments of `CausalPipeline.session`; size: height and width. Raises ValueError as that does."""
-        if blocks is not None and (not isinstance(blocks, Integral) or isinstance(blocks, bool) or blocks < 1):
-            raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
-        check_prompt(prompt)
-        check_integer("seed", seed)
-        for name, sizes in (("tile", tile), ("window", window)):
-            for n in () if sizes is None else sizes:
-                check_integer(name, n)
-        request = Request(prompt=prompt, seed=seed, height=size[0], width=size[1], num_frames=1).filled(config)
-        assert request.height is not None
-        assert request.width is not None
-        num_frames = None
-        if blocks is not None:
-            num_frames = causal.frames_per_block * (int(blocks) - causal.first_frame_alone) + causal.first_frame_alone
-        elif causal.window is None:
-            n = causal.frames_per_block
-            causal = dataclasses.replace(causal, window=max(TRAINED_FRAMES // n, 2) * n)
-        latent_shape = (1, config.dit.out_channels, *latent_grid(int(request.height), int(request.width), 1))
-        space = token_grid(latent_shape[2:], config.dit.patch_size)[1:]
-        return cls(latent_shape, CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window))
-
-
-def causal_of(config: WanConfig, causal: CausalConfig | CausalPreset | None) -> CausalConfig:
-    """How a checkpoint of this config makes its blocks: as `causal` says, or as the checkpoint itself does.
-
-    Raises: ValueError where neither says it, and for a model that isn't t2v.
-    """
-    if isinstance(causal, str):
-        check_choice("causal", causal, CausalPreset)
-        causal = CAUSAL_PRESETS[causal]
-    if causal is not None and not isinstance(causal, CausalConfig):
-        raise ValueError(f"causal={causal!r} is not a CausalConfig or the name of a preset")
-    if config.task != "t2v":
-        raise ValueError(f"this is a {config.task} model; block diffusion is for t2v models")
-    causal = causal or config.causal
-    if causal is None:
-        names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)
-        raise ValueError(f"this checkpoint doesn't say how it makes blocks; give {names}, or a CausalConfig (--preset)")
-    return causal
 
 
 @dataclasses.dataclass
@@ -210,9 +149,10 @@ class _Undecoded:
     """
 
     index: int
-    latents: Array
+    latents: Array | np.ndarray
     prompt: str
     seconds: float
+    given: bool
     video: np.ndarray | None = None
 
 
@@ -224,40 +164,53 @@ class Session(Iterator[Block]):
     Attributes:
       rollout, decoder: where the latents and the frames come from.
       made: latent frames so far, those before a cut among them.
-      index: blocks so far.
+      index: blocks so far, of those given and those made.
+      blocks: of both, when the stream ends; None for no end.
+      given: latents that are still to be given to the rollout, a block at a call; None once all are. given_frames: how many there
+        were, latent frames.
       finished: (first latent frame, latents) of the blocks that the next one attends behind the sink.
-      arguments: what it was made with, but for the prompt: `CausalPipeline.session(prompt, **arguments)`.
+      arguments: what it was made with, but for the prompt and what it was given: `CausalPipeline.session(prompt, **arguments)`.
     """
 
     def __init__(
         self,
         pipeline: CausalPipeline,
         prompt: str,
+        *,
         seed: int,
         blocks: int | None,
-        size: tuple[int | None, int | None],
+        height: int | None,
+        width: int | None,
         tile: Shape3 | None,
         window: tuple[int, int] | None,
+        given: Any = None,
+        given_frames: int | None = None,
     ):
+        """given_frames: of a session that was saved, how many latent frames it was given; they come from elsewhere."""
         wan, causal = pipeline.wan, pipeline.causal
+        size = (height, width)
+        count = given_latent_frames(given, wan.config, causal) if given_frames is None else given_frames
         plan = StreamPlan.build(
-            wan.config, causal, prompt, seed=seed, blocks=blocks, size=size, tile=tile, window=window
+            wan.config, causal, prompt, seed=seed, blocks=blocks, given=count, size=size, tile=tile, window=window
         )
         if blocks is None and causal.window is None:
             log.info("a stream without end: a block attends the last %d latent frames", plan.layout.frames)
         self.latent_shape = plan.latent_shape
-        self.pipeline, self.seed, self.blocks = pipeline, int(seed), None if blocks is None else int(blocks)
+        self.pipeline, self.seed = pipeline, int(seed)
+        self.blocks = None if blocks is None else int(blocks) + (len(causal.blocks(count)) if count else 0)
         self.arguments = {
             "seed": self.seed,
-            "blocks": self.blocks,
-            "height": None if size[0] is None else int(size[0]),
-            "width": None if size[1] is None else int(size[1]),
+            "blocks": None if blocks is None else int(blocks),
+            "height": None if height is None else int(height),
+            "width": None if width is None else int(width),
             "tile": None if tile is None else tuple(int(n) for n in tile),
             "window": None if window is None else tuple(int(n) for n in window),
         }
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
         self._changing = threading.Lock()
+        self.given_frames = count
+        self.given = None if given is None else given_latents(given, wan, plan.latent_shape)
         text = self._kv(wan.encode_prompt(prompt))
         self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, plan.layout, dtype=wan.dtype)
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
@@ -318,7 +271,7 @@ class Session(Iterator[Block]):
                 raise StopIteration
             if self._pending is not None:
                 self._apply(self._pending)
-            self._undecoded = self._denoise()
+            self._undecoded = self._denoise() if self.given is None else self._give(self.given)
         made = self._undecoded
         started, latents = time.perf_counter(), np.asarray(made.latents)
         if made.video is None:
@@ -326,18 +279,31 @@ class Session(Iterator[Block]):
         frames = video_to_uint8(np.clip(0.5 * made.video + 0.5, 0, 1))
         seconds = {"denoise": made.seconds, "decode": time.perf_counter() - started}
         self._undecoded = None
-        return Block(made.index, frames, latents[0], made.prompt, seconds)
+        return Block(made.index, frames, latents[0], made.prompt, seconds, made.given)
 
-    def _denoise(self) -> "_Undecoded":
+    def _denoise(self) -> _Undecoded:
         """The next block's latents. The rollout and what is counted here move together, or not at all."""
         started = time.perf_counter()
         shape, steps = self.rollout.next_shape(), len(self.pipeline.causal.steps)
         noise = block_noise(self.seed, self.made, steps, shape)
-        latents = self.rollout.block(noise[0], noise[1:])
-        made = _Undecoded(self.index, latents, self._prompt, time.perf_counter() - started)
-        self.finished.append((self.rollout.next_frame - shape[2], latents))
+        return self._counted(self.rollout.block(noise[0], noise[1:]), started, given=False)
+
+    def _give(self, given: np.ndarray) -> _Undecoded:
+        """The first block of what is given, as `_denoise`."""
+        started = time.perf_counter()
+        frames = self.rollout.next_shape()[2]
+        self.rollout.give(given[:, :, :frames])
+        rest = given[:, :, frames:]
+        self.given = rest if rest.shape[2] else None
+        return self._counted(given[:, :, :frames], started, given=True)
+
+    def _counted(self, latents: Array | np.ndarray, started: float, *, given: bool) -> _Undecoded:
+        """A block that the rollout has finished."""
+        made = _Undecoded(self.index, latents, self._prompt, time.perf_counter() - started, given)
+        frames = latents.shape[2]
+        self.finished.append((self.rollout.next_frame - frames, latents))
         self.finished = [part for part in self.finished if part[0] + part[1].shape[2] > self._since]
-        self.made += shape[2]
+        self.made += frames
         self.index += 1
         return made
 
@@ -353,6 +319,7 @@ class Session(Iterator[Block]):
         prompt, how, text = pending
         self.rollout.text = self._kv(text)
         if how == "cut":
+            self._drop_given()
             self.rollout.restart()
             self.decoder.restart()
             self.finished.clear()
@@ -362,12 +329,14 @@ class Session(Iterator[Block]):
         with self._changing:  # a newer one may have come meanwhile
             self._prompt, self._pending = prompt, None if self._pending is pending else self._pending
 
-
-def check_prompt(prompt: Any) -> None:
-    """Raises ValueError for what is no text, or an empty one."""
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"prompt={prompt!r} is not a text; give a few words")
-    check_text("prompt", prompt)
+    def _drop_given(self) -> None:
+        """What is still to be given belongs to the video that ends."""
+        if self.given is None:
+            return
+        if self.blocks is not None:
+            begin = self.rollout.next_frame
+            self.blocks -= sum(start >= begin for start, _ in self.rollout.causal.blocks(begin + self.given.shape[2]))
+        self.given = None
 
 
 def block_noise(seed: int, start: int, steps: int, shape: tuple[int, ...]) -> Float[Array, "n+1 1 16 m H W"]:

@@ -9,6 +9,7 @@ import pytest
 
 from fps_jax.commands.stream import main, read_script, take_due
 from fps_jax.files import MAX_JSON
+from fps_jax.media.video import save_video
 from tests.checkpoints import T2V
 
 
@@ -29,6 +30,46 @@ def test_a_video_is_written_block_after_block(tmp_path, capsys):
     assert "block 2: 21 frames" in err
     with av.open(str(output)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 21
+
+
+def test_a_clip_is_gone_on_with(tmp_path, capsys):
+    """The file begins with what the VAE makes of the clip's last frames."""
+    import av
+
+    t, y, x = np.mgrid[0:20, 0:64, 0:96].astype(np.float32)
+    frames = np.stack([np.sin(x / 19 + t / 9), np.cos(y / 17 - t / 9), np.sin((x + y) / 31)], axis=-1) / 2 + 0.5
+    clip, output = tmp_path / "clip.mp4", tmp_path / "boat.mp4"
+    save_video(frames, clip)
+    argv = (T2V, "--prompt", "A boat.", "--blocks", 1, "--output", output, "--video", clip, *SMALL)
+    status, err = run(capsys, *argv)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert (
+        "given has 20 frames, and this model's blocks end at 9, 21, 33, ... of them; give the last 9 of them (--vi"
+        in err
+    )
+    status, err = run(capsys, *argv, "--video-frames", 9)
+    assert status == 0, err
+    assert "block 1 (given): 9 frames" in err
+    assert "block 2: 21 frames" in err
+    with av.open(str(output)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 21
+
+
+def test_a_picture_begins_the_video(tmp_path, capsys):
+    from PIL import Image
+
+    picture = tmp_path / "boat.png"
+    Image.fromarray(np.full((32, 48, 3), 128, np.uint8)).save(picture)
+    argv = (T2V, "--prompt", "A boat.", "--blocks", 1, "--output", tmp_path / "boat.mp4", "--image", picture, *SMALL)
+    status, err = run(capsys, *argv)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert (
+        "given is one frame, which is one latent frame, and this model's first block has 3; give first_frame_al" in err
+    )
+    status, err = run(capsys, *argv, "--first-frame-alone")
+    assert status == 0, err
+    assert "block 1 (given): 1 frames" in err
+    assert "block 2: 13 frames" in err
 
 
 SMALL = ("--height", 32, "--width", 48, "--dtype", "float32", "--preset", "causvid-3", "--window", 6)
@@ -79,6 +120,11 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
         (("--preset", "causvid-3", "--sink", 3), "sink=3 without a window"),
         (("--preset", "causvid-3", "--height", 40), "height=40 is not a positive multiple of 16"),
         (("--preset", "causvid-3", "--seed", -1), "seed=-1 is not in"),
+        (("--preset", "causvid-3", "--video", "nowhere.mp4"), "video='nowhere.mp4' doesn't exist; check the path"),
+        (("--preset", "causvid-3", "--video", __file__), "can't be read as a video ("),
+        (("--preset", "causvid-3", "--video", T2V), "can't be read as a video ("),
+        (("--preset", "causvid-3", "--image", "nowhere.png"), "image='nowhere.png' doesn't exist; check the path"),
+        (("--preset", "causvid-3", "--image", __file__), "can't be read as an image"),
     ],
 )
 def test_what_the_config_tells_is_told_before_weights_are_read(tmp_path, capsys, monkeypatch, arguments, message):
@@ -122,6 +168,9 @@ def test_of_what_is_due_together_the_newest_prompt_counts_and_the_strongest_way(
         (("--prompt", " "), "prompt=' ' is not a text"),
         (("--fps", 0), "fps=0.0 is not a number in 1 to 1000"),
         (("--script", "nowhere.json"), "script='nowhere.json' doesn't exist"),
+        (("--image", "a.png", "--video", "a.mp4"), "image='a.png' and video='a.mp4' were given; give one of them"),
+        (("--video-frames", 9), "video_frames=9 is of --video, which isn't given"),
+        (("--video", "a.mp4", "--video-frames", 0), "video_frames=0 is not 1 or more"),
     ],
 )
 def test_bad_arguments_are_one_line(capsys, arguments, message):

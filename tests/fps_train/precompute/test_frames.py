@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fps_jax.media import clips
 from fps_train.precompute import frames
 from fps_train.precompute.clips import ClipError
 from fps_train.precompute.frames import probe, read_frames
@@ -33,7 +34,7 @@ def test_a_clip_of_the_same_rate_keeps_every_frame(tmp_path, name):
 @pytest.mark.parametrize("rate", [8, 24, 25, Fraction(30000, 1001), 60])
 def test_another_rate_shows_what_is_on_screen(tmp_path, rate):
     path = write(tmp_path / "clip.mp4", numbered(36), fps=rate)
-    # the last frame that is due up to 2 ms after the instant (frames.py says why), until the last one's time is over
+    # the last frame that is due up to 2 ms after the instant (clips.py says why), until the last one's time is over
     instants = [Fraction(j, 16) + Fraction(2, 1000) for j in range(100)]
     want = [int(t * rate) for t in instants if t < 36 / Fraction(rate)]
     assert look(path).frames == len(want)
@@ -160,9 +161,10 @@ def test_reasons(tmp_path, monkeypatch):
         output.mux(stream.encode())
     assert reason(tmp_path / "sound.mp4") == "no video in it"
     fast = write(tmp_path / "fast.mkv", numbered(20), times=[Fraction(0)] * 20)
-    monkeypatch.setattr(frames, "_MOST_RATE", 0)
+    monkeypatch.setattr(clips, "_MOST_RATE", 0)
     assert reason(fast).startswith("over 0 frames a second")
-    monkeypatch.setattr(frames, "_MOST_PIXELS", 1000)
+    for module in (clips, frames):
+        monkeypatch.setattr(module, "MOST_PIXELS", 1000)
     assert reason(good) == reason(tmp_path / "good.png") == "larger than 8192 x 8192 pixels"
     shutil.rmtree(tmp_path)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fps_jax.media.clips import ClipError
+
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.csv", "metadata.json", "metadata.jsonl")
@@ -41,14 +43,6 @@ class Dropped:
     source: str
     reason: str
     detail: str = ""
-
-
-class ClipError(ValueError):
-    """A clip that can't be used. The message is the reason, equal for equal causes; `detail` is this clip's own."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(reason)
-        self.detail = detail
 
 
 def find_clips(
