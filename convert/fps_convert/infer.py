@@ -1,6 +1,7 @@
 """A checkpoint's config: from its JSON files where they say it, from tensor shapes where no file does."""
 
 import collections
+import dataclasses
 import math
 import pathlib
 import re
@@ -12,7 +13,7 @@ from fps_convert import key_patterns, unsupported
 from fps_convert.formats.readers import Reader
 from fps_convert.layouts import Layout
 from fps_convert.mapping import Naming
-from fps_jax.checkpoints.format import SAMPLING
+from fps_jax.checkpoints.format import SAMPLING, is_checkpoint, read_config
 from fps_jax.choices import Preset
 from fps_jax.config import (
     LATENTS_MEAN,
@@ -159,7 +160,12 @@ def dit(layout: Layout, reader: Reader, config: dict[str, Any], where: pathlib.P
 
 
 def dit_sizes(directory: pathlib.Path, layout: Layout) -> dict[str, int]:
-    """What the config.json of a directory's own DiT says of its sizes, under our names; empty where there is none to say it."""
+    """What the config.json of a directory's own DiT says of its sizes, under our names; empty where there is none to say it.
+
+    layout: of the directory, if it isn't in our format.
+    """
+    if is_checkpoint(directory):
+        return {name: n for name, n in dataclasses.asdict(read_config(directory).dit).items() if type(n) is int}
     place = layout.places["dit"]
     file = directory / place.folder / "config.json"
     if place.config is None or not file.is_file():

@@ -1,17 +1,18 @@
 """Opens a Wan2.1 checkpoint in any layout: told by its content, checked in full, nothing read but headers."""
 
+import dataclasses
 import os
 import pathlib
 
 from fps_convert import infer, spelling, unsupported
 from fps_convert.check import check
-from fps_convert.files import Files, check_supported, open_directory
+from fps_convert.files import Files, check_supported, has_tokenizer, open_directory
 from fps_convert.fp8 import dequantized
-from fps_convert.layouts import Layout, layout_of
+from fps_convert.layouts import OFFICIAL, Layout, layout_of
 from fps_convert.report import audit
-from fps_convert.single_files import Given, open_single_files
+from fps_convert.single_files import Given, open_dit, open_single_files
 from fps_convert.source import Part, Source
-from fps_jax.checkpoints.format import is_checkpoint
+from fps_jax.checkpoints.format import is_checkpoint, read_config
 from fps_jax.config import COMPONENTS, Component, WanConfig
 from fps_jax.files import read_json
 from fps_jax.models.tokenizer import check_vocabulary, vocabulary
@@ -42,11 +43,37 @@ def open_checkpoint(path: str | os.PathLike | None, given: Given | None = None) 
             "and --text-encoder (WanPipeline.from_files)"
         )
     if is_checkpoint(path):
-        raise ValueError(f"{path} is already in this project's format; give an official or a diffusers directory")
+        raise ValueError(
+            f"{path} is already in this project's format; give an official or a diffusers directory, or --dit FILE alone beside it"
+        )
     check_supported(path)
     layout = layout_of(path)
     loose = layout.loose or bool(given.all())
     return _open(path, open_single_files(path, given, layout) if loose else open_directory(path, layout), layout)
+
+
+def open_dit_on(path: pathlib.Path, given: Given) -> Source:
+    """The DiT that was given, as that of a checkpoint in our format; the source has no other part, these stay as they are.
+
+    Raises: as `open_checkpoint`.
+    """
+    base = read_config(path)
+    if not has_tokenizer(path / "tokenizer"):
+        raise FileNotFoundError(f"{path / 'tokenizer'} is missing; convert the checkpoint again")
+    files = open_dit(given, infer.dit_sizes(path, OFFICIAL))
+    layout, where = files.layout, files.where["dit"]
+    reader, lines = dequantized(files.readers["dit"])
+    dit = infer.dit(layout, reader, files.jsons["dit"], where)
+    if (dit.task, dit.text_dim) != (base.task, base.text_encoder.dim):
+        raise ValueError(
+            f"{where} is a {dit.task} model that reads text of width {dit.text_dim}, and {path} is a {base.task} model of "
+            f"{base.text_encoder.dim}; give the directory of the model that it was made from"
+        )
+    config = dataclasses.replace(base, dit=dit, causal=None)
+    part = check("dit", layout.places["dit"].naming, reader, config, where)
+    part.notes.extend(files.notes_on["dit"] + lines)
+    report = audit(path, layout.name, config, {"dit": part}, files.notes)
+    return Source(path, layout.name, config, {"dit": part}, path / "tokenizer", files.spelling, report)
 
 
 def _open(path: pathlib.Path, files: Files, stated: Layout | None = None) -> Source:

@@ -1,9 +1,10 @@
 """Whether a way of making blocks goes with a checkpoint."""
 
 from fps_convert.infer import dit_sizes
-from fps_convert.layouts import layout_of
+from fps_convert.layouts import OFFICIAL, layout_of
 from fps_convert.single_files import Given
 from fps_convert.source import Source
+from fps_jax.checkpoints.format import is_checkpoint
 from fps_jax.choices import CausalPreset
 from fps_jax.config import WAN_T2V_1_3B
 
@@ -26,10 +27,10 @@ def check_preset(preset: CausalPreset, source: Source, given: Given) -> None:
     if given.dit is None or not source.path.is_dir():
         return
     sizes = {"dim": dit.dim, "num_layers": dit.num_layers, "in_channels": dit.in_channels}
-    base = dit_sizes(source.path, layout_of(source.path))
-    for name, ours in sizes.items():
-        if base.get(name, ours) != ours:
+    base = dit_sizes(source.path, OFFICIAL if is_checkpoint(source.path) else layout_of(source.path))
+    for name, size in sizes.items():
+        if base.get(name, size) != size:
             raise ValueError(
-                f"{source.path} is of a DiT with {name}={base[name]}, and {given.dit} has {ours}; give the directory of the model "
+                f"{source.path} is of a DiT with {name}={base[name]}, and {given.dit} has {size}; give the directory of the model "
                 f"that it was made from, {_NAME} for preset={preset!r}"
             )

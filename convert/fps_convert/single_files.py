@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,21 +121,37 @@ def open_single_files(folder: pathlib.Path | None, given: Given, layout: Layout 
     }
     files = Files(dataclasses.replace(COMFYUI, places=places), notes=seen.notes)
     for name, candidate in chosen.items():
-        files.readers[name], files.where[name] = candidate.found.reader, candidate.file
-        files.jsons[name] = _config_beside(name, candidate.file)
-        files.notes_on[name] += candidate.notes
-        if candidate.root:
-            files.spelling |= {"root": candidate.root, "root_prefix": candidate.found.prefix}
-        if candidate.found.prefix:
-            files.notes_on[name].append(f"keys have the prefix {candidate.found.prefix!r}, which is left out")
-    if not files.jsons["dit"]:
-        dit = chosen["dit"]
-        unsupported.check_dit(dit.found.reader.tensors, {}, dit.file)
-        beside = {} if folder is None else dit_sizes(folder, layout)
-        files.jsons["dit"], notes = stated_by_shapes(dit.found.naming, dit.found.reader, dit.file, beside)
-        files.notes_on["dit"] += notes
+        _take(files, name, candidate, {} if folder is None else dit_sizes(folder, layout))
     files.tokenizer = _tokenizer(folder, given, chosen["text_encoder"], seen.tokenizers)
     return files
+
+
+def open_dit(given: Given, beside: Mapping[str, int]) -> Files:
+    """The DiT's file alone. Raises as `open_single_files`.
+
+    beside: sizes of the DiT that it takes the place of, as `infer.dit_sizes`.
+    """
+    candidate = _open_given("dit", pathlib.Path(given.dit or "").expanduser(), given.root)
+    place = dataclasses.replace(COMFYUI.places["dit"], naming=candidate.found.naming, config=None)
+    files = Files(dataclasses.replace(COMFYUI, places={"dit": place}))
+    _take(files, "dit", candidate, beside)
+    return files
+
+
+def _take(files: Files, name: Component, candidate: _Candidate, beside: Mapping[str, int]) -> None:
+    """Adds a component, with what its file says and doesn't."""
+    found, file = candidate.found, candidate.file
+    files.readers[name], files.where[name] = found.reader, file
+    files.jsons[name] = _config_beside(name, file)
+    files.notes_on[name] += candidate.notes
+    if candidate.root:
+        files.spelling |= {"root": candidate.root, "root_prefix": found.prefix}
+    if found.prefix:
+        files.notes_on[name].append(f"keys have the prefix {found.prefix!r}, which is left out")
+    if name == "dit" and not files.jsons["dit"]:
+        unsupported.check_dit(found.reader.tensors, {}, file)
+        files.jsons["dit"], notes = stated_by_shapes(found.naming, found.reader, file, beside)
+        files.notes_on["dit"] += notes
 
 
 def _look(folder: pathlib.Path, given: Given) -> _Seen:

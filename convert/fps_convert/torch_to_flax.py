@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,16 +13,23 @@ import numpy as np
 from fps_convert import mapping
 from fps_convert.formats.readers import DTYPES
 from fps_convert.lora.read import open_lora
-from fps_convert.open import open_checkpoint
+from fps_convert.open import open_checkpoint, open_dit_on
 from fps_convert.presets import check_preset
 from fps_convert.report import dtype_changes
 from fps_convert.single_files import Given
 from fps_convert.source import Source
 from fps_jax.causal import CAUSAL_PRESETS
-from fps_jax.checkpoints.format import SCHEDULE, check_tokenizer, copy_tokenizer, write_config
+from fps_jax.checkpoints.format import (
+    SCHEDULE,
+    check_tokenizer,
+    copy_tokenizer,
+    is_checkpoint,
+    read_manifest,
+    write_config,
+)
 from fps_jax.checkpoints.lora import Scaled
 from fps_jax.choices import CausalPreset, check_choice
-from fps_jax.config import Component
+from fps_jax.config import COMPONENTS, Component
 from fps_jax.files import check_space, new_directory, write_json
 from fps_jax.progress import bytes_bar
 
@@ -60,7 +68,8 @@ def to_flax(
         check_choice("preset", preset, CausalPreset)
     sources = given.all() if src is None else [src, *given.all()]
     with new_directory(dst, overwrite=overwrite, sources=tuple(sources)) as fresh:
-        source = open_checkpoint(src, given)
+        kept = _kept(src, given)
+        source = open_checkpoint(src, given) if not kept else open_dit_on(pathlib.Path(src or ""), given)
         if preset is not None:
             check_preset(preset, source, given)
             source.config = dataclasses.replace(source.config, causal=CAUSAL_PRESETS[preset])
@@ -71,7 +80,8 @@ def to_flax(
         opened = [open_lora(file, source.config, partial=lora_partial) for file, _ in loras]
         source.loras = [Scaled(lora, scale) for lora, (_, scale) in zip(opened, loras, strict=True)]
         nbytes = {name: _stored_bytes(source, name, kind) for name in source.components}
-        check_space(fresh.parent, sum(nbytes.values()))
+        copied = sum(file.stat().st_size for path in kept for file in path.rglob("*") if file.is_file())
+        check_space(fresh.parent, sum(nbytes.values()) + copied)
         check_tokenizer(source.tokenizer_dir)
         audit = source.audit
         mixed = {}
@@ -81,24 +91,44 @@ def to_flax(
                 audit["components"][name]["dtype_changes"] = dtype_changes(source, name, kind)
                 if kind is None or name == "vae":
                     mixed[name] = {p: d for p, d in source.parts[name].row_dtypes().items() if len(set(d)) > 1}
-        if (source.path / SCHEDULE).is_file():
+        for path in kept:
+            shutil.copytree(path, fresh / path.name)
+            audit["notes"].append(f"{path.name} is copied from {source.path}")
+        if (source.path / SCHEDULE).is_file() and not kept:  # of another DiT
             shutil.copyfile(source.path / SCHEDULE, fresh / SCHEDULE)
         copy_tokenizer(source.tokenizer_dir, fresh / "tokenizer")  # of a Hugging Face cache's links, the content
         audit["loras"] = [{**scaled.lora.report, "scale": scaled.scale} for scaled in source.loras]
         audit["notes"] += [f"{scaled.lora.summary} at scale {scaled.scale:g}, merged" for scaled in source.loras]
         audit |= {"dtype": dtype, "destination": str(dst), "written_bytes": sum(nbytes.values())}
         audit["seconds"] = round(time.monotonic() - began, 3)
+        before = {} if not kept else _without_dit(read_manifest(source.path))
         write_config(
             fresh,
             source.config,
-            components=list(source.components),
+            components=[*source.components, *(path.name for path in kept)],
             source_layout=source.layout,
-            spelling=source.spelling,
+            spelling=before.get("spelling", {}) | source.spelling,
             loras=[{"file": str(scaled.lora.path), "scale": scaled.scale} for scaled in source.loras],
-            mixed_dtypes={name: paths for name, paths in mixed.items() if paths},
+            mixed_dtypes=before.get("mixed_dtypes", {}) | {name: paths for name, paths in mixed.items() if paths},
         )
         write_json(audit, fresh / "audit.json")
     return audit
+
+
+def _kept(src: str | os.PathLike | None, given: Given) -> list[pathlib.Path]:
+    """The parts that stay as they are, where the DiT alone is given for a checkpoint in our format; else none."""
+    if src is None or given.dit is None or len(given.all()) > 1 or not is_checkpoint(src):
+        return []
+    return [path for name in COMPONENTS if name != "dit" and (path := pathlib.Path(src).expanduser() / name).is_dir()]
+
+
+def _without_dit(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest notes of the parts that are kept."""
+    noted = {name: dict(manifest.get(name, {})) for name in ("spelling", "mixed_dtypes")}
+    for name in ("root", "root_prefix"):
+        noted["spelling"].pop(name, None)
+    noted["mixed_dtypes"].pop("dit", None)
+    return noted
 
 
 def _stored_bytes(source: Source, component: Component, dtype: np.dtype | None) -> int:

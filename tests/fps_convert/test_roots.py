@@ -18,10 +18,11 @@ from fps_convert.report import lost_causal
 from fps_convert.single_files import Given
 from fps_convert.synthetic import tiny_config
 from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
-from fps_jax.checkpoints.format import read_config, read_manifest
+from fps_jax.checkpoints.format import load_component, read_config, read_manifest
 from fps_jax.checkpoints.open import open_model_files
 from tests.fps_convert.failing import fails, snapshot
 from tests.fps_convert.test_pth import pth, storage, tensor
+from tests.fps_convert.test_round_trips import same_arrays
 from tests.fps_convert.test_single_files import DIT
 
 _KINDS = {"float32": "FloatStorage", "bfloat16": "BFloat16Storage"}
@@ -141,6 +142,41 @@ def test_a_base_of_either_layout_says_the_heads(pristine, trained, tmp_path, lay
     to_flax(pristine(layout, config={"dit": dit}), tmp_path / "ours", given=given, preset="causvid-3")
     config = read_config(tmp_path / "ours")
     assert (config.dit, config.causal) == (dit, CAUSAL_PRESETS["causvid-3"])
+
+
+def test_a_base_may_be_in_our_format(base, trained, ours, models, tmp_path):
+    """The rest of it is copied; the result is what comes of the torch directory."""
+    to_flax(base, tmp_path / "plain")
+    report = to_flax(tmp_path / "plain", tmp_path / "causal", given=Given(dit=trained), preset="causvid-4")
+    assert read_config(tmp_path / "causal") == read_config(ours)
+    for name in ("dit", "vae", "text_encoder"):
+        assert same_arrays(load_component(tmp_path / "causal" / name), load_component(ours / name))
+    assert f"vae is copied from {tmp_path / 'plain'}" in report["notes"]
+    assert (tmp_path / "causal" / "tokenizer" / "tokenizer.json").exists()
+    to_torch(tmp_path / "causal", tmp_path / "back.pt", "self-forcing")
+    assert same(tmp_path / "back.pt", "generator_ema", models["generator_ema"])
+    other = Given(dit=trained, root="generator")  # a causal model is a base too, and its root and its blocks don't stay
+    to_flax(tmp_path / "causal", tmp_path / "again", given=other)
+    assert read_config(tmp_path / "again").causal is None
+    assert read_manifest(tmp_path / "again")["spelling"]["root"] == "generator"
+
+
+def test_a_base_in_our_format_of_another_model_is_refused(pristine, trained, tmp_path, capsys):
+    to_flax(pristine("official", "i2v"), tmp_path / "i2v")
+    to_flax(
+        pristine("diffusers", config={"dit": dataclasses.replace(tiny_config().dit, num_layers=3)}), tmp_path / "deep"
+    )
+    before = snapshot(tmp_path)
+    for base, message in (
+        (
+            "i2v",
+            "is a t2v model that reads text of width 24, and {} is a i2v model of 24; give the directory of the model",
+        ),
+        ("deep", "{} is of a DiT with num_layers=3, and {trained} has 2; give the directory of the model"),
+    ):
+        argv = ("to-flax", "--base", tmp_path / base, "--dit", trained, "--preset", "self-forcing", tmp_path / "ours")
+        assert message.format(tmp_path / base, trained=trained) in fails(capsys, *argv)
+        assert snapshot(tmp_path) == before
 
 
 def test_a_converted_model_needs_no_preset(ours):
