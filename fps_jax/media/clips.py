@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from fps_jax.errors import one_line
 from fps_jax.files import check_regular
-from fps_jax.media.images import cover_box
+from fps_jax.media.images import cover_box, log_crop
 
 # Containers such as Matroska round timestamps to milliseconds: a frame due at 62.5 ms is stamped 63 and counts as on screen.
 _TOLERANCE = Fraction(2, 1000)
@@ -45,7 +45,8 @@ class _Shown(NamedTuple):
 def read_clip(
     path: str | os.PathLike, *, fps: float, height: int, width: int, last: int | None = None, name: str = "video"
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """The frames of a clip at another rate, each resized to cover the size (Lanczos) and cropped around its centre.
+    """The frames of a clip at another rate, each resized to cover the size (Lanczos) and cropped around its centre, which is logged
+    where it loses more than a tenth.
 
     Args:
       fps: frames a second of the result; frame j is what is on screen j / fps seconds after the clip's first.
@@ -62,10 +63,10 @@ def read_clip(
         raise ValueError(f"{name}={str(path)!r} can't be read as a video ({error})") from None
     rate = Fraction(fps).limit_denominator(1001)
     try:
-        count = 0
+        count, size = 0, (height, width)
         # Decoded twice: resizing every frame of a long clip takes minutes, and keeping its own ones gigabytes.
-        for count, _, _ in resampled(path, rate, MOST_FRAMES + 1 if last is None else _ANY):  # noqa: B007
-            pass
+        for count, _, shown in resampled(path, rate, MOST_FRAMES + 1 if last is None else _ANY):  # noqa: B007
+            size = display_size(shown)
         if last is None and count > MOST_FRAMES:
             raise ValueError(
                 f"{name}={str(path)!r} has more than {MOST_FRAMES} frames at {fps:g} a second; say how many of the last to take"
@@ -74,6 +75,7 @@ def read_clip(
             raise ValueError(
                 f"{name}={str(path)!r} has {count} frames at {fps:g} a second, fewer than the {last} asked for"
             )
+        log_crop(*size, height, width, name)
         return np.stack(list(covering(path, rate, count, height, width, skip=0 if last is None else count - last)))
     except ClipError as error:
         detail = f": {error.detail}" if error.detail else ""

@@ -52,7 +52,7 @@ def load_image(
     if image.shape[1:3] == (height, width):
         return image
     if tell_crop:
-        _tell_crop(image.shape[1], image.shape[2], height, width, name)
+        log_crop(image.shape[1], image.shape[2], height, width, name)
     return np.stack([_cover(frame, height, width) for frame in image])
 
 
@@ -75,7 +75,7 @@ def image_size(x: Any, name: str = "image") -> tuple[int, int]:
     return _from_array(x, name).shape[1:3]
 
 
-def area_size(height: int, width: int, area: int, multiple: int = 16) -> tuple[int, int]:
+def area_size(height: float, width: float, area: int, multiple: int = 16) -> tuple[int, int]:
     """The size that keeps the aspect of a picture at an area of pixels, both sides rounded down to a multiple.
 
     Source: wan/image2video.py (`max_area`).
@@ -105,8 +105,8 @@ def _is_pil(x: Any) -> bool:
     return hasattr(x, "convert") and hasattr(x, "mode")
 
 
-def _tell_crop(height: int, width: int, to_height: int, to_width: int, name: str) -> None:
-    """Logs how much of a picture is lost to the crop, and which size would keep it."""
+def log_crop(height: float, width: float, to_height: int, to_width: int, name: str) -> None:
+    """Logs how much of a picture is lost to the crop, where that is more than a tenth, and which size would keep it."""
     left, top, right, bottom = cover_box(height, width, to_height, to_width)
     lost = 1 - (right - left) * (bottom - top) / (height * width)
     if lost > _CROP:
@@ -221,7 +221,7 @@ def _from_array(x: Any, name: str) -> np.ndarray:
 
 
 def cover_box(
-    height: int, width: int, to_height: int, to_width: int, *, pixel_aspect: float = 1.0
+    height: float, width: float, to_height: int, to_width: int, *, pixel_aspect: float = 1.0
 ) -> tuple[float, float, float, float]:
     """The part of a picture that is left when it covers another size and is cropped around its centre.
 

@@ -3,6 +3,7 @@
 What frame is on screen when, colours, rotation: tests/fps_train/precompute/test_frames.py.
 """
 
+import logging
 import os
 
 import numpy as np
@@ -27,8 +28,12 @@ def greys(frames) -> np.ndarray:
     return np.rint((frames.mean((1, 2, 3)) / 255 - 0.1) * 19 / 0.8).astype(int)
 
 
-def test_frames_are_at_the_rate_and_the_size(clip):
-    frames = read_clip(clip, fps=10, height=32, width=32)
+def test_frames_are_at_the_rate_and_the_size(clip, caplog):
+    with caplog.at_level(logging.WARNING, "fps_jax"):
+        read_clip(clip, fps=10, height=32, width=64, last=1)
+        assert not caplog.messages
+        frames = read_clip(clip, fps=10, height=32, width=32)
+    assert "video of 48 x 96 (height x width) loses 50% of its picture to the crop to 32 x 32" in caplog.text
     assert (frames.shape, frames.dtype) == ((20, 32, 32, 3), np.uint8)
     assert np.array_equal(greys(frames), np.arange(20))
     assert np.array_equal(greys(read_clip(clip, fps=20, height=32, width=32)), np.arange(40) // 2)
