@@ -291,7 +291,32 @@ def test_written_pth_files_are_sound_zips_that_read_back(tmp_path, monkeypatch, 
     assert sum(done) >= sum(array.nbytes for array in arrays.values())
 
 
-def test_the_pickle_holds_only_what_the_golden_file_holds(tmp_path):
+class _Unpickler(pickle.Unpickler):
+    """Python's own, with names in place of what torch has."""
+
+    def find_class(self, module, name):
+        return dict if name == "OrderedDict" else lambda *args: (name, *args)
+
+    def persistent_load(self, pid):
+        return pid[2:]
+
+
+def test_a_root_is_a_dict_around_the_tensors(tmp_path):
+    two = [Output(key, (2,), "F32", lambda: np.ones(2, np.float32)) for key in "xy"]
+    write_pth(tmp_path / "w.pt", two, lambda _: None, root="generator", name="archive")
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
+        content = _Unpickler(io.BytesIO(archive.read("archive/data.pkl"))).load()
+    assert list(content) == ["generator"]
+    assert {key: tensor[1:3] for key, tensor in content["generator"].items()} == {
+        "x": (("0", "cpu", 2), 0),
+        "y": (("1", "cpu", 2), 0),
+    }
+    reader = PthFile(tmp_path / "w.pt")
+    assert (reader.root, list(reader.tensors)) == ("generator", ["x", "y"])
+
+
+@pytest.mark.parametrize("root", [None, "generator"])
+def test_the_pickle_holds_only_what_the_golden_file_holds(tmp_path, root):
     """torch.load(weights_only=True) admits what torch itself writes: the same globals, and opcodes among its list."""
     import pickletools
 
@@ -301,7 +326,7 @@ def test_the_pickle_holds_only_what_the_golden_file_holds(tmp_path):
         operations = list(pickletools.genops(data))
         return {op.name for op, _, _ in operations}, {arg for op, arg, _ in operations if op.name == "GLOBAL"}
 
-    write_pth(tmp_path / "w.pth", [Output("x", (2,), "F32", lambda: np.ones(2, np.float32))], lambda _: None)
+    write_pth(tmp_path / "w.pth", [Output("x", (2,), "F32", lambda: np.ones(2, np.float32))], lambda _: None, root=root)
     opcodes, names = content(tmp_path / "w.pth")
     _, golden_names = content(GOLDEN)
     assert names == golden_names
