@@ -19,7 +19,7 @@ from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
 from fps_convert.layouts import LAYOUTS, Layout, LayoutName
 from fps_convert.mapping import SourceTensor
-from fps_convert.report import NAMES, lost_causal, lost_flow_shift, lost_preset
+from fps_convert.report import NAMES, check_vae_fits, lost_causal, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, check_tokenizer, copy_tokenizer, read_config, read_manifest
 from fps_jax.config import COMPONENTS, Component, WanConfig
@@ -64,6 +64,7 @@ def to_torch(
     with new_directory(dst, overwrite=overwrite, sources=(src,)) as fresh:
         root = pathlib.Path(src)
         manifest, config = read_manifest(root), read_config(root)
+        check_vae_fits(config, wanted)
         components = _saved_components(root, manifest)
         mixed, spelling = _notes(root, manifest, config)
         tokenizer = root / "tokenizer"

@@ -1,16 +1,17 @@
 """What a conversion says of itself: a bar while it runs, a report for the record, a few lines at the end."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from fps_convert import mapping
+from fps_convert import key_patterns, mapping
 from fps_convert.formats.readers import FLOATS
 from fps_convert.layouts import Layout, LayoutName
 from fps_convert.source import Part, Source
 from fps_jax.causal import preset_name
-from fps_jax.config import Component, WanConfig
+from fps_jax.config import Component, VAEConfig, WanConfig
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
@@ -87,6 +88,18 @@ def lost_causal(config: WanConfig, layout: Layout) -> list[str]:
     name = preset_name(config.causal)
     again = f"give --preset {name}" if name else f"say it again: {config.causal}"
     return [f"how the model makes its blocks has no place in the {layout.name} layout; when it is read again, {again}"]
+
+
+def check_vae_fits(config: WanConfig, layout: Layout) -> None:
+    """Raises ValueError for a VAE that isn't Wan's, in a layout that doesn't say what its VAE is: it couldn't be read again."""
+    own = VAEConfig(base_dim=config.vae.base_dim)
+    if "latents_mean" in key_patterns.VAE[layout.places["vae"].naming].fields or config.vae == own:
+        return
+    names = [one.name for one in dataclasses.fields(own) if getattr(own, one.name) != getattr(config.vae, one.name)]
+    raise ValueError(
+        f"this model's VAE has {', '.join(names)} of its own, and {layout.name} files have no place for that; give "
+        "--layout diffusers"
+    )
 
 
 def summary(report: dict[str, Any], where: str) -> str:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import fps_convert.cli
+import fps_jax
 from fps_convert import open_checkpoint, to_flax, to_torch
 from fps_convert.formats import array_files
 from fps_jax.checkpoints.format import is_checkpoint
@@ -114,6 +115,21 @@ def test_too_little_space_is_told_before_the_work(capsys, pristine, tmp_path, mo
     message = fails(capsys, "to-flax", pristine("official"), tmp_path / "out")
     assert "not enough disk space: needs 18.2 MB, 1.0 MB are free; make room, or choose another path" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["official", "comfyui"])
+def test_a_vae_of_its_own_isnt_written_where_it_couldnt_be_read_again(capsys, tmp_path, layout):
+    """The package's demo model: 6 latent channels, with statistics that only diffusers' config.json holds."""
+    demo = pathlib.Path(fps_jax.__file__).parent / "demo_models" / "dense"
+    to_flax(demo, tmp_path / "ours")
+    before = snapshot(tmp_path)
+    message = fails(capsys, "to-torch", tmp_path / "ours", tmp_path / "back", "--layout", layout)
+    names = "z_dim, num_res_blocks, latents_mean, latents_std"
+    assert (
+        f"this model's VAE has {names} of its own, and {layout} files have no place for that; give --layout diffusers"
+        in message
+    )
+    assert snapshot(tmp_path) == before
 
 
 def test_damage_to_our_own_format(capsys, pristine, tmp_path):
