@@ -34,7 +34,7 @@ class ClipError(ValueError):
         self.detail = detail
 
 
-class _Shown(NamedTuple):
+class Shown(NamedTuple):
     """A decoded frame, `turns` quarter turns counter-clockwise from upright; `pixel_aspect` as it is before them."""
 
     frame: Any
@@ -55,14 +55,8 @@ def read_clip(
     Raises: FileNotFoundError, or ValueError that names the file: no video that can be read, fewer frames than `last`, too many.
     """
     path = pathlib.Path(path)
-    try:
-        check_regular(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}={str(path)!r} doesn't exist; check the path") from None
-    except ValueError as error:
-        raise ValueError(f"{name}={str(path)!r} can't be read as a video ({error})") from None
     rate = Fraction(fps).limit_denominator(1001)
-    try:
+    with told(path, name):
         count, size = 0, (height, width)
         # Decoded twice: resizing every frame of a long clip takes minutes, and keeping its own ones gigabytes.
         for count, _, shown in resampled(path, rate, MOST_FRAMES + 1 if last is None else _ANY):  # noqa: B007
@@ -77,6 +71,23 @@ def read_clip(
             )
         log_crop(*size, height, width, name)
         return np.stack(list(covering(path, rate, count, height, width, skip=0 if last is None else count - last)))
+
+
+@contextlib.contextmanager
+def told(path: pathlib.Path, name: str) -> Iterator[None]:
+    """Holds that a file is there to be decoded in the block, and says which one it is where that fails.
+
+    name: the argument's name, for error messages.
+    Raises: FileNotFoundError; ValueError in place of the block's ClipError.
+    """
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}={str(path)!r} doesn't exist; check the path") from None
+    except ValueError as error:
+        raise ValueError(f"{name}={str(path)!r} can't be read as a video ({error})") from None
+    try:
+        yield
     except ClipError as error:
         detail = f": {error.detail}" if error.detail else ""
         raise ValueError(
@@ -88,7 +99,7 @@ def covering(
     path: pathlib.Path, fps: int | Fraction, limit: int, height: int, width: int, *, skip: int = 0
 ) -> Iterator[UInt8[np.ndarray, "H W 3"]]:
     """The frames of a clip at the new rate, from `skip` to `limit`, each resized to cover the size, cropped. Raises ClipError."""
-    last: _Shown | None = None
+    last: Shown | None = None
     for count, _, shown in resampled(path, fps, limit):
         if count <= skip:
             continue
@@ -97,23 +108,24 @@ def covering(
         yield pixels
 
 
-def display_size(shown: _Shown) -> tuple[float, float]:
+def display_size(shown: Shown) -> tuple[float, float]:
     """Height and width upright, the width of square pixels."""
     height, width = shown.frame.height, shown.frame.width * shown.pixel_aspect
     return (width, height) if shown.turns % 2 else (height, width)
 
 
-def _cover(shown: _Shown, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
+def _cover(shown: Shown, height: int, width: int) -> UInt8[np.ndarray, "H W 3"]:
     from PIL import Image
 
-    pixels = np.rot90(_rgb(shown.frame), shown.turns)
+    pixels = np.rot90(rgb(shown.frame), shown.turns)
     aspect = 1 / shown.pixel_aspect if shown.turns % 2 else shown.pixel_aspect
     box = cover_box(pixels.shape[0], pixels.shape[1], height, width, pixel_aspect=aspect)
     image = Image.fromarray(np.ascontiguousarray(pixels))
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
 
 
-def _rgb(frame: Any) -> UInt8[np.ndarray, "H W 3"]:
+def rgb(frame: Any) -> UInt8[np.ndarray, "H W 3"]:
+    """The pixels of a decoded frame, as they are stored: neither turned nor stretched."""
     from av.video.reformatter import Colorspace
 
     unspecified = frame.colorspace not in (1, 4, 5, 6, 7, 9, 10)  # ITU-T H.273's codes of matrices that are known
@@ -124,15 +136,15 @@ def _rgb(frame: Any) -> UInt8[np.ndarray, "H W 3"]:
     return frame.to_ndarray(format="rgb24")
 
 
-def resampled(path: pathlib.Path, fps: int | Fraction, limit: int) -> Iterator[tuple[int, int, _Shown]]:
+def resampled(path: pathlib.Path, fps: int | Fraction, limit: int) -> Iterator[tuple[int, int, Shown]]:
     """(frames so far, frames decoded, what is on screen) at 0, 1/fps, 2/fps ... seconds after the first frame, `limit` at most.
 
     Frame j of the new rate is the last one whose timestamp isn't after j / fps, so clips of a variable rate keep their speed.
     """
-    shown: _Shown | None = None
+    shown: Shown | None = None
     start = seconds = gap = Fraction(0)
     count = decoded = 0
-    with contextlib.closing(_decoded(path)) as frames:
+    with contextlib.closing(decoded_frames(path)) as frames:
         for following, at, lasts in frames:
             decoded += 1
             if decoded > 16 + _MOST_RATE * (limit + 1) // fps:
@@ -158,7 +170,7 @@ def resampled(path: pathlib.Path, fps: int | Fraction, limit: int) -> Iterator[t
         yield count, decoded, shown
 
 
-def _decoded(path: pathlib.Path) -> Generator[tuple[_Shown, Fraction, Fraction]]:
+def decoded_frames(path: pathlib.Path) -> Generator[tuple[Shown, Fraction, Fraction]]:
     """(frame, its time, how long it says it lasts or 0) in seconds, in order of showing. Raises ClipError."""
     import av
     from av.error import FFmpegError
@@ -190,7 +202,7 @@ def _decoded(path: pathlib.Path) -> Generator[tuple[_Shown, Fraction, Fraction]]
                     at, lasts = count / rate, 1 / rate
                 else:
                     raise ClipError("no timestamps")
-                yield _Shown(frame, round(frame.rotation / 90) % 4, aspect), at, lasts
+                yield Shown(frame, round(frame.rotation / 90) % 4, aspect), at, lasts
                 count += 1
     except ClipError:
         raise
