@@ -60,6 +60,7 @@ def test_the_wheel_is_whole_and_a_convert_py_or_train_py_of_the_users_is_never_r
         "fps-info",
         "fps-calibrate",
         "fps-compare",
+        "fps-drift",
         "fps-stream",
         "fps-live",
         "fps-tune",
