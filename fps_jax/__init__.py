@@ -12,6 +12,7 @@ __all__ = [
     "Regime",
     "WanPipeline",
     "attend",
+    "profile",
     "save_video",
     "to_flax",
     "to_torch",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fps_jax.attention.schedule import FPSSchedule, Regime
     from fps_jax.causal import CausalConfig
     from fps_jax.media.video import save_video
+    from fps_jax.profiling.stages import profile
     from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.sampling.stream import CausalPipeline
 
@@ -35,6 +37,7 @@ _LAZY = {
     "Regime": "fps_jax.attention.schedule",
     "WanPipeline": "fps_jax.sampling.pipeline",
     "attend": "fps_jax.attention.attend",
+    "profile": "fps_jax.profiling.stages",
     "save_video": "fps_jax.media.video",
     "to_flax": "fps_convert",
     "to_torch": "fps_convert",

@@ -53,6 +53,7 @@ ROOMS = {
     "fps_jax.processes": Room(),
     "fps_jax.progress": Room(inside="tqdm"),
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
+    "fps_jax.profiling": Room(f"{LEAVES} fps_jax.media", inside="fps_jax jax"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
     "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
     "fps_jax.checkpoints": Room(
@@ -60,7 +61,7 @@ ROOMS = {
     ),
     "fps_convert": Room(f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers"),
     "fps_jax.sampling": Room(
-        f"{LEAVES} fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints",
+        f"{LEAVES} fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.models fps_jax.checkpoints",
         ARRAYS,
         inside="PIL",
     ),
@@ -74,7 +75,9 @@ ROOMS = {
     ),
     "fps_jax.live": Room(f"{LEAVES} fps_jax.media", "", inside="fps_jax.sampling jax starlette uvicorn"),
     # The front door itself, fps_jax/__init__.py: what it exports is fetched when it is asked for.
-    "fps_jax": Room(inside="fps_jax.causal fps_jax.media fps_jax.attention fps_jax.sampling fps_convert"),
+    "fps_jax": Room(
+        inside="fps_jax.causal fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.sampling fps_convert"
+    ),
     "fps_train.config": Room(LEAVES, inside="tomli_w"),
     "fps_train.vae_options": Room(),
     "fps_train.host_options": Room(),
@@ -94,8 +97,8 @@ ROOMS = {
     "fps_jax.commands": Room(
         f"{LEAVES} fps_jax.tuning.defaults",
         "tyro",
-        inside="pallas_kernels fps_jax fps_jax.media fps_jax.attention fps_jax.models fps_jax.checkpoints fps_jax.sampling "
-        "fps_jax.tuning fps_jax.evaluation fps_jax.live jax numpy",
+        inside="pallas_kernels fps_jax fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.models fps_jax.checkpoints "
+        "fps_jax.sampling fps_jax.tuning fps_jax.evaluation fps_jax.live jax numpy",
     ),
     "benchmarks": Room(ANY, ANY),  # on top: they also compare with what isn't ours
 }

@@ -5,12 +5,16 @@ import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fps_jax.commands.options import VideoOptions, check_output, load_pipeline, read_request, run_record
+from fps_jax.commands.profiled import profiled
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import json_bytes, write_together
 from fps_jax.progress import Quiet
+
+if TYPE_CHECKING:
+    from fps_jax.sampling.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class Sample(VideoOptions):
     """Replace the output and its .json, if they exist."""
     output_type: Literal["np", "latent"] = "np"
     """'latent' writes the denoised latents as .npy and decodes no video."""
+    profile: pathlib.Path | None = None
+    """A new folder for where the time goes: profile.html to look at, profile.json, and a trace of jax.profiler."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,22 +40,34 @@ def main(argv: list[str] | None = None) -> None:
 def _sample(options: Sample) -> None:
     _check_output(options)
     request = read_request(options)
+    with profiled(options.profile, f"fps-sample {options.output.name}", options.output):
+        _write(options, request)
+
+
+def _write(options: Sample, request: "Request") -> None:
+    from fps_jax.profiling.stages import stage
+
     start = time.time()
     pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
     result = pipe.sample(request)
+    with stage("write"):
+        content = _content(options, result)
+        seconds = time.time() - start
+        record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}
+        write_together({_record_of(options.output): json_bytes(record), options.output: content})
+    print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=Quiet(sys.stderr))
+
+
+def _content(options: Sample, result: Any) -> bytes:
+    """Of the output: latents as .npy, or the video's file."""
     if options.output_type == "latent":
         import numpy as np
 
         np.save(buffer := io.BytesIO(), result)
-        content = buffer.getvalue()
-    else:
-        from fps_jax.media.video import video_bytes
+        return buffer.getvalue()
+    from fps_jax.media.video import video_bytes
 
-        content = video_bytes(result, options.output, fps=options.fps)
-    seconds = time.time() - start
-    record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}
-    write_together({_record_of(options.output): json_bytes(record), options.output: content})
-    print(f"wrote {options.output} and {options.output}.json in {seconds:.1f} s", file=Quiet(sys.stderr))
+    return video_bytes(result, options.output, fps=options.fps)
 
 
 def _record_of(output: pathlib.Path) -> pathlib.Path:

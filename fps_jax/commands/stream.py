@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fps_jax.choices import Switch, check_fps, check_text, choices
 from fps_jax.commands.options import StreamOptions, causal_config, check_output
+from fps_jax.commands.profiled import profiled
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import MAX_JSON, check_regular
 from fps_jax.progress import Quiet
@@ -41,6 +42,8 @@ class Stream(StreamOptions):
     """A clip that the video begins with, and goes on from."""
     video_frames: int | None = None
     """How many of the clip's frames, the last ones, at --fps; all if left out. Whole blocks: 9, 21, 33, ... for Self-Forcing's."""
+    profile: pathlib.Path | None = None
+    """A new folder for where the time goes: profile.html to look at, profile.json, and a trace of jax.profiler."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +54,11 @@ def main(argv: list[str] | None = None) -> None:
 def _stream(options: Stream) -> None:
     script = [] if options.script is None else read_script(options.script)
     _check(options)
+    with profiled(options.profile, f"fps-stream {options.output.name}", options.output):
+        _run(options, script)
+
+
+def _run(options: Stream, script: list[dict[str, Any]]) -> None:
     from fps_jax.media.fragments import fragmented_mp4
 
     session = _session(options)
@@ -75,6 +83,7 @@ def _stream(options: Stream) -> None:
 def _session(options: Stream) -> "Session":
     """The stream, which is checked in full before the checkpoint's weights are read."""
     from fps_jax.checkpoints.open import open_model
+    from fps_jax.profiling.stages import stage
     from fps_jax.sampling.stream import CausalPipeline, StreamPlan
 
     model = open_model(options.model)
@@ -91,7 +100,8 @@ def _session(options: Stream) -> "Session":
         plan(model.config, causal, options.prompt, size=size, given=frames, **settings)
         print(f"given: {len(given)} frames of {options.image or options.video}", file=Quiet(sys.stderr))
     pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
-    return pipe.session(options.prompt, height=options.height, width=options.width, given=given, **settings)
+    with stage("prepare"):
+        return pipe.session(options.prompt, height=options.height, width=options.width, given=given, **settings)
 
 
 def _given(options: Stream, height: int, width: int) -> Any:
@@ -108,13 +118,16 @@ def _given(options: Stream, height: int, width: int) -> Any:
 
 def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float) -> None:
     """Blocks into the file, to the last; entries leave the script when a block begins with them."""
+    from fps_jax.profiling.stages import stage
+
     while session.blocks is None or session.index < session.blocks:
         due = take_due(script, writer.frames / fps)
         if due is not None:
             session.switch(due["prompt"], due["how"])
         begun = time.perf_counter()
         block = next(session)
-        writer.push(block.frames)
+        with stage("write", block.index):
+            writer.push(block.frames)
         took = time.perf_counter() - begun
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
         name = f"block {block.index + 1}{' (given)' if block.given else ''}"

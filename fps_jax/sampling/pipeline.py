@@ -25,6 +25,7 @@ from fps_jax.media.video import to_pil
 from fps_jax.models.params import Params
 from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
+from fps_jax.profiling.stages import stage
 from fps_jax.progress import Progress, progress_bar
 from fps_jax.sampling.denoise import Seen, Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
@@ -130,7 +131,7 @@ class WanPipeline:
         tokenizer = Tokenizer.from_directory(model.tokenizer_dir)
         check_vocabulary(model.tokenizer_dir, tokenizer.vocab_size, model.config.text_encoder.vocab_size)
         params: dict[str, Params] = {}
-        with progress_bar("load", show_progress) as bar:
+        with stage("load"), progress_bar("load", show_progress) as bar:
             for name in model.components:
                 params[name] = model.load(name, jnp.dtype(dtype))
                 bar(len(params), len(model.components))
@@ -170,7 +171,8 @@ class WanPipeline:
         if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
             raise ValueError(f"scale={scale!r} of a LoRA is not a finite number; 1 is what it was trained as")
         record = lora if isinstance(lora, LoRA) else open_lora(lora, self.config, partial=partial)
-        self._merged.set(self.params, [*self.loras, Scaled(record, float(scale))])
+        with stage("load"):
+            self._merged.set(self.params, [*self.loras, Scaled(record, float(scale))])
         log.info("%s at scale %g", record.summary, scale)
         return record
 
@@ -283,14 +285,16 @@ class WanPipeline:
         self, request: Request, callback: Progress | None = None, on_step_end: Callable[..., Any] | None = None
     ) -> Any:
         """What `__call__` does, of arguments that are one object. on_step_end: its `callback_on_step_end`."""
-        prepared = self.prepare(request)
+        with stage("prepare"):
+            prepared = self.prepare(request)
         timesteps = prepared.table.timestep
         seen: Seen | None = None
         if on_step_end is not None:
             seen = lambda step, latents: on_step_end(self, step, float(timesteps[step]), {"latents": latents})  # noqa: E731
-        with progress_bar("denoise", self.show_progress) as bar:
+        with stage("denoise") as measured, progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
+                measured.step(done)
                 bar(done, total)
                 if callback is not None:
                     callback(done, total)
@@ -314,7 +318,7 @@ class WanPipeline:
 
     def decode(self, latents: Float[Array, "B 16 F H W"], *, tiling: bool) -> Float[np.ndarray, "B T H W 3"]:
         """Frames of denoised latents (`output_type="latent"`), float32 in [0, 1]; `tiling`: in overlapping spatial tiles."""
-        with progress_bar("decode", self.show_progress) as bar:
+        with stage("decode"), progress_bar("decode", self.show_progress) as bar:
             video = decode(self.config.vae, self.params["vae"], latents, tiling=tiling, progress=bar)
         video *= 0.5  # [-1, 1] to [0, 1], in place
         video += 0.5
@@ -368,19 +372,19 @@ class WanPipeline:
                     "prompt %r... has %d tokens more than the %d that the model reads: its end is cut, and has no effect",
                     text[:40], cut, self.config.dit.text_len,
                 )  # fmt: skip
-        with visiting(self.params["text_encoder"]) as params:
+        with stage("encode text"), visiting(self.params["text_encoder"]) as params:
             states = text_states(self.config, params, ids, mask, dtype=self.dtype)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()
 
     def _encode_images(self, frames: list[np.ndarray], batch: int) -> Float[Array, "B I E"]:
         """Image-tower tokens of the first (and last) frames, one after the other."""
-        with visiting(self.params["image_encoder"]) as params:
+        with stage("encode image"), visiting(self.params["image_encoder"]) as params:
             return image_tokens(self.config, params, frames, batch).block_until_ready()
 
     def _condition(self, frames: list[np.ndarray], shape: tuple[int, ...], tiling: bool) -> Float[Array, "B 20 F H W"]:
         """Mask (1 where a frame is given) and latents of the video [first, grey, ..., grey(, last)]."""
         video = condition_video(frames, video_size(shape[2:])[2])
-        with progress_bar("encode image", self.show_progress) as bar:
+        with stage("encode image"), progress_bar("encode image", self.show_progress) as bar:
             latents = encode(self.config.vae, self.params["vae"], video, tiling=tiling, progress=bar)
         mask = condition_mask(len(frames), shape[2:])
         condition = np.concatenate([np.broadcast_to(mask, (len(latents), *mask.shape)), latents], axis=1)

@@ -22,6 +22,7 @@ from fps_jax.checkpoints.open import open_model
 from fps_jax.choices import CausalPreset, Switch, check_choice
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
+from fps_jax.profiling.stages import stage
 from fps_jax.sampling.given import given_latent_frames, given_latents
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.rollout import Rollout, text_kv
@@ -270,13 +271,16 @@ class Session(Iterator[Block]):
             if self.blocks is not None and self.index == self.blocks:
                 raise StopIteration
             if self._pending is not None:
-                self._apply(self._pending)
-            self._undecoded = self._denoise() if self.given is None else self._give(self.given)
+                with stage("switch prompt"):
+                    self._apply(self._pending)
+            with stage("denoise" if self.given is None else "give", self.index):
+                self._undecoded = self._denoise() if self.given is None else self._give(self.given)
         made = self._undecoded
         started, latents = time.perf_counter(), np.asarray(made.latents)
-        if made.video is None:
-            made.video = self.decoder.push(latents)
-        frames = video_to_uint8(np.clip(0.5 * made.video + 0.5, 0, 1))
+        with stage("decode", made.index):
+            if made.video is None:
+                made.video = self.decoder.push(latents)
+            frames = video_to_uint8(np.clip(0.5 * made.video + 0.5, 0, 1))
         seconds = {"denoise": made.seconds, "decode": time.perf_counter() - started}
         self._undecoded = None
         return Block(made.index, frames, latents[0], made.prompt, seconds, made.given)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,6 +66,62 @@ def test_sample_latents_in_and_out(tmp_path):
     arguments = ["--prompt", "A cat", "--latents", tmp_path / "noise.npy", "--output", out, "--output-type", "latent"]
     assert run(T2V, *arguments, *SMALL) == 0
     assert np.load(out).shape == noise.shape
+
+
+def test_a_profile_says_where_the_time_goes_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    """Stages make up the whole but for what no stage has, here at most a third: the reading of configs, of a run of a second."""
+    from fps_jax.sampling import denoise, pipeline
+
+    plain, out, profile = tmp_path / "plain.npy", tmp_path / "out.npy", tmp_path / "profile"
+    arguments = ["--prompt", "A cat", "--output-type", "latent", *SMALL]
+    assert run(T2V, *arguments, "--output", plain) == 0
+    programs = denoise._denoise._cache_size()
+    encode = pipeline.text_states
+
+    def slow(*args, **kwargs):
+        time.sleep(0.5)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "text_states", slow)
+    assert run(T2V, *arguments, "--output", out, "--profile", profile) == 0
+    assert "wrote" in capsys.readouterr().err
+    assert out.read_bytes() == plain.read_bytes()
+    assert denoise._denoise._cache_size() == programs
+    record = json.loads((profile / "profile.json").read_text())
+    stages = record["stages"]
+    assert list(stages) == ["load", "prepare", "encode text", "denoise", "write"]
+    assert stages["encode text"]["calls"] == 2
+    assert stages["encode text"]["seconds"] >= 1
+    assert stages["denoise"]["compile_seconds"] == 0  # the program is that of the first run
+    seconds = sum(one["seconds"] for one in stages.values())
+    assert 2 / 3 * record["seconds"] < seconds <= record["seconds"] + 1e-5
+    (denoised,) = [span for span in record["spans"] if span["stage"] == "denoise"]
+    assert [done for done, *_ in denoised["steps"]] == [1, 2]
+    page = (profile / "profile.html").read_text()
+    assert all(f"<td>{name}</td>" in page for name in [*stages, "other"])
+    (trace,) = profile.rglob("*.xplane.pb")
+    assert b"denoise" in trace.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("full", "destination full exists and is not empty"),
+        ("full/mine", "destination full/mine is a file"),
+        ("runs", "profile='runs' is where 'runs/out.npy' is written; give a folder of its own"),
+        ("runs/out.npy", "is where 'runs/out.npy' is written"),
+    ],
+)
+def test_a_profile_s_folder_is_its_own(tmp_path, monkeypatch, capsys, folder, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    (tmp_path / "runs").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    argv = ["--prompt", "A cat", "--output-type", "latent", "--output", "runs/out.npy", "--profile", folder]
+    assert run("nowhere", *argv) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if message in line and line.startswith("error: ")]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_dmd_checkpoint_takes_its_preset_says_so_and_the_record_repeats_it(tmp_path, capsys):

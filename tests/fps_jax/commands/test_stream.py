@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import types
 
 import numpy as np
@@ -70,6 +71,29 @@ def test_a_picture_begins_the_video(tmp_path, capsys):
     assert status == 0, err
     assert "block 1 (given): 1 frames" in err
     assert "block 2: 13 frames" in err
+
+
+def test_a_profile_says_where_the_time_goes_and_changes_nothing(tmp_path, capsys):
+    from fps_jax.sampling import rollout
+
+    plain, out, profile = tmp_path / "plain.mp4", tmp_path / "out.mp4", tmp_path / "profile"
+    arguments = (T2V, "--prompt", "A boat.", "--blocks", 2, *SMALL)
+    assert run(capsys, *arguments, "--output", plain)[0] == 0
+    programs = rollout._denoise_block._cache_size()
+    status, err = run(capsys, *arguments, "--output", out, "--profile", profile)
+    assert status == 0, err
+    assert f"wrote {profile / 'profile.html'}" in err
+    assert out.read_bytes() == plain.read_bytes()
+    assert rollout._denoise_block._cache_size() == programs
+    record = json.loads((profile / "profile.json").read_text())
+    assert set(record["stages"]) == {"load", "prepare", "encode text", "denoise", "decode", "write"}
+    for name in ("denoise", "decode", "write"):
+        assert [span["block"] for span in record["spans"] if span["stage"] == name] == [0, 1]
+        assert f"{name}, block by block" in (profile / "profile.html").read_text()
+    assert record["stages"]["denoise"]["compile_seconds"] == 0
+    # What a block is said to take is its stages' time, but for what lies between them.
+    said = [float(seconds) for seconds in re.findall(r"denoise ([0-9.]+) s", err)]
+    assert said == pytest.approx([s["seconds"] for s in record["spans"] if s["stage"] == "denoise"], abs=0.1)
 
 
 SMALL = ("--height", 32, "--width", 48, "--dtype", "float32", "--preset", "causvid-3", "--window", 6)
