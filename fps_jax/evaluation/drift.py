@@ -34,8 +34,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fps_jax.choices import DriftWeights, check_choice
-from fps_jax.files import check_regular
-from fps_jax.media.clips import ClipError, decoded_frames, rgb
+from fps_jax.media.clips import ClipError, decoded_frames, rgb, told
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.progress import progress_bar
 
@@ -161,13 +160,7 @@ def measure_video(path: pathlib.Path, chunks: int = 10, *, show_progress: bool |
     """
     if chunks < 2:
         raise ValueError(f"chunks={chunks} is not 2 or more; drift is from the first chunk to the others")
-    try:
-        check_regular(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"video={str(path)!r} doesn't exist; check the path") from None
-    except ValueError as error:
-        raise ValueError(f"video={str(path)!r} can't be read as a video ({error})") from None
-    try:
+    with told(path, "video"):
         with progress_bar(f"count frames of {path.name}", show_progress):
             total = sum(1 for _ in decoded_frames(path))
         each = total // chunks
@@ -178,9 +171,6 @@ def measure_video(path: pathlib.Path, chunks: int = 10, *, show_progress: bool |
             )
         with progress_bar(f"measure {path.name}", show_progress) as bar:
             return _measure(path, total, each, chunks, bar)
-    except ClipError as error:
-        detail = f": {error.detail}" if error.detail else ""
-        raise ValueError(f"video={str(path)!r} can't be read as a video ({error}{detail})") from None
 
 
 def _measure(path: pathlib.Path, total: int, each: int, chunks: int, bar: Any) -> Measured:

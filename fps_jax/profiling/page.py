@@ -41,6 +41,8 @@ def page(record: Mapping[str, Any]) -> str:
         "<h2>Timeline</h2>",
         _timeline(record["spans"], whole, colors),
     ]
+    if len(record["spans"]) > _MOST_DRAWN:
+        parts.append(f"<p>The first {_MOST_DRAWN:,} of {len(record['spans']):,} spans are drawn.</p>")
     for name in stages:
         parts += _steps_and_blocks(name, [span for span in record["spans"] if span["stage"] == name], colors[name])
     if record["spans_left_out"]:
