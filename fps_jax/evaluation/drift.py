@@ -116,8 +116,8 @@ def _mean(x: np.ndarray) -> float:
 
 
 def _variance(x: np.ndarray) -> float:
-    """Exactly 0 of equal values, which have a mean that is rounded."""
-    return float(np.var(x - x.flat[0], dtype=np.float64))
+    """In float64, where the mean of equal values in float32 is that value: exactly 0 of these."""
+    return float(np.var(x, dtype=np.float64))
 
 
 def _laplacian(y: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "h w"]:

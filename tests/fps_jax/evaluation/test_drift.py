@@ -94,8 +94,9 @@ def test_what_a_video_has_nothing_of_is_0_exactly():
     assert (got["motion"], got["flicker"]) == (0, 0)
     grey = np.repeat(rng.random((4, 9, 11, 1)).astype(np.float32), 3, -1)
     assert chunk_metrics(grey)["colour"] == 0
-    flat = chunk_metrics(np.full((3, 9, 11, 3), 0.3, np.float32))
-    assert [name for name, value in flat.items() if value] == ["brightness"]
+    for level in range(1, 256, 7):
+        flat = chunk_metrics(np.full((3, 9, 11, 3), level, np.uint8))
+        assert [name for name, value in flat.items() if value] == ["brightness"]
 
 
 def test_what_each_metric_is_blind_to():
