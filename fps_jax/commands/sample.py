@@ -48,7 +48,8 @@ def _write(options: Sample, request: "Request") -> None:
     from fps_jax.profiling.stages import stage
 
     start = time.time()
-    pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
+    with stage("load"):
+        pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
     result = pipe.sample(request)
     with stage("write"):
         content = _content(options, result)

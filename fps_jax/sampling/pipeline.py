@@ -27,7 +27,7 @@ from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.profiling.stages import stage
 from fps_jax.progress import Progress, progress_bar
-from fps_jax.sampling.denoise import Seen, Segments, denoise
+from fps_jax.sampling.denoise import Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.presets import PRESETS
@@ -171,8 +171,7 @@ class WanPipeline:
         if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
             raise ValueError(f"scale={scale!r} of a LoRA is not a finite number; 1 is what it was trained as")
         record = lora if isinstance(lora, LoRA) else open_lora(lora, self.config, partial=partial)
-        with stage("load"):
-            self._merged.set(self.params, [*self.loras, Scaled(record, float(scale))])
+        self._merged.set(self.params, [*self.loras, Scaled(record, float(scale))])
         log.info("%s at scale %g", record.summary, scale)
         return record
 
@@ -287,10 +286,9 @@ class WanPipeline:
         """What `__call__` does, of arguments that are one object. on_step_end: its `callback_on_step_end`."""
         with stage("prepare"):
             prepared = self.prepare(request)
-        timesteps = prepared.table.timestep
-        seen: Seen | None = None
+        times, seen = prepared.table.timestep, None
         if on_step_end is not None:
-            seen = lambda step, latents: on_step_end(self, step, float(timesteps[step]), {"latents": latents})  # noqa: E731
+            seen = lambda step, latents: on_step_end(self, step, float(times[step]), {"latents": latents})  # noqa: E731
         with stage("denoise") as measured, progress_bar("denoise", self.show_progress) as bar:
 
             def progress(done: int, total: int) -> None:
