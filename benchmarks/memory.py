@@ -7,15 +7,18 @@ arguments (weights and inputs), outputs, temporaries. GEMM and convolution algor
 is indicative. Needs the `offline-gpu` extra. Writes benchmarks/results/memory_h200.json.
 """
 
+import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.gpu_cases.timing import BF16_LIMIT
 from fps_train.described import KINDS, described_devices, prepare_process
 
-H200_BYTES = 141e9
+H200_BYTES, H200_BANDWIDTH = 141e9, 4.8e12
 
 
 def compile_for_h200(fn: Callable, *args: Any, donate: int | tuple[int, ...] = ()) -> Any:
@@ -35,15 +38,20 @@ def programs() -> dict[str, Callable[[], Any]]:
     import jax.numpy as jnp
 
     from fps_jax.attention.attend import attend
+    from fps_jax.attention.cache import CacheLayout
     from fps_jax.attention.schedule import FPSSchedule
+    from fps_jax.causal import CAUSAL_PRESETS
     from fps_jax.config import WAN_I2V_14B, WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
     from fps_jax.models.dit import DENSE, build_dit, param_dtype
+    from fps_jax.models.dit_layers import TextKV
     from fps_jax.models.params import abstract_params, flatten, unflatten
     from fps_jax.models.text_encoder import build_text_encoder, encode_text
     from fps_jax.models.vae import build_vae, decode_chunk, encode_chunk
     from fps_jax.sampling.denoise import _denoise
+    from fps_jax.sampling.flow import block_levels
     from fps_jax.sampling.guidance import Inputs
-    from fps_jax.sampling.solvers import SolverTable, solver_table
+    from fps_jax.sampling.rollout import BlockInputs, denoise_block
+    from fps_jax.sampling.solvers import SolverTable, coefficients, solver_table
     from fps_jax.sizes import latent_grid, token_grid
 
     f32, bf16 = jnp.float32, jnp.bfloat16
@@ -98,6 +106,29 @@ def programs() -> dict[str, Callable[[], Any]]:
         fn = lambda p, x, cache: chunk(config, p, x, cache)  # noqa: E731
         return compile_for_h200(fn, params, spec(later_shape, f32), cache, donate=2)
 
+    def block(config: WanConfig, height: int, width: int, window: int):
+        """A block of 3 latent frames in 4 steps, Self-Forcing's, once the cache is full."""
+        causal = dataclasses.replace(CAUSAL_PRESETS["self-forcing"], window=window)
+        dit, shape = config.dit, (1, 16, 3, height // 8, width // 8)
+        layout = CacheLayout.build(causal, (height // 16, width // 16))
+        weights = flatten(abstract_params(build_dit(dit)))
+        params = unflatten({path: spec(leaf.shape, param_dtype(path, bf16)) for path, leaf in weights})
+        text = TextKV(*2 * (spec((dit.num_layers, 1, 512, dit.num_heads, dit.head_dim), bf16),))
+        cache = jax.eval_shape(lambda: layout.zeros(dit.num_layers, 1, dit.num_heads, dit.head_dim, bf16))
+        levels = coefficients("lcm", block_levels(causal))
+        context = layout.context(window)
+        given: Any = BlockInputs(
+            noise=spec(shape, f32),
+            step_noise=spec((len(causal.steps), *shape), f32),
+            rope=spec((2, math.prod(shape[2:]) // 4, dit.head_dim // 2), f32),
+            context=jax.tree.map(lambda a: spec(a.shape, a.dtype), context),
+        )
+        table = jax.tree.map(lambda a: spec(a.shape, f32), levels)
+        run = functools.partial(
+            denoise_block, config=dit, layout=layout, dtype=jnp.dtype(bf16), implementation="portable"
+        )
+        return compile_for_h200(run, params, text, cache, given, table, spec((), f32), donate=2)
+
     return {
         "text encode, UMT5-xxl, 2 x 512 tokens": lambda: text(2),
         "denoise, T2V-1.3B, 480 x 832 x 81": lambda: denoise(WAN_T2V_1_3B, 480, 832),
@@ -105,6 +136,8 @@ def programs() -> dict[str, Callable[[], Any]]:
         "denoise, I2V-14B, 720 x 1280 x 81": lambda: denoise(WAN_I2V_14B, 720, 1280),
         "denoise, T2V-14B, 720 x 1280 x 81, FPSAttention": lambda: denoise(WAN_T2V_14B, 720, 1280, fps=True),
         "FPSAttention (portable), forward and backward, 14B, 720 x 1280 x 81": lambda: attention(40, 720, 1280),
+        "block diffusion, a block, T2V-1.3B, 480 x 832, window 12": lambda: block(WAN_T2V_1_3B, 480, 832, 12),
+        "block diffusion, a block, T2V-1.3B, 480 x 832, window 21": lambda: block(WAN_T2V_1_3B, 480, 832, 21),
         "VAE decode, one chunk, 480 x 832": lambda: vae(
             decode_chunk, 480, 832, (1, 1, 60, 104, 16), (1, 1, 60, 104, 16)
         ),
@@ -117,9 +150,32 @@ def programs() -> dict[str, Callable[[], Any]]:
     }
 
 
+def block_roofline(
+    config: Any, height: int, width: int, window: int, frames: int = 3, passes: int = 5
+) -> dict[str, float]:
+    """What a block of a full cache computes, and the seconds that takes at the GPU's dense bf16 peak: four steps and a clean pass.
+
+    Two operations for each weight of a matrix and token, and 4 S K D for attention to K keys; text K and V are made once a prompt.
+    Weights and cache are read once a pass.
+    """
+    tokens, keys = (n * (height // 16) * (width // 16) for n in (frames, window))
+    dim, layers = config.dim, config.num_layers
+    weights = layers * (6 * dim * dim + 2 * dim * config.mlp_dim)  # q k v o, cross q and o, MLP
+    attended = 4 * tokens * (keys + config.text_len) * dim * layers
+    flop = passes * (2 * weights * tokens + attended)
+    moved = passes * (2 * weights + 2 * 2 * keys * dim * layers)
+    return {
+        "tflop": round(flop / 1e12, 1),
+        "read_gb": round(moved / 1e9, 1),
+        "roofline_s": round(max(flop / BF16_LIMIT, moved / H200_BANDWIDTH), 4),
+        "frames_per_second_at_roofline": round(4 * frames / max(flop / BF16_LIMIT, moved / H200_BANDWIDTH), 1),
+    }
+
+
 def main() -> None:
     prepare_process()
     from benchmarks.record import write
+    from fps_jax.config import WAN_T2V_1_3B
 
     results, wanted = {}, sys.argv[1:]
     for name, build in programs().items():
@@ -138,11 +194,14 @@ def main() -> None:
             "arguments_gb": round(memory.argument_size_in_bytes / 1e9, 3),
             "outputs_gb": round(memory.output_size_in_bytes / 1e9, 3),
             "temporaries_gb": round(memory.temp_size_in_bytes / 1e9, 3),
+            "aliased_gb": round(memory.alias_size_in_bytes / 1e9, 3),
             "total_gb": round(total / 1e9, 3),
             "fits_h200": total < H200_BYTES,
             "cudnn_attention": "cudnn$fmha" in compiled.as_text(),
             "compile_s": round(time.time() - start, 1),
         }
+        if name.startswith("block diffusion"):
+            results[name] |= block_roofline(WAN_T2V_1_3B.dit, 480, 832, int(name.split()[-1]))
         print(
             f"{name:68} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
             flush=True,
