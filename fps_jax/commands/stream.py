@@ -12,7 +12,7 @@ from fps_jax.commands.options import StreamOptions, causal_config, check_output
 from fps_jax.commands.profiled import profiled
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import MAX_JSON, check_regular
-from fps_jax.progress import Quiet
+from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.media.fragments import FragmentWriter
@@ -99,7 +99,7 @@ def _session(options: Stream) -> "Session":
         frames = given_latent_frames(given, model.config, causal)
         plan(model.config, causal, options.prompt, size=size, given=frames, **settings)
         print(f"given: {len(given)} frames of {options.image or options.video}", file=Quiet(sys.stderr))
-    pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
+    pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype, show_progress=True)
     with stage("prepare"):
         return pipe.session(options.prompt, height=options.height, width=options.width, given=given, **settings)
 
@@ -125,9 +125,10 @@ def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWr
         if due is not None:
             session.switch(due["prompt"], due["how"])
         begun = time.perf_counter()
-        block = next(session)
-        with stage("write", block.index):
-            writer.push(block.frames)
+        with waiting(f"block {session.index + 1}"):  # the first compiles; a large one takes long
+            block = next(session)
+            with stage("write", block.index):
+                writer.push(block.frames)
         took = time.perf_counter() - begun
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
         name = f"block {block.index + 1}{' (given)' if block.given else ''}"

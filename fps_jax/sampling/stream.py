@@ -67,18 +67,23 @@ class CausalPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike, *, causal: CausalConfig | CausalPreset | None = None, dtype: str = "bfloat16"
+        cls,
+        path: str | os.PathLike,
+        *,
+        causal: CausalConfig | CausalPreset | None = None,
+        dtype: str = "bfloat16",
+        show_progress: bool | None = None,
     ) -> "CausalPipeline":
         """Load a checkpoint.
 
         Args:
-          path, dtype: as of `WanPipeline.from_pretrained`.
+          path, dtype, show_progress: as of `WanPipeline.from_pretrained`.
           causal: how it makes its blocks, or the name of a preset; None for what the checkpoint says. No torch file says it.
         Raises: as `WanPipeline.from_pretrained`; ValueError where nothing says how blocks are made, or the model isn't t2v.
         """
         model = open_model(path)
         causal = causal_of(model.config, causal)  # told before the weights are read, which can take minutes
-        return cls(WanPipeline.from_pretrained(model.directory, dtype=dtype), causal)
+        return cls(WanPipeline.from_pretrained(model.directory, dtype=dtype, show_progress=show_progress), causal)
 
     @classmethod
     def of(cls, wan: WanPipeline, causal: CausalConfig | CausalPreset | None = None) -> "CausalPipeline":
@@ -210,6 +215,8 @@ class Session(Iterator[Block]):
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
         self._changing = threading.Lock()
+        self._going = threading.Event()
+        self._going.set()
         self.given_frames = count
         self.given = None if given is None else given_latents(given, wan, plan.latent_shape)
         text = self._kv(wan.encode_prompt(prompt))
@@ -266,7 +273,20 @@ class Session(Iterator[Block]):
         with self._changing:
             self._pending = pending
 
+    def pause(self) -> None:
+        """Has the next block wait until `resume`, in the thread that asks for it; another one calls both.
+
+        Whoever asks for blocks in the thread that would pause them has only not to ask. A block that is being made is finished, and
+        a paused session can be saved.
+        """
+        self._going.clear()
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        self._going.set()
+
     def __next__(self) -> Block:
+        self._going.wait()
         if self._undecoded is None:
             if self.blocks is not None and self.index == self.blocks:
                 raise StopIteration
