@@ -231,6 +231,30 @@ def _pipeline() -> Family:
     return Family(name="pipeline", stage="whole", cases=tuple(cases), seconds=100, environment=_PLAIN)
 
 
+def _stream() -> Family:
+    cases = [
+        Case(
+            name=f"stream 1.3B window {window}", function=f"{_HERE}.stream:stream", kwargs={"window": window},
+            kernels=kernels_of(None, {}), silence=_WHOLE,
+        )
+        for window in (12, 21)
+    ]  # fmt: skip
+    return Family(name="stream", stage="whole", cases=tuple(cases), seconds=120, environment=_PLAIN)
+
+
+def _train() -> Family:
+    """The regime of the narrowest window after dense: what a step costs most and least."""
+    names = {None: "dense", 2: "regime 3", 0: "regime 1"}
+    cases = [
+        Case(
+            name=f"train 1.3B {name}", function=f"{_HERE}.train:step", kwargs={"regime": regime},
+            kernels=() if regime is None else kernels_of(1, {}), silence=_WHOLE,
+        )
+        for regime, name in names.items()
+    ]  # fmt: skip
+    return Family(name="train", stage="whole", cases=tuple(cases), seconds=150, environment=_PLAIN)
+
+
 _TOOL = 110  # seconds of a program of NVIDIA's around a process; it is ended after 100
 
 
@@ -298,6 +322,8 @@ def all_families() -> list[Family]:
         _operations(),
         _pipeline(),
         _whole("1.3B", 10),
+        _train(),
+        _stream(),
         _sweep("14B", 1.0, None, _BF16, ""),
         _sweep("14B", 1.0, 4, _FEWER, ""),
         _whole("14B", 0),

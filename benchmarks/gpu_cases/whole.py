@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.gpu_cases.programs import reference_file
 from benchmarks.gpu_cases.results import NOT_MEASURED
+from benchmarks.gpu_cases.weights import random_params
 from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
@@ -48,23 +49,7 @@ def _shapes(config: DiTConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.lru_cache(maxsize=1)
 def _params(config: DiTConfig) -> Params:
-    """Random weights, leaf by leaf: a layer's float32 draw is the most that is held beside them."""
-
-    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-    def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, deviation: float) -> jax.Array:
-        def one(key: jax.Array) -> jax.Array:
-            return (deviation * jax.random.normal(key, shape[1:])).astype(dtype)
-
-        return jax.lax.map(one, jax.random.split(key, shape[0]))
-
-    leaves = {}
-    for i, (path, like) in enumerate(_shapes(config).items()):
-        if path.endswith("kernel"):
-            deviation = like.shape[-2] ** -0.5
-            leaves[path] = draw(jax.random.key(i), like.shape, like.dtype, deviation)
-        else:
-            leaves[path] = jnp.full(like.shape, 1.0 if path.endswith("scale") else 0.02, like.dtype)
-    return unflatten(leaves)
+    return random_params(_shapes(config))
 
 
 def _attention(toy: bool, grid: tuple[int, int, int], regime: int | None) -> Any:
