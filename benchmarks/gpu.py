@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu_cases.alone import BusyError, alone
+from benchmarks.gpu_cases.alone import LOCK, BusyError, alone
 from benchmarks.gpu_cases.facts import Clocks, add_cuda_to_path
 from benchmarks.gpu_cases.plan import SWEEP, all_families
 from benchmarks.gpu_cases.report import table
@@ -162,6 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_call(chosen, gpu, command, budget=options.budget, again=options.again)
     except BusyError as error:
         parser.error(f"another call has this machine's GPU ({error}); wait until it has ended, or end it with Ctrl-C")
+    except OSError as error:
+        if error.filename != str(LOCK):
+            raise
+        parser.error(f"the lock file {LOCK} can't be opened ({error.strerror}); another user made it: remove it")
 
 
 def run_call(chosen: Sequence[Family], gpu: str | None, command: str, *, budget: float, again: bool) -> None:

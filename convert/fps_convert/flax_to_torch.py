@@ -22,7 +22,7 @@ from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, check_vae_fits, lost_causal, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, check_tokenizer, copy_tokenizer, read_config, read_manifest
-from fps_jax.config import COMPONENTS, Component, WanConfig
+from fps_jax.config import COMPONENTS, Component, SamplingDefaults, WanConfig
 from fps_jax.files import check_name, check_space, new_directory, new_file, write_json
 from fps_jax.progress import Moved, bytes_bar
 
@@ -119,6 +119,10 @@ def _to_file(root: pathlib.Path, dst: pathlib.Path, layout: Layout, overwrite: b
     dtypes = {output.key: output.dtype for output in outputs}
     part = {"tensors": len(outputs), "parameters": len(arrays.shapes), "bytes": total, "dtypes": dtypes}
     notes += lost_causal(config, layout)
+    if (root / SCHEDULE).is_file():
+        notes.append(f"the schedule that it was trained with has no place in it: keep {root / SCHEDULE}")
+    if config.sampling != SamplingDefaults():
+        notes.append("its own size, steps and guidance have no place in it")
     return {"layout": layout.name, "task": config.task, "notes": notes, "components": {"dit": part}}
 
 

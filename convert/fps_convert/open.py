@@ -70,6 +70,10 @@ def open_dit_on(path: pathlib.Path, given: Given) -> Source:
             f"{base.text_encoder.dim}; give the directory of the model that it was made from"
         )
     config = dataclasses.replace(base, dit=dit, causal=None)
+    if base.causal is not None:
+        files.notes.append(
+            f"how {path} makes its blocks isn't taken over to another DiT: say it with --preset, or this is a model of whole videos"
+        )
     part = check("dit", layout.places["dit"].naming, reader, config, where)
     part.notes.extend(files.notes_on["dit"] + lines)
     report = audit(path, layout.name, config, {"dit": part}, files.notes)

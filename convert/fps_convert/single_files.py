@@ -179,14 +179,22 @@ def _look(folder: pathlib.Path, given: Given) -> _Seen:
             seen.gguf.append(path)
         elif path.suffix in (".safetensors", ".pth") and path.is_file() and path not in in_shards:
             try:
-                reader, _ = spelling.unwrapped(_open(path))
+                whole = _open(path)
+                if isinstance(whole, PthFile) and len(whole.roots) > 1:
+                    roots = ", ".join(sorted(whole.roots))
+                    seen.notes.append(
+                        f"{path.relative_to(folder)} is left out: it holds {roots}; give it with --dit FILE"
+                    )
+                    continue
+                reader, notes = spelling.unwrapped(whole)
             except ValueError as error:
                 if path.suffix == ".pth":
                     seen.notes.append(f"{path.relative_to(folder)} is left out: {error}")
                 else:
                     seen.damaged.append(error)
                 continue
-            _sort(reader, path, seen, given, folder)
+            root = whole.root if isinstance(whole, PthFile) else ""
+            _sort(reader, path, seen, given, folder, root, tuple(notes))
     if has_tokenizer(folder):
         seen.tokenizers.append(folder)
     return seen
@@ -218,8 +226,10 @@ def _open(file: pathlib.Path, root: str | None = None) -> Reader:
     return open_weights(file)
 
 
-def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path) -> None:
-    """Puts a file where it belongs."""
+def _sort(
+    reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder: pathlib.Path, root: str = "", notes: Any = ()
+) -> None:
+    """Puts a file where it belongs. root, notes: as of `_Candidate`."""
     told = tell(reader)
     if not told:
         what = told_apart(reader.tensors) or "no part of a Wan2.1 model"
@@ -236,7 +246,7 @@ def _sort(reader: Reader, file: pathlib.Path, seen: _Seen, given: Given, folder:
         except NotImplementedError as error:
             seen.refused[found.component].append(error)
             continue
-        seen.candidates[found.component].append(_Candidate(found, file, reader))
+        seen.candidates[found.component].append(_Candidate(found, file, reader, root, notes))
 
 
 def _choose(folder: pathlib.Path | None, name: Component, seen: _Seen) -> _Candidate | None:

@@ -46,7 +46,7 @@ def orbax_writes(directory: str | os.PathLike, full: str = "No space left on dev
     except Exception as error:
         text = str(error)
         for signs, number, reason in (
-            (("No space left", "RESOURCE_EXHAUSTED"), errno.ENOSPC, full),
+            (("No space left", "RESOURCE_EXHAUSTED: Error writing local file"), errno.ENOSPC, full),
             (("quota exceeded",), errno.EDQUOT, full),
             (("File too large",), errno.EFBIG, full),  # a limit of the process (ulimit -f) or of the file system
             (("Permission denied",), errno.EACCES, "can't be written"),

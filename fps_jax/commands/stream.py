@@ -95,7 +95,8 @@ def _session(options: Stream) -> "Session":
     if options.image is not None or options.video is not None:
         from fps_jax.sampling.given import given_latent_frames
 
-        given = _given(options, 8 * rows, 8 * columns)
+        with waiting("read what is given"):
+            given = _given(options, 8 * rows, 8 * columns)
         frames = given_latent_frames(given, model.config, causal)
         plan(model.config, causal, options.prompt, size=size, given=frames, **settings)
         print(f"given: {len(given)} frames of {options.image or options.video}", file=Quiet(sys.stderr))

@@ -245,6 +245,7 @@ def plot(
     columns = min(_COLUMNS, len(names))
     rows = -(-len(names) // columns)
     head = {"title": title, "subtitle": subtitle, "width": 9.6, "height": 1.3 + 2.1 * rows}
+    drawn: dict[str, Any] = {}  # not by labels: matplotlib leaves out those that begin with an underscore
     with figure(rows, columns, sharex=True, **head) as (drawing, axes):
         for ax, name in zip(axes.flat, names, strict=False):
             ax.set_title(name)
@@ -256,7 +257,7 @@ def plot(
                 color, line = COLORS[i % len(COLORS)], _LINES[i // len(COLORS) % len(_LINES)]
                 ax.axhline(values[0], color=color, linewidth=1, linestyle=(0, (1, 2)), alpha=0.8)
                 marker = "o" if len(values) <= 40 else None
-                ax.plot(measured.seconds, values, color=color, linestyle=line, marker=marker, label=video)
+                (drawn[video],) = ax.plot(measured.seconds, values, color=color, linestyle=line, marker=marker)
                 most = max(most, *values)
                 if len(videos) == 1:
                     ax.set_title(f"VDE {vde(values, weights):.3g}", loc="right", color=GREY)
@@ -268,6 +269,7 @@ def plot(
             ax.set_xlabel("seconds")
             ax.tick_params(labelbottom=True)
         if len(videos) > 1:
-            handles, labels = axes.flat[0].get_legend_handles_labels()
-            drawing.legend(handles, labels, loc="outside lower left", ncols=min(4, len(videos)), labelcolor=GREY)
+            drawing.legend(
+                list(drawn.values()), list(drawn), loc="outside lower left", ncols=min(4, len(videos)), labelcolor=GREY
+            )
         save_png(drawing, path)

@@ -22,8 +22,9 @@ from fps_jax.media.images import cover_box, log_crop
 _TOLERANCE = Fraction(2, 1000)
 MOST_PIXELS = 1 << 26  # 8192 x 8192; larger frames are refused before they are decoded
 _MOST_RATE = 1024  # decoded frames a second, on average
-_ANY = 2**31  # frames: no limit
-MOST_FRAMES = 1025  # that `read_clip` reads of a clip whose end isn't asked for: a minute, 1.2 GB at 480p
+_LONGEST = 24 * 3600  # seconds of a clip whose end is asked for
+_STILL = 3600  # seconds that one frame may be shown; a timestamp that jumps further is damage
+MOST_FRAMES = 1025  # that `read_clip` gives: a minute, 1.2 GB at 480p
 
 
 class ClipError(ValueError):
@@ -50,16 +51,18 @@ def read_clip(
 
     Args:
       fps: frames a second of the result; frame j is what is on screen j / fps seconds after the clip's first.
-      last: only so many, the last; None for all, which may be `MOST_FRAMES`.
+      last: only so many, the last, of a clip of a day at most; None for all. No more than `MOST_FRAMES`.
       name: the argument's name, for error messages.
     Raises: FileNotFoundError, or ValueError that names the file: no video that can be read, fewer frames than `last`, too many.
     """
     path = pathlib.Path(path)
+    if last is not None and last > MOST_FRAMES:
+        raise ValueError(f"{name}={str(path)!r}: {last} frames are more than {MOST_FRAMES}; ask for fewer of the last")
     rate = Fraction(fps).limit_denominator(1001)
     with told(path, name):
         count, size = 0, (height, width)
         # Decoded twice: resizing every frame of a long clip takes minutes, and keeping its own ones gigabytes.
-        for count, _, shown in resampled(path, rate, MOST_FRAMES + 1 if last is None else _ANY):  # noqa: B007
+        for count, _, shown in resampled(path, rate, MOST_FRAMES + 1 if last is None else int(_LONGEST * rate)):  # noqa: B007
             size = display_size(shown)
         if last is None and count > MOST_FRAMES:
             raise ValueError(
@@ -153,6 +156,8 @@ def resampled(path: pathlib.Path, fps: int | Fraction, limit: int) -> Iterator[t
                 start = at
             elif at - start < seconds:
                 raise ClipError("its timestamps go back", f"at frame {decoded - 1}")
+            elif at - start - seconds > _STILL:
+                raise ClipError("its timestamps jump by more than an hour", f"at frame {decoded - 1}")
             else:
                 # what `shown` was on screen for; nothing before it is left to be shown
                 while count < limit and Fraction(count, fps) + _TOLERANCE < at - start:

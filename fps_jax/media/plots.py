@@ -20,6 +20,7 @@ _HEAD = 0.32  # inches that a title takes
 
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
+    "text.parse_math": False,  # names of files and metrics are no formulas
     "axes.edgecolor": "#999999",
     "axes.formatter.useoffset": False,  # 0.9991, never 1e-4 + 9.99e-1
     "axes.grid": True,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -13,8 +14,11 @@ from fps_jax.progress import progress_bar
 from fps_jax.sampling.pipeline import WanPipeline
 
 
-def _are_latents(given: Any) -> bool:
-    return getattr(given, "ndim", 0) == 4 and given.shape[-1] != 3
+def _are_latents(given: Any, channels: int) -> bool:
+    """`[Z, f, h, w]` of floats, which frames `[T, H, W, 3]` could only be with three columns of pixels."""
+    if getattr(given, "ndim", 0) != 4 or given.shape[-1] == 3:
+        return False
+    return given.shape[0] == channels and jnp.issubdtype(given.dtype, jnp.floating)
 
 
 def given_latent_frames(given: Any, config: WanConfig, causal: CausalConfig) -> int:
@@ -24,7 +28,7 @@ def given_latent_frames(given: Any, config: WanConfig, causal: CausalConfig) -> 
     """
     if given is None:
         return 0
-    if _are_latents(given):
+    if _are_latents(given, config.vae.z_dim):
         causal.check_frames(given.shape[1], "given latent frames")
         return given.shape[1]
     return latent_frames(image_count(given, "given"), time_factor(config.vae), causal)
@@ -63,7 +67,7 @@ def given_latents(given: Any, wan: WanPipeline, shape: tuple[int, ...]) -> Float
     Raises: as `load_image`; ValueError for latents of another shape, or with NaN or inf.
     """
     z, h, w = shape[1], *shape[3:]
-    if _are_latents(given):
+    if _are_latents(given, z):
         latents = np.asarray(given, np.float32)[None]
         if (latents.shape[1], *latents.shape[3:]) != (z, h, w):
             raise ValueError(f"given latents have shape {latents.shape[1:]}; this video needs [{z}, frames, {h}, {w}]")
@@ -73,5 +77,7 @@ def given_latents(given: Any, wan: WanPipeline, shape: tuple[int, ...]) -> Float
     height, width = 8 * h, 8 * w
     frames = load_image(given, height, width, "given", tell_crop=True)
     tiling = wan.needs_tiling(height, width)
+    frames *= 2  # to [-1, 1], in place: a minute at 480p is 5 GB
+    frames -= 1
     with progress_bar("encode frames", wan.show_progress) as bar:
-        return encode(wan.config.vae, wan.params["vae"], 2 * frames[None] - 1, tiling=tiling, progress=bar)
+        return encode(wan.config.vae, wan.params["vae"], frames[None], tiling=tiling, progress=bar)

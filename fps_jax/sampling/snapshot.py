@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fps_jax.files import new_file
+from fps_jax.files import check_regular, new_file
 from fps_jax.models.vae import decode_chunk
 
 if TYPE_CHECKING:
@@ -36,6 +36,14 @@ _KINDS: dict[str, Any] = {
     "given": int,
     "waiting": int,
 }
+_ARGUMENTS = {
+    "seed",
+    "blocks",
+    "height",
+    "width",
+    "tile",
+    "window",
+}  # of `CausalPipeline.session`, that a session is made anew with
 _SINCE_1: dict[str, Any] = {"given": 0, "waiting": 0}  # what version 1 didn't know
 
 
@@ -74,6 +82,7 @@ def load_session(pipeline: "CausalPipeline", path: str | os.PathLike) -> "Sessio
     """
     path = pathlib.Path(path)
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as file:
             record = _read_record(file)
             session = _begin(pipeline, record)
@@ -106,6 +115,8 @@ def _read_record(file: zipfile.ZipFile) -> dict[str, Any]:
             raise ValueError(f"{name} is a {type(record[name]).__name__} where its record has another type")
     if not all(0 <= record[name] < 2**31 for name in ("index", "made", "next_frame", "given", "waiting")):
         raise ValueError("index, made, next_frame, given and waiting are not all 0 or more, and below 2**31")
+    if set(record["arguments"]) != _ARGUMENTS:
+        raise ValueError(f"its arguments are {', '.join(sorted(map(str, record['arguments'])))[:200]}")
     if record["pending"] is not None and len(record["pending"]) != 2:
         raise ValueError(f"pending has {len(record['pending'])} entries where a prompt and a way belong")
     return record

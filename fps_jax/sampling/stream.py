@@ -215,6 +215,7 @@ class Session(Iterator[Block]):
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
         self._changing = threading.Lock()
+        self._working = threading.RLock()  # a block is made, or the session is written down
         self._going = threading.Event()
         self._going.set()
         self.given_frames = count
@@ -238,21 +239,26 @@ class Session(Iterator[Block]):
     @property
     def pending(self) -> tuple[str, Switch] | None:
         """The prompt that the next block begins with, and how; None where it goes on with `followed`."""
-        return None if self._pending is None else self._pending[:2]
+        pending = self._pending  # once: another thread may apply it
+        return None if pending is None else pending[:2]
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the session down, to go on with `CausalPipeline.load_session`: a .npz, about as large as the cache.
 
         Raises: OSError naming the path; ValueError while a block waits whose decoding was broken off.
         """
-        if self._undecoded is not None:
-            raise ValueError(f"block {self._undecoded.index} is not decoded yet; take it with next() before you save")
-        save_session(self, path)
+        with self._working:  # not beside a block that another thread is making
+            if self._undecoded is not None:
+                raise ValueError(
+                    f"block {self._undecoded.index} is not decoded yet; take it with next() before you save"
+                )
+            save_session(self, path)
 
     @property
     def prompt(self) -> str:
         """Of the next block. Setting it is `switch(prompt, "continue")`."""
-        return self._prompt if self._pending is None else self._pending[0]
+        pending = self.pending
+        return self._prompt if pending is None else pending[0]
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
@@ -287,6 +293,10 @@ class Session(Iterator[Block]):
 
     def __next__(self) -> Block:
         self._going.wait()
+        with self._working:
+            return self._next()
+
+    def _next(self) -> Block:
         if self._undecoded is None:
             if self.blocks is not None and self.index == self.blocks:
                 raise StopIteration

@@ -17,6 +17,7 @@ from fps_convert.layouts import OFFICIAL
 from fps_convert.report import lost_causal
 from fps_convert.single_files import Given
 from fps_convert.synthetic import tiny_config
+from fps_jax import FPSSchedule, Regime
 from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
 from fps_jax.checkpoints.format import load_component, read_config, read_manifest
 from fps_jax.checkpoints.open import open_model_files
@@ -156,7 +157,8 @@ def test_a_base_may_be_in_our_format(base, trained, ours, models, tmp_path):
     to_torch(tmp_path / "causal", tmp_path / "back.pt", "self-forcing")
     assert same(tmp_path / "back.pt", "generator_ema", models["generator_ema"])
     other = Given(dit=trained, root="generator")  # a causal model is a base too, and its root and its blocks don't stay
-    to_flax(tmp_path / "causal", tmp_path / "again", given=other)
+    report = to_flax(tmp_path / "causal", tmp_path / "again", given=other)
+    assert any("makes its blocks isn't taken over to another DiT: say it with --preset" in n for n in report["notes"])
     assert read_config(tmp_path / "again").causal is None
     assert read_manifest(tmp_path / "again")["spelling"]["root"] == "generator"
 
@@ -232,6 +234,31 @@ def test_a_model_that_came_otherwise_is_written_as_a_generator(base, tmp_path):
     assert report["notes"] == [
         "self-forcing files hold the DiT alone: vae, text_encoder and the tokenizer are left out"
     ]
+    FPSSchedule(regimes=(Regime(until=1.0),)).save(tmp_path / "ours" / "fps_schedule.json")
+    report = to_torch(tmp_path / "ours", tmp_path / "trained.pt", "self-forcing")
+    assert "the schedule that it was trained with has no place in it: keep" in report["notes"][-1]
+
+
+def test_a_trainers_file_that_merely_lies_there_is_left_out(base, trained, tmp_path):
+    """Which of its models is meant nobody has said."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in (DIT, "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"):
+        shutil.copy(base / name, folder / name)
+    shutil.copytree(base / "google", folder / "google")
+    (folder / DIT).rename(folder / "wan.safetensors")
+    shutil.copy(trained, folder / "trained.pth")
+    report = to_flax(folder, tmp_path / "ours")
+    assert (
+        "trained.pth is left out: it holds critic, generator, generator_ema; give it with --dit FILE" in report["notes"]
+    )
+
+
+@pytest.mark.parametrize("name", [1, ""])
+def test_a_root_is_a_text(models, tmp_path, name):
+    path = write_roots(tmp_path / "odd.pt", {name: models["critic"], "critic": models["critic"]})
+    with pytest.raises(ValueError, match="doesn't hold a state dict"):
+        PthFile(path)
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers", "comfyui"])

@@ -94,7 +94,9 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.PyTreeSave(state.ema)  # pyright: ignore[reportCallIssue]
-        check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _FIX)
+        self.wait()  # as orbax does: what the save before this one still holds, and what goes with its end, isn't counted
+        if jax.process_count() == 1:  # several would each see another amount, and only some of them stop
+            check_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), _FIX)
         with self._writes():
             self._manager.save(
                 int(state.step),

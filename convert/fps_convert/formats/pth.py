@@ -205,8 +205,12 @@ def _state_dicts(content: Any) -> dict[str, dict[str, _Tensor]]:
     if _is_state_dict(content):
         return {"": content}
     if isinstance(content, dict):
-        roots = {str(name): value for name, value in content.items() if _is_state_dict(value)}
-        if roots and all(isinstance(v, dict | list | str | int | float | None) for v in content.values()):
+        roots = {name: value for name, value in content.items() if _is_state_dict(value)}
+        if (
+            roots
+            and all(isinstance(name, str) and name for name in roots)
+            and all(isinstance(v, dict | list | str | int | float | None) for v in content.values())
+        ):
             return roots
     raise _RefusedError("it doesn't hold a state dict (names to tensors)")
 

@@ -202,6 +202,18 @@ def test_scores_that_are_none(content, message):
         check_scores(content, ["x/a.mp4", "z/a.mp4", "y/b.mp4"], 2)
 
 
+def test_names_are_no_formulas_and_all_are_in_the_legend(tmp_path, monkeypatch):
+    """Of a file, or of another tool's metric: matplotlib would read $x_{$ as a formula, and leave _boat.mp4 out."""
+    from matplotlib.figure import Figure
+
+    legends, real = [], Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda self, *a, **k: legends.append(real(self, *a, **k)))
+    one = Measured(6, 3, [0.1, 0.3], {name: [0.0, 0.1] for name in METRICS} | {"c$x_{$": [0.5, 0.6]})
+    plot({"_boat.mp4": one, "c$x_{$.mp4": one}, tmp_path / "names.png", weights="linear", title="Drift $x_{$")
+    assert [text.get_text() for text in legends[0].get_texts()] == ["_boat.mp4", "c$x_{$.mp4"]
+    assert (tmp_path / "names.png").exists()
+
+
 def test_the_plot_has_a_panel_a_metric_whatever_there_is(tmp_path):
     """Zeros, a metric of one video only, more videos than colours."""
     from PIL import Image

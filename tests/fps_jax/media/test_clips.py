@@ -48,15 +48,32 @@ def test_the_last_frames_are_those_before_the_end(clip):
         assert np.array_equal(read_clip(clip, fps=16, height=32, width=48, last=last), whole[-last:])
 
 
+def test_a_timestamp_that_jumps_is_damage_not_hours_of_one_frame(tmp_path):
+    import av
+
+    with av.open(tmp_path / "jump.mkv", "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for pts in (0, 1, 2, 10 * 10**6):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            frame.pts = pts
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match="its timestamps jump by more than an hour"):
+        read_clip(tmp_path / "jump.mkv", fps=10, height=32, width=32, last=5)
+
+
 def test_what_is_no_clip_of_so_many_frames_is_told(clip, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"video='.*clip.mp4' has 20 frames at 10 a second, fewer than the 21 asked for"
     ):
         read_clip(clip, fps=10, height=32, width=48, last=21)
+    with pytest.raises(ValueError, match=r"clip.mp4': 1026 frames are more than 1025; ask for fewer of the last"):
+        read_clip(clip, fps=10, height=32, width=48, last=1026)
     monkeypatch.setattr(clips, "MOST_FRAMES", 19)
     with pytest.raises(ValueError, match="has more than 19 frames at 10 a second; say how many of the last to take"):
         read_clip(clip, fps=10, height=32, width=48)
-    assert len(read_clip(clip, fps=10, height=32, width=48, last=20)) == 20
+    assert len(read_clip(clip, fps=10, height=32, width=48, last=19)) == 19
     with pytest.raises(FileNotFoundError, match=r"video='.*nowhere.mp4' doesn't exist"):
         read_clip(tmp_path / "nowhere.mp4", fps=10, height=32, width=48)
     (tmp_path / "text.mp4").write_text("no video")

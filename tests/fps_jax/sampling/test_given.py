@@ -191,6 +191,8 @@ def test_frames_that_are_no_whole_blocks_are_refused_with_those_that_are(frames,
         (np.zeros((16, 2, 4, 4), np.float32), r"given latents have shape \(16, 2, 4, 4\); this video needs \[16, frames, 4, 6\]"),
         (np.full((16, 2, 4, 6), np.nan, np.float32), "given latents hold NaN or inf"),
         (np.zeros((6, 32, 48, 3), np.uint8), "given has 6 frames, and this model's blocks end at 5, 13, 21"),
+        (np.zeros((5, 32, 48, 4), np.uint8), r"given has shape \(5, 32, 48, 4\); it must be \[H, W, 3\] or \[B, H, W, 3\]"),
+        (np.zeros((5, 48, 48, 1), np.float32), r"given has shape \(5, 48, 48, 1\); it must be"),
         (np.full((5, 32, 48, 3), 2.0, np.float32), r"given has values in \[2, 2\]"),
     ],
 )  # fmt: skip

@@ -206,6 +206,28 @@ for block in pipe.session("A boat sails.", height=32, width=48):
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="what a process holds is read from /proc")
+def test_a_session_is_not_saved_beside_a_block_that_another_thread_makes(pipe, boat, tmp_path, monkeypatch):
+    session, begun, going = pipe.session(BOAT, seed=3, blocks=4, **SIZE), threading.Event(), threading.Event()
+    real = session.rollout.block
+
+    def block(*args):
+        begun.set()
+        assert going.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(session.rollout, "block", block)
+    maker = threading.Thread(target=lambda: next(session), daemon=True)
+    maker.start()
+    assert begun.wait(60)
+    saver = threading.Thread(target=lambda: session.save(tmp_path / "boat.npz"), daemon=True)
+    saver.start()
+    saver.join(0.3)
+    assert saver.is_alive()
+    going.set()
+    saver.join(60)
+    assert np.array_equal(next(pipe.load_session(tmp_path / "boat.npz")).latents, boat[1].latents)
+
+
 def test_two_hundred_blocks_take_the_memory_of_four():
     """Of the device to the byte, once the window has gone round twice; of the host less than 1 MB for 100 blocks.
 
@@ -374,7 +396,8 @@ def test_records_of_another_kind_are_refused(pipe, tmp_path):
     for change, message in (
         ({"causal": []}, "causal is a list where"),
         ({"arguments": [1]}, "arguments is a list where"),
-        ({"arguments": {"colour": 1}}, "is damaged or no saved session"),
+        ({"arguments": {"colour": 1}}, "its arguments are colour"),
+        ({"arguments": record["arguments"] | {"given": "/etc/passwd"}}, "its arguments are blocks, given, height"),
         ({"index": True}, "index is a bool where"),
         ({"index": -1}, "index, made, next_frame, given and waiting are not all 0 or more"),
         ({"waiting": -1}, "index, made, next_frame, given and waiting are not all 0 or more"),
