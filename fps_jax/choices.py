@@ -1,6 +1,7 @@
 """What a caller may choose by name. Command lines are parsed by these before jax is imported, so nothing is imported here."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 Dtype = Literal["bfloat16", "float32"]
@@ -10,7 +11,7 @@ SigmaGrid = Literal["wan", "diffusers"]
 Preset = Literal["wan", "few-step", "dmd", "causvid"]
 # How a causal model makes its blocks: `fps_jax.causal`.
 CausalPreset = Literal["self-forcing", "causvid-3", "causvid-4"]
-# What becomes of the frames so far where a stream's prompt changes: `fps_jax.sampling.stream.Session.switch`.
+# What becomes of the frames so far where a stream's prompt changes: `fps_jax.sampling.stream.Session.switch`. Weakest first.
 Switch = Literal["continue", "recache", "cut"]
 OutputType = Literal["np", "latent", "pil"]
 # Whether height and width are the video's own, or name the area at which it keeps the aspect of its image.
@@ -26,6 +27,11 @@ Remat = Literal["none", "attention", "dots", "full"]
 def choices(kind: Any) -> str:
     """The names of a Literal, for a message: "'a', 'b'"."""
     return ", ".join(map(repr, get_args(kind)))
+
+
+def strongest(ways: Iterable[Switch]) -> Switch:
+    """The way that counts of those of prompts that no block has begun with: a cut that another prompt follows is a cut still."""
+    return max(ways, key=get_args(Switch).index)
 
 
 def file_and_scale(text: str) -> tuple[str, float]:

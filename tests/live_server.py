@@ -26,6 +26,7 @@ class Painted:
     def __init__(self, prompt: str, frames: int = 8, blocks: int | None = None):
         self.prompt, self.size, self.blocks, self.asked = prompt, frames, blocks, 0
         self.switches: list[tuple[str, str]] = []
+        self.pending: tuple[str, str] | None = None
         layout = types.SimpleNamespace(frames=4)
         self.rollout = types.SimpleNamespace(next_frame=0, layout=layout)
 
@@ -35,6 +36,7 @@ class Painted:
     def __next__(self) -> Block:
         if self.asked == self.blocks:
             raise StopIteration
+        self.pending = None
         shade = 10 * self.asked % 250
         block = Block(
             self.asked,
@@ -49,7 +51,8 @@ class Painted:
 
     def switch(self, prompt: str, how: str = "continue") -> None:
         self.prompt = prompt
-        self.switches.append((prompt, how))
+        self.pending = (prompt, how)
+        self.switches.append(self.pending)
 
 
 class Client:

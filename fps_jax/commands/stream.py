@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
-from fps_jax.choices import Switch, check_fps, check_text, choices
+from fps_jax.choices import Switch, check_fps, check_text, choices, strongest
 from fps_jax.commands.options import StreamOptions, causal_config, check_output
 from fps_jax.commands.profiled import profiled
 from fps_jax.errors import parse, run_cli
@@ -160,16 +160,13 @@ def _check(options: Stream) -> None:
 
 
 def take_due(script: list[dict[str, Any]], seconds: float) -> dict[str, Any] | None:
-    """Takes out of a script what is due, and gives it as one: the newest prompt, in the strongest of their ways; None for nothing.
-
-    A cut that another prompt follows before a block begins is a cut still.
-    """
+    """Takes out of a script what is due, and gives it as one: the newest prompt, in the strongest of their ways; or None."""
     due: list[dict[str, Any]] = []
     while script and script[0]["at"] <= seconds:
         due.append(script.pop(0))
     if not due:
         return None
-    return due[-1] | {"how": max((entry["how"] for entry in due), key=get_args(Switch).index)}
+    return due[-1] | {"how": strongest(entry["how"] for entry in due)}
 
 
 def read_script(path: pathlib.Path) -> list[dict[str, Any]]:

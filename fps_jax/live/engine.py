@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fps_jax.choices import Switch
+from fps_jax.choices import Switch, strongest
 from fps_jax.errors import one_line
 from fps_jax.media.fragments import Fragments, mime_type, split_head
 
@@ -21,7 +21,8 @@ Tell = Callable[[dict[str, Any] | bytes], None]
 class Stream:
     """Makes blocks until it is stopped. What it has to say goes to `tell`, from its own threads: records, and bytes of video.
 
-    Each block is a record and then bytes; all bytes, joined, are an mp4. The last record is of type 'ended'.
+    Each block is a record and then bytes; all bytes, joined, are an mp4. The last record is of type 'ended'. Nothing
+    but 'waiting' is said before the stream that had the device has said that.
     """
 
     def __init__(self, make: Callable[[str], "Session"], prompt: str, *, fps: float, codec: str, tell: Tell):
@@ -32,6 +33,8 @@ class Stream:
         self._changed = threading.Condition()  # guards all that follows
         self._session: Session | None = None
         self._wish: tuple[str, Switch] | None = None
+        self._begun: tuple[str, Switch] | None = None  # what the block that is being made began with
+        self._held = False  # whether the next block waits for a prompt that takes the place of another
         self._paused = self._stopped = self._ended = False
         self._sent: list[int] = []  # frames of each block that the viewer hasn't said it has
         self._had = 0  # blocks that it has
@@ -48,27 +51,32 @@ class Stream:
             thread.start()
 
     def switch(self, prompt: str, how: Switch) -> None:
-        """Another prompt, which is encoded while blocks go on. The newest one wins."""
+        """Another prompt, which is encoded while blocks go on.
+
+        Of several before a block begins the newest is it, in the strongest of their ways, as of those that a script of fps-stream
+        has due: who cut meant to be rid of the old video, and a word more in the prompt doesn't bring it back.
+        """
         with self._changed:
-            self._wish = (prompt, how)
+            self._wish = (prompt, how if self._wish is None else strongest((self._wish[1], how)))
             self._changed.notify_all()
 
     def pause(self) -> None:
         with self._changed:
             self._paused = True
-            self._tell({"type": "paused"})
+            self._tell_before_end({"type": "paused"})
 
     def resume(self) -> None:
         with self._changed:
             self._paused = False
-            self._tell({"type": "resumed"})
+            self._tell_before_end({"type": "resumed"})
             self._changed.notify_all()
 
     def buffered(self, seconds: float, blocks: int) -> None:
         """The viewer has `seconds` of video to show, of the first `blocks` blocks."""
         with self._changed:
-            blocks = min(blocks, self._had + len(self._sent))
-            if blocks >= self._had:  # else an older message
+            sent = self._had + len(self._sent)
+            blocks = min(blocks, sent)
+            if sent and blocks >= self._had:  # else an older message, or one about the stream before
                 del self._sent[: blocks - self._had]
                 self._had, self._buffered = blocks, seconds
                 self._changed.notify_all()
@@ -99,25 +107,37 @@ class Stream:
     def _wanted(self) -> bool:
         """Waits until a block is wanted; False if none will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not (self._paused or self.ahead > AHEAD))
+            self._changed.wait_for(lambda: self._stopped or not (self._paused or self._held or self.ahead > AHEAD))
+            self._begun = None if self._session is None else self._session.pending
             return not self._stopped
+
+    def _has_device(self) -> bool:
+        """Waits for the stream that has it; False where nobody wants this one any more."""
+        if self._after is not None and not self._after.join(0):
+            self._tell({"type": "waiting"})
+            self._after.join()
+        self._after = None
+        return not self._stopped
+
+    def _tell_before_end(self, record: dict[str, Any]) -> None:
+        with self._changed:
+            if not self._ended:
+                self._tell(record)
 
     def _run(self) -> None:
         packed = Fragments(self._fps, self._codec)
         try:
-            self._tell({"type": "starting", "prompt": self._first})
-            if self._after is not None:
-                self._after.join()
-                self._after = None
-            session = self._make(self._first)
-            with self._changed:
-                self._session = session
-                self._changed.notify_all()
-            while self._wanted():
-                block = next(session, None)
-                if block is None:
-                    break
-                self._send(session, block, packed)
+            if self._has_device():
+                self._tell({"type": "starting", "prompt": self._first})
+                session = self._make(self._first)
+                with self._changed:
+                    self._session = session
+                    self._changed.notify_all()
+                while self._wanted():
+                    block = next(session, None)
+                    if block is None:
+                        break
+                    self._send(session, block, packed)
         except Exception as error:  # whatever it was, the viewer is told, and the next stream can begin
             self._tell({"type": "error", "text": _told(error)})
         finally:
@@ -153,6 +173,7 @@ class Stream:
             "memory": memory(),
         }
         with self._changed:
+            self._begun = None
             self._sent.append(len(block.frames))
             self._tell(record)
             self._tell(content)
@@ -166,14 +187,21 @@ class Stream:
                 if self._stopped or self._ended:
                     return
                 session, wish, self._wish = self._session, self._wish, None
-            assert session is not None
-            assert wish is not None
+                assert session is not None
+                assert wish is not None
+                prompt, how = wish
+                if session.pending is not None and session.pending != self._begun:
+                    # No block begins with that one now: then the new one wouldn't know whether its cut is still to be made.
+                    how, self._held = strongest((session.pending[1], how)), True
             try:
-                session.switch(*wish)
+                session.switch(prompt, how)
             except Exception as error:  # the stream goes on with the prompt that it has
-                self._tell({"type": "error", "text": _told(error)})
+                self._tell_before_end({"type": "error", "text": _told(error)})
             else:
-                self._tell({"type": "switching", "prompt": wish[0], "how": wish[1]})
+                self._tell_before_end({"type": "switching", "prompt": prompt, "how": how})
+            with self._changed:
+                self._held = False
+                self._changed.notify_all()
             del session
 
 

@@ -4,7 +4,6 @@ A message is an object with `type`. What is none is answered with a line, and th
 """
 
 import json
-import math
 from dataclasses import dataclass
 
 from fps_jax.choices import Switch, check_choice, check_text
@@ -12,6 +11,7 @@ from fps_jax.choices import Switch, check_choice, check_text
 MAX_MESSAGE = 2**16  # bytes; a prompt is a few hundred
 MAX_PROMPT = 8000  # characters; UMT5 reads 512 tokens
 _MAX_CODECS = 16
+_MAX_NUMBER = 1e9  # seconds, 30 years, and blocks; JSON has whole numbers that no float holds
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _prompt(prompt: object, how: object) -> Prompt:
 
 
 def _buffered(seconds: object, blocks: object) -> Buffered:
-    fine = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < math.inf
-    if not fine or not isinstance(blocks, int) or isinstance(blocks, bool) or blocks < 0:
-        raise ValueError("buffered needs seconds, a number of 0 or more, and blocks, a whole number")
+    fine = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _MAX_NUMBER
+    if not fine or not isinstance(blocks, int) or isinstance(blocks, bool) or not 0 <= blocks <= _MAX_NUMBER:
+        raise ValueError(f"buffered needs seconds, a number, and blocks, a whole number, both in 0 to {_MAX_NUMBER:g}")
     return Buffered(float(seconds), blocks)  # pyright: ignore[reportArgumentType]  # just checked

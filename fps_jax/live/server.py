@@ -26,6 +26,9 @@ _FILES = {
     "/page.js": ("page.js", "text/javascript"),
     "/style.css": ("style.css", "text/css"),
 }
+_MOST_RECORDS, _MOST_BYTES = 4096, 2**26  # that wait for a page: far more than 4 seconds of video at any size
+_MOST_TEXT = 500  # characters of an error, which may name a value of 64 KiB
+_CLOSE = 5.0  # seconds that a page which doesn't read has to take the reason of its end
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -71,11 +74,38 @@ class Live:
         return True
 
 
+class _Outbox:
+    """What is yet to be sent to a page. `overrun` is set, and nothing is held any more, when that is more than a page in use has.
+
+    The stream waits for what a page says it has; one that lies, or makes mistakes without end, would fill the memory.
+    """
+
+    def __init__(self):
+        self.overrun = asyncio.Event()
+        self._waiting: asyncio.Queue[str | bytes] = asyncio.Queue()
+        self._bytes = 0
+
+    def put(self, record: dict[str, Any] | bytes) -> None:
+        if self._waiting.qsize() >= _MOST_RECORDS or self._bytes >= _MOST_BYTES:
+            self._waiting = asyncio.Queue()
+            self.overrun.set()
+        if self.overrun.is_set():
+            return
+        content = record if isinstance(record, bytes) else json.dumps(record)
+        self._bytes += len(content)
+        self._waiting.put_nowait(content)
+
+    async def get(self) -> str | bytes:
+        content = await self._waiting.get()
+        self._bytes -= len(content)
+        return content
+
+
 class _Viewer:
     """A connection, from hello to its end."""
 
-    def __init__(self, live: Live, said: "asyncio.Queue[dict[str, Any] | bytes]"):
-        self._live, self._said = live, said
+    def __init__(self, live: Live, outbox: _Outbox):
+        self._live, self._outbox = live, outbox
         self._codec: str | None = None
         self._stream: Stream | None = None
 
@@ -109,17 +139,17 @@ class _Viewer:
         if self._codec is None:
             raise ValueError("this browser plays neither H.264 nor VP9 in mp4; try Chrome, Edge, Firefox or Safari")
         ours = self._live.facts | {"fps": self._live.fps, "busy": self._live.busy}
-        self._said.put_nowait({"type": "ready"} | ours)
+        self._outbox.put({"type": "ready"} | ours)
 
     def _prompt(self, message: messages.Prompt) -> None:
         if self._stream is not None and self._stream.wanted:
             self._stream.switch(message.prompt, message.how)
             return
-        loop, said = asyncio.get_running_loop(), self._said
+        loop, outbox = asyncio.get_running_loop(), self._outbox
 
         def tell(record: dict[str, Any] | bytes) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
-                loop.call_soon_threadsafe(said.put_nowait, record)
+                loop.call_soon_threadsafe(outbox.put, record)
 
         assert self._codec is not None
         stream = Stream(self._live.make, message.prompt, fps=self._live.fps, codec=self._codec, tell=tell)
@@ -127,7 +157,7 @@ class _Viewer:
             self._stream = stream
         else:
             text = "somebody else is watching, and the device makes one stream at a time; try again when they have left"
-            self._said.put_nowait({"type": "refused", "text": text})
+            self._outbox.put({"type": "refused", "text": text})
 
 
 def app(live: Live, names: Iterable[str] = ()) -> Guard:
@@ -150,30 +180,44 @@ def app(live: Live, names: Iterable[str] = ()) -> Guard:
 
 async def _watch(live: Live, socket: "WebSocket") -> None:
     await socket.accept()
-    said: asyncio.Queue[dict[str, Any] | bytes] = asyncio.Queue()
-    viewer = _Viewer(live, said)
-    sender = asyncio.create_task(_send(socket, said))
+    outbox = _Outbox()
+    viewer = _Viewer(live, outbox)
+    work = _listen(socket, viewer, outbox), _send(socket, outbox), outbox.overrun.wait()
+    tasks = [asyncio.create_task(job) for job in work]
     try:
-        while True:
-            got = await socket.receive()
-            if got["type"] == "websocket.disconnect":
-                break
-            try:
-                viewer.take(messages.read(got.get("text")))
-            except ValueError as error:
-                said.put_nowait({"type": "error", "text": str(error)})
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         viewer.leave()
-        sender.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await sender
+        for task in tasks:
+            task.cancel()
+        listened, *_ = await asyncio.gather(*tasks, return_exceptions=True)
+    if outbox.overrun.is_set():
+        with contextlib.suppress(
+            Exception
+        ):  # it has left, or still doesn't read: the connection ends without the reason
+            async with asyncio.timeout(_CLOSE):
+                await socket.close(1008, "this page doesn't take what is sent, so it was closed")
+    elif isinstance(listened, Exception):
+        raise listened
 
 
-async def _send(socket: "WebSocket", said: "asyncio.Queue[dict[str, Any] | bytes]") -> None:
-    """What the stream says, in its order. Little piles up: the stream waits for a viewer that doesn't take it."""
+async def _listen(socket: "WebSocket", viewer: _Viewer, outbox: _Outbox) -> None:
+    """What the page says, until it leaves."""
     while True:
-        record = await said.get()
-        if isinstance(record, bytes):
-            await socket.send_bytes(record)
+        got = await socket.receive()
+        if got["type"] == "websocket.disconnect":
+            return
+        try:
+            viewer.take(messages.read(got.get("text")))
+        except ValueError as error:
+            outbox.put({"type": "error", "text": str(error)[:_MOST_TEXT]})
+
+
+async def _send(socket: "WebSocket", outbox: _Outbox) -> None:
+    """What the stream says, in its order."""
+    while True:
+        content = await outbox.get()
+        if isinstance(content, bytes):
+            await socket.send_bytes(content)
         else:
-            await socket.send_text(json.dumps(record))
+            await socket.send_text(content)

@@ -15,12 +15,18 @@ class Player {
   constructor(mime) {
     this.blocks = 0; // appended so far
     this.ended = false;
+    this.broken = false; // whether it can't be played
     this.queue = []; // {bytes, block}
     this.source = new Source();
     this.url = URL.createObjectURL(this.source);
     video.src = this.url;
     this.source.addEventListener("sourceopen", () => {
-      this.buffer = this.source.addSourceBuffer(mime);
+      try {
+        this.buffer = this.source.addSourceBuffer(mime);
+      } catch (error) {
+        this.give_up(error.message);
+        return;
+      }
       this.buffer.addEventListener("updateend", () => this.pump());
       this.pump();
     }, { once: true });
@@ -36,13 +42,35 @@ class Player {
     this.pump();
   }
 
+  // From here on it counts what comes and lets it go: the stream goes on, and can be saved.
+  give_up(reason) {
+    if (this.broken) return;
+    this.broken = true;
+    if (this === player) fail(`this browser can't play it (${reason}); the stream goes on and can be saved, Stop ends it`);
+    this.pump();
+  }
+
   get ahead() {
+    if (this.broken) return 0;
     const ranges = video.buffered;
     return ranges.length ? Math.max(0, ranges.end(ranges.length - 1) - video.currentTime) : 0;
   }
 
   pump() {
+    if (this.broken) {
+      this.blocks += this.queue.filter((part) => part.block).length;
+      this.queue = [];
+      return;
+    }
     if (!this.buffer || this.buffer.updating || this.source.readyState !== "open") return;
+    try {
+      this.append();
+    } catch (error) {
+      this.give_up(error.message);
+    }
+  }
+
+  append() {
     const held = this.buffer.buffered;
     if (held.length && video.currentTime - held.start(0) > 2 * KEEP.behind) {
       this.buffer.remove(0, video.currentTime - KEEP.behind);
@@ -108,7 +136,12 @@ async function behindFirstFrame(part) {
   return part.slice(first + view.getUint32(first));
 }
 
+video.addEventListener("error", () => {
+  if (player && video.error) player.give_up(video.error.message || `error ${video.error.code}`);
+});
+
 let socket = null;
+let ready = false; // whether the server has said that it has something for this browser
 let player = null;
 let recording = null;
 let blockNext = false; // whether the next bytes are a block's
@@ -140,7 +173,7 @@ function fail(text) {
 
 function buttons() {
   const open = socket && socket.readyState === WebSocket.OPEN;
-  $("send").disabled = !open;
+  $("send").disabled = !open || !ready;
   $("send").textContent = running ? "Send" : "Start";
   $("pause").disabled = $("stop").disabled = !running;
   $("pause").textContent = paused ? "Resume" : "Pause";
@@ -173,6 +206,7 @@ function remember(prompt, where) {
 
 const on = {
   ready(message) {
+    ready = true;
     fps = message.fps;
     $("model").textContent = message.model || "";
     $("note").textContent = message.note || "";
@@ -189,10 +223,16 @@ const on = {
     state("refused", "off");
   },
 
+  waiting() {
+    state("waiting for the end of the last block", "busy");
+  },
+
   starting() {
     running = true;
     paused = false;
     drawn = null;
+    if (player) player.close();
+    player = null; // how far the video before is says nothing of this one
     fail("");
     state("starting", "busy");
     veil("The first block is being made. The very first time, programs are compiled before: that can take a minute or more.");
@@ -201,7 +241,6 @@ const on = {
   video(message) {
     fps = message.fps;
     if (player) player.close();
-    if (!Source.isTypeSupported(message.mime)) fail(`this browser can't play ${message.mime}; saving works all the same`);
     player = new Player(message.mime);
     recording = new Recording();
     blockNext = false;
@@ -259,6 +298,7 @@ const on = {
 
   error(message) {
     fail(message.text);
+    if (!ready) state("not for this browser", "off");
   },
 
   ended(message) {
@@ -297,11 +337,11 @@ function connect() {
     say({ type: "hello", codecs: CODECS.filter(can) });
   });
   socket.addEventListener("message", receive);
-  socket.addEventListener("close", () => {
+  socket.addEventListener("close", (event) => {
     if (running && player) player.end();
-    running = paused = false;
+    ready = running = paused = false;
     state("no connection", "off");
-    fail("the server is gone, or refuses this page; trying again");
+    fail(`${event.reason || "the server is gone, or refuses this page"}; trying again`);
     buttons();
     setTimeout(connect, 3000);
   });

@@ -254,3 +254,41 @@ def test_memory_of_the_page_is_bounded(browser, running):
     frames = tab.eval("heard.at(-1).frames")
     got = decoded(base64.b64decode(tab.eval(FILE)))
     assert len(got) == frames - first, "whole blocks"
+
+
+def test_start_just_after_stop_begins_another_stream(browser, running):
+    tab = browser(running.url, HEAR)
+    tab.until("!$('send').disabled")
+    tab.eval("$('send').click()")
+    tab.until("player && player.blocks > 0")
+    tab.eval("$('stop').click(); $('send').click()")
+    tab.until("heard.filter((m) => m.type === 'starting').length === 2")
+    tab.until(
+        "player && player.blocks > 9 && video.currentTime > 0.5"
+    )  # 10 blocks are 5 seconds: it reports what it has
+    assert tab.eval("running && !$('stop').disabled && !$('pause').disabled")
+
+    tab.eval("player.push(new Uint8Array(64).fill(255).buffer, false)")  # from here on the browser can't play it
+    tab.until("$('error').textContent.includes('can\\'t play it')")
+    blocks = tab.eval("player.blocks")
+    tab.until(f"player.blocks > {blocks + 9}")
+    tab.eval("$('stop').click()")
+    tab.until("heard.at(-1).type === 'ended'")
+    assert len(decoded(base64.b64decode(tab.eval(FILE)))) == tab.eval("heard.at(-1).frames"), "saved whole"
+    assert not tab.wrong
+
+
+def test_a_browser_that_cannot_play_is_told(browser, running):
+    tab = browser(running.url, HEAR + "MediaSource.isTypeSupported = () => false;")
+    tab.until("$('error').textContent.includes('plays neither H.264 nor VP9')")
+    assert tab.eval("$('send').disabled")
+    thrown = "MediaSource.prototype.addSourceBuffer = () => { throw new DOMException('no such codec', 'NotSupportedError'); };"
+    tab = browser(running.url, HEAR + thrown)
+    tab.until("!$('send').disabled")
+    tab.eval("$('send').click()")
+    tab.until("$('error').textContent.includes('(no such codec); the stream goes on and can be saved')")
+    tab.until("player.blocks > 9")
+    tab.eval("$('stop').click()")
+    tab.until("heard.at(-1).type === 'ended'")
+    assert len(decoded(base64.b64decode(tab.eval(FILE)))) == tab.eval("heard.at(-1).frames")
+    assert not tab.wrong

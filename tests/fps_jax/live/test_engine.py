@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -36,6 +37,13 @@ def stream(make, told, prompt="a") -> Stream:
     made = Stream(make, prompt, fps=16, codec="avc1", tell=told)
     made.start()
     return made
+
+
+def wait_for(true) -> None:
+    end = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(
@@ -107,12 +115,96 @@ def test_of_prompts_that_come_while_one_is_encoded_the_newest_is():
     running.switch("c", "cut")
     running.switch("d", "recache")
     go.set()
-    told.until("switching", prompt="d", how="recache")
+    told.until("switching", prompt="d", how="cut")
     running.switch("bad", "continue")
     told.until("error", text="prompt='bad' is no text")
     running.stop()
     assert running.join(WAIT)
-    assert made[0].switches == [("b", "continue"), ("d", "recache")]
+    assert made[0].switches == [("b", "continue"), ("d", "cut")], "the strongest way of those that no block began with"
+
+
+def test_a_cut_that_waits_for_its_block_is_not_undone_by_the_next_prompt():
+    go, made = threading.Semaphore(1), []
+
+    class Slow(Painted):
+        def __next__(self):
+            begun = self.pending
+            block = super().__next__()
+            made.append(begun)
+            go.acquire(timeout=WAIT)
+            return block
+
+        def switch(self, prompt, how="continue"):
+            if prompt == "c":
+                go.release()  # the block at work is done while this one is encoded: the next may not begin with b
+                time.sleep(0.2)
+            super().switch(prompt, how)
+
+    told = Told()
+    go.acquire()
+    running = stream(Slow, told)
+    wait_for(lambda: made)
+    running.switch("b", "cut")
+    told.until("switching", prompt="b", how="cut")
+    running.switch("c", "continue")
+    told.until("switching", prompt="c", how="cut")
+    wait_for(lambda: len(made) == 2)  # a block has begun with it, and is at work
+    running.switch("d", "continue")
+    told.until("switching", prompt="d", how="continue")
+    running.stop()
+    go.release()
+    assert running.join(WAIT)
+    assert made == [None, ("c", "cut")]
+
+
+def test_nothing_is_said_after_the_end():
+    """Of a prompt that was still being encoded, too."""
+    begun = threading.Event()
+
+    class Slow(Painted):
+        def switch(self, prompt, how="continue"):
+            begun.set()
+            told.until("ended")
+            if prompt == "bad":
+                raise ValueError("prompt='bad' is no text")
+
+    for prompt in ("b", "bad"):
+        begun.clear()
+        told = Told()
+        running = stream(Slow, told)
+        running.switch(prompt, "continue")
+        assert begun.wait(WAIT)
+        running.stop()
+        assert running.join(WAIT)
+        running.pause()
+        running.resume()
+        assert told.records[-1]["type"] == "ended"
+
+
+def test_a_stream_that_is_stopped_while_it_waits_makes_nothing():
+    hold, in_block, made = threading.Event(), threading.Event(), []
+
+    class Slow(Painted):
+        def __next__(self):
+            in_block.set()
+            hold.wait(WAIT)
+            return super().__next__()
+
+    def make(prompt):
+        made.append(prompt)
+        return Slow(prompt)
+
+    first, told = stream(make, Told()), Told()
+    assert in_block.wait(WAIT)
+    first.stop()
+    second = Stream(make, "b", fps=16, codec="avc1", tell=told)
+    second.start(after=first)
+    told.until("waiting")
+    second.stop()
+    hold.set()
+    assert second.join(WAIT)
+    assert made == ["a"]
+    assert told.records == [{"type": "waiting"}, {"type": "ended", "frames": 0}]
 
 
 def test_a_stream_waits_for_the_one_before_and_lets_go_of_its_session():
@@ -143,16 +235,22 @@ def test_a_stream_waits_for_the_one_before_and_lets_go_of_its_session():
     assert len(alive) == 1
     assert not second.join(0.2)
     assert len(alive) == 1, "it waits"
+    assert [record["type"] for record in told.records] == ["starting", "waiting"]
     hold.set()
+    told.until("starting", prompt="b")
     assert first.join(WAIT)
     second.stop()
     assert second.join(WAIT)
     assert alive == [[], [False]]
+    kinds = [record["type"] for record in told.records if record["type"] in ("starting", "ended")]
+    assert kinds == ["starting", "ended"] * 2, "one viewer hears of one at a time"
 
 
 def test_an_old_report_of_a_viewer_counts_for_nothing():
     told = Told()
     running = Stream(Painted, "a", fps=16, codec="avc1", tell=told)
+    running.buffered(9, 5)
+    assert running.ahead == 0, "of the stream before: this one has sent nothing"
     running._sent = [8, 8, 8]
     assert running.ahead == 1.5
     running.buffered(0.2, 2)

@@ -1,6 +1,7 @@
 """The server as a page meets it: what it receives is the stream, who may connect, and what a wrong message does."""
 
 import contextlib
+import json
 import pathlib
 import re
 import socket
@@ -15,14 +16,19 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from fps_jax import CausalConfig, CausalPipeline
+from fps_jax.live import server
 from fps_jax.live.messages import MAX_MESSAGE
 from fps_jax.live.server import Live
 from fps_jax.media.fragments import fragmented_mp4
 from tests.checkpoints import T2V
-from tests.live_server import Painted, decoded, site
+from tests.live_server import WAIT, Painted, decoded, site
 
 BOAT, STORM = "A boat sails.", "The storm clears."
 SIZE = {"height": 32, "width": 48}
+
+
+def say(socket, **record) -> None:
+    socket.send(json.dumps(record))
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
@@ -171,6 +177,68 @@ def test_the_next_viewer_is_refused_until_the_first_has_left(painted):
     assert [session.prompt for session in made] == [BOAT, STORM]
 
 
+def test_a_prompt_just_after_stop_is_heard_of_when_the_last_block_has_come():
+    """Else what the page is told of the end of the one would count for the other."""
+    hold, in_block = threading.Event(), threading.Event()
+
+    class Slow(Painted):
+        def __next__(self):
+            in_block.set()
+            hold.wait(WAIT)
+            return super().__next__()
+
+    with site(Live(Slow)) as running, running.client() as client:  # pyright: ignore[reportArgumentType]
+        client.say(type="prompt", prompt=BOAT)
+        assert in_block.wait(WAIT)
+        client.say(type="stop")
+        client.say(type="prompt", prompt=STORM)
+        client.say(type="buffered", seconds=9, blocks=7)  # the page's last words on the first
+        client.say(type="prompt", prompt="")
+        client.until("error")
+        hold.set()
+        for _ in range(2):
+            client.until("ended" if not client.kind("ended") else "block", seen=True)
+        kinds = [record["type"] for record in client.said if record["type"] not in ("ready", "error", "video")]
+        assert kinds == ["starting", "waiting", "block", "ended", "starting", "block"]
+        assert client.until("block", seen=True)["prompt"] == STORM
+
+
+def test_a_viewer_that_never_reads_is_left(monkeypatch):
+    """It says that it has all of it, so the stream goes on: into memory, if nothing bounded it."""
+    monkeypatch.setattr(server, "_MOST_BYTES", 2**20)
+    noise = np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), np.uint8)
+
+    class Noisy(Painted):
+        def __next__(self):
+            return super().__next__()._replace(frames=noise)
+
+    with site(Live(Noisy)) as running, socket.socket() as sock:  # pyright: ignore[reportArgumentType]
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+        sock.connect(("127.0.0.1", running.port))
+        with connect(f"ws://127.0.0.1:{running.port}/watch", sock=sock, max_queue=1, max_size=None) as deaf:
+            say(deaf, type="hello", codecs=["avc1.640028"])
+            say(deaf, type="prompt", prompt=BOAT)
+            end = time.monotonic() + WAIT
+            while running.live.current is None or running.live.current.wanted:
+                assert time.monotonic() < end, "it goes on for nobody"
+                say(deaf, type="buffered", seconds=0, blocks=10**6)
+                time.sleep(0.01)
+            with pytest.raises(ConnectionClosed) as closed:
+                list(iter(lambda: deaf.recv(timeout=WAIT), None))
+            assert closed.value.rcvd is not None
+            assert (closed.value.rcvd.code, "doesn't take what is sent" in closed.value.rcvd.reason) == (1008, True)
+        with running.client() as client:
+            client.say(type="prompt", prompt=STORM)
+            assert client.until("block")["prompt"] == STORM
+
+
+def test_a_long_wrong_value_is_not_sent_back_whole(painted):
+    running, _ = painted
+    with running.client() as client:
+        client.say(type="prompt", prompt=BOAT, how="a" * 50000)
+        assert len(client.until("error")["text"]) == 500
+
+
 def test_a_tab_that_is_closed_ends_the_work(painted):
     running, made = painted
     with running.client() as client:
@@ -203,6 +271,9 @@ def test_a_tab_that_is_closed_ends_the_work(painted):
         ('{"type": "buffered", "seconds": NaN, "blocks": 1}', "buffered needs seconds"),
         ('{"type": "buffered", "seconds": true, "blocks": 1}', "buffered needs seconds"),
         ('{"type": "buffered", "seconds": 1, "blocks": -1}', "buffered needs seconds"),
+        ('{"type": "buffered", "seconds": 1%s, "blocks": 1}' % ("0" * 400), r"in 0 to 1e\+09"),
+        ('{"type": "buffered", "seconds": 1, "blocks": 1%s}' % ("0" * 400), r"in 0 to 1e\+09"),
+        ('{"type": "buffered", "seconds": 1%s, "blocks": 1}' % ("0" * 5000), "not a message in JSON"),
     ],
 )
 def test_a_wrong_message_is_answered_and_the_stream_goes_on(painted, message, said):
