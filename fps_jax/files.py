@@ -219,8 +219,12 @@ def _swap(fresh: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def check_space(parent: pathlib.Path, nbytes: int, fix: str = _ROOM) -> None:
-    """Raises OSError where a directory has no room for `nbytes` and a margin for small files: before hours of work, not after."""
-    free, needed = shutil.disk_usage(parent).free, nbytes + (16 << 20)
+    """Raises OSError where a directory has no room for `nbytes` and a margin for small files: before hours of work, not after.
+
+    parent: may be yet to be made.
+    """
+    there = next(path for path in (parent.absolute(), *parent.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(there).free, nbytes + (16 << 20)
     if free < needed:
         amounts = f"needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, f"not enough disk space: {amounts}; {fix}", str(parent))
