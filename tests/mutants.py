@@ -23,13 +23,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 TARGETS = {
     "convert/fps_convert/formats/pth.py": "tests/fps_convert/test_pth.py",
     "convert/fps_convert/formats/readers.py": "tests/fps_convert/test_bad_input.py tests/fps_convert/test_fuzz.py",
-    "fps_jax/attention/windows.py": "tests/fps_jax/attention/test_windows.py",
+    "fps_jax/attention/windows.py": "tests/fps_jax/attention/test_windows.py tests/fps_jax/attention/test_cache.py "
+    "tests/fps_jax/attention/test_block_causal.py",
     "fps_jax/attention/schedule.py": "tests/fps_jax/attention/test_schedule.py",
-    "fps_jax/sampling/solvers.py": "tests/fps_jax/sampling/test_solvers.py",
-    "fps_jax/sampling/flow.py": "tests/fps_jax/sampling/test_solvers.py tests/fps_jax/sampling/test_few_step.py",
+    "fps_jax/sampling/solvers.py": "tests/fps_jax/sampling/test_solvers.py tests/fps_jax/sampling/test_denoise.py",
+    "fps_jax/sampling/flow.py": "tests/fps_jax/sampling/test_solvers.py tests/fps_jax/sampling/test_request.py "
+    "tests/fps_jax/sampling/test_few_step.py",
     "fps_jax/sampling/request.py": "tests/fps_jax/sampling/test_request.py",
     "fps_jax/config.py": "tests/fps_jax/test_config.py",
-    "fps_jax/sizes.py": "tests/fps_jax/sampling/test_request.py",
+    "fps_jax/sizes.py": "tests/fps_jax/test_sizes.py tests/fps_jax/sampling/test_request.py",
 }
 _COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 _COMPUTED = {

@@ -56,6 +56,7 @@ def test_the_default_is_coarse_and_sparse_then_fine_and_dense_then_between():
     for plan, target in ((early, 0.12), (middle, 0.33), (late, 0.20)):
         assert plan.density == pytest.approx(target, rel=0.1)
     assert [r.until for r in DEFAULT.regimes] == [0.25, 0.75, 1.0]
+    assert [r.scales_per_tile for r in FPSSchedule.default().regimes] == [1, 4, 2]  # without a grid
     FPSSchedule.default((3, 4, 5)).plans((3, 4, 5))  # any grid has one, with granularities that its tile allows
 
 

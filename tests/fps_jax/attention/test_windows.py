@@ -1,5 +1,6 @@
 """Windows and plans against the definition, token by token."""
 
+import itertools
 import math
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_proposed_windows_come_near_the_target_density(grid, density):
     assert abs(math.log(got / density)) < 0.2
     if density == 1:
         assert got == 1
+
+
+def test_a_proposed_window_may_be_any_size():
+    """Of all densities that a window of a small grid has, each window's own is met exactly."""
+    layout = TileLayout((2, 6, 6), (1, 2, 2))
+    for window in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)):
+        density = window_density(layout, window)
+        assert window_density(layout, propose_window(layout, density)) == pytest.approx(density, rel=0.05), window
+    assert propose_window(layout, window_density(layout, (1, 1, 1))) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
