@@ -72,6 +72,8 @@ def test_every_solver_takes_levels_and_tells_the_model_its_own_way(solver):
     grid = explicit_grid(solver, 5.0, sigmas=[0.9996, 0.5])
     assert grid.timesteps.tolist() == ([999, 500] if solver in ("unipc", "dpm++") else [np.float32(999.6), 500])
     np.testing.assert_array_equal(grid.sigmas, np.float32([0.9996, 0.5, 0]))  # not shifted
+    with pytest.raises(ValueError, match="sigmas and timesteps are both given"):
+        explicit_grid(solver, 1.0, sigmas=[1.0], timesteps=[1000])
     told = explicit_grid(solver, 1.0, timesteps=[1000, 999, 1])
     assert told.timesteps.tolist() == [1000, 999, 1]
     np.testing.assert_allclose(told.sigmas, [1 - 1e-6 * (solver == "unipc"), 0.999, 0.001, 0], rtol=1e-7)

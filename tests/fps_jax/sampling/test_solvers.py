@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fps_jax.sampling.flow import VALID_PAIRS, sigma_grid
-from fps_jax.sampling.solvers import solver_table
+from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step, solver_table
 from tests.reference import golden, rel_l2
 
 ORIGINALS = {
@@ -25,19 +25,14 @@ def table_for(key: str):
 
 
 def integrate(table, x, model):
-    """The denoise loop in NumPy: what `fps_jax.sampling.denoise` does with a table. Noise that is added: Gaussian, seeded."""
-    rng = np.random.default_rng(0)
-    previous = x0_last = x0_before = np.zeros_like(x)
-    states = [x]
+    """The denoising loop with NumPy's arrays. Noise that is added: Gaussian, seeded."""
+    rng, zeros = np.random.default_rng(0), np.zeros_like(x)
+    state, states = SolverState(x, zeros, zeros, zeros), [x]
     for i in range(len(table.sigma)):
-        x0 = x - table.sigma[i] * model(x, table.timestep[i] / np.float32(1000))
-        c, p = table.corrector[i], table.predictor[i]
-        corrected = c[0] * x + c[1] * previous + c[2] * x0 + c[3] * x0_last + c[4] * x0_before
-        x = p[0] * corrected + p[1] * x0 + p[2] * x0_last
-        if table.renoise is not None:
-            x = x + table.renoise[i] * rng.standard_normal(x.shape, np.float32)
-        previous, x0_last, x0_before = corrected, x0, x0_last
-        states.append(x)
+        row = SolverTable(*(None if column is None else column[i] for column in table))
+        noise = None if table.renoise is None else rng.standard_normal(x.shape, np.float32)
+        state = solver_step(state, row, model(state.x, row.timestep / np.float32(1000)), noise)
+        states.append(state.x)
     return np.stack(states)
 
 
