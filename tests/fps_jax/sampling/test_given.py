@@ -15,22 +15,7 @@ from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import encode
 from fps_jax.sampling import rollout
 from fps_jax.sampling.given import latent_frames
-from tests.checkpoints import T2V
-
-SIZE = {"height": 32, "width": 48}
-BOAT, STORM = "A boat sails.", "The storm clears."
-CAUSAL = CausalConfig(frames_per_block=2, window=4, steps=(1000, 500))
-
-
-@pytest.fixture(scope="module")
-def pipe() -> CausalPipeline:
-    return CausalPipeline.from_pretrained(T2V, causal=CAUSAL, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def boat(pipe):
-    """Four blocks: the window leaves the first behind."""
-    return list(pipe.stream(BOAT, seed=3, blocks=4, **SIZE))
+from tests.fps_jax.sampling.boat import BOAT, CAUSAL, SIZE, STORM
 
 
 @pytest.fixture(scope="module")
