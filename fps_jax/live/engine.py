@@ -33,8 +33,6 @@ class Stream:
         self._changed = threading.Condition()  # guards all that follows
         self._session: Session | None = None
         self._wish: tuple[str, Switch] | None = None
-        self._begun: tuple[str, Switch] | None = None  # what the block that is being made began with
-        self._held = False  # whether the next block waits for a prompt that takes the place of another
         self._paused = self._stopped = self._ended = False
         self._sent: list[int] = []  # frames of each block that the viewer hasn't said it has
         self._had = 0  # blocks that it has
@@ -107,8 +105,7 @@ class Stream:
     def _wanted(self) -> bool:
         """Waits until a block is wanted; False if none will be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not (self._paused or self._held or self.ahead > AHEAD))
-            self._begun = None if self._session is None else self._session.pending
+            self._changed.wait_for(lambda: self._stopped or not (self._paused or self.ahead > AHEAD))
             return not self._stopped
 
     def _has_device(self) -> bool:
@@ -173,7 +170,6 @@ class Stream:
             "memory": memory(),
         }
         with self._changed:
-            self._begun = None
             self._sent.append(len(block.frames))
             self._tell(record)
             self._tell(content)
@@ -190,18 +186,12 @@ class Stream:
                 assert session is not None
                 assert wish is not None
                 prompt, how = wish
-                if session.pending is not None and session.pending != self._begun:
-                    # No block begins with that one now: then the new one wouldn't know whether its cut is still to be made.
-                    how, self._held = strongest((session.pending[1], how)), True
             try:
                 session.switch(prompt, how)
             except Exception as error:  # the stream goes on with the prompt that it has
                 self._tell_before_end({"type": "error", "text": _told(error)})
             else:
                 self._tell_before_end({"type": "switching", "prompt": prompt, "how": how})
-            with self._changed:
-                self._held = False
-                self._changed.notify_all()
             del session
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fps_jax.causal import CausalConfig
 from fps_jax.checkpoints.open import open_model
-from fps_jax.choices import CausalPreset, Switch, check_choice
+from fps_jax.choices import CausalPreset, Switch, check_choice, strongest
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
 from fps_jax.profiling.stages import stage
@@ -214,6 +214,7 @@ class Session(Iterator[Block]):
         }
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None
+        self._applying: tuple[str, Switch, Array] | None = None  # of `_pending`, what a block is beginning with
         self._changing = threading.Lock()
         self._working = threading.RLock()  # a block is made, or the session is written down
         self._going = threading.Event()
@@ -265,7 +266,10 @@ class Session(Iterator[Block]):
         self.switch(prompt)
 
     def switch(self, prompt: str, how: Switch = "continue") -> None:
-        """Another prompt from the next block on; the newest one wins. Another thread may call it while a block is made.
+        """Another prompt from the next block on. Another thread may call it while a block is made.
+
+        Of several before a block begins the newest is it, in the strongest of their ways (continue, recache, cut): a cut that
+        another prompt follows is a cut still.
 
         Args:
           how: 'continue' leaves the cache as it is, made under the old prompt. 'recache' computes what the next block attends again
@@ -277,6 +281,9 @@ class Session(Iterator[Block]):
         check_prompt(prompt)
         pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
         with self._changing:
+            earlier = self._pending
+            if earlier is not None and earlier is not self._applying:
+                pending = (prompt, strongest((earlier[1], how)), pending[2])
             self._pending = pending
 
     def pause(self) -> None:
@@ -350,7 +357,20 @@ class Session(Iterator[Block]):
 
     def _apply(self, pending: tuple[str, Switch, Array]) -> None:
         """Does the change. One that is broken off is still to be made, and is then made whole."""
-        prompt, how, text = pending
+        with self._changing:
+            if self._pending is not None:
+                pending = self._pending
+            self._applying = pending
+        try:
+            self._change(*pending)
+        except BaseException:
+            self._applying = None
+            raise
+        with self._changing:  # a newer one may have come meanwhile
+            self._prompt, self._applying = pending[0], None
+            self._pending = None if self._pending is pending else self._pending
+
+    def _change(self, prompt: str, how: Switch, text: Array) -> None:
         self.rollout.text = self._kv(text)
         if how == "cut":
             self._drop_given()
@@ -360,8 +380,6 @@ class Session(Iterator[Block]):
         elif how == "recache" and self.finished:
             latents = np.concatenate([part for _, part in self.finished], axis=2)
             self.rollout.recache(latents, self.finished[0][0])
-        with self._changing:  # a newer one may have come meanwhile
-            self._prompt, self._pending = prompt, None if self._pending is pending else self._pending
 
     def _drop_given(self) -> None:
         """What is still to be given belongs to the video that ends."""

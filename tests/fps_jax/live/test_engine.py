@@ -123,40 +123,6 @@ def test_of_prompts_that_come_while_one_is_encoded_the_newest_is():
     assert made[0].switches == [("b", "continue"), ("d", "cut")], "the strongest way of those that no block began with"
 
 
-def test_a_cut_that_waits_for_its_block_is_not_undone_by_the_next_prompt():
-    go, made = threading.Semaphore(1), []
-
-    class Slow(Painted):
-        def __next__(self):
-            begun = self.pending
-            block = super().__next__()
-            made.append(begun)
-            go.acquire(timeout=WAIT)
-            return block
-
-        def switch(self, prompt, how="continue"):
-            if prompt == "c":
-                go.release()  # the block at work is done while this one is encoded: the next may not begin with b
-                time.sleep(0.2)
-            super().switch(prompt, how)
-
-    told = Told()
-    go.acquire()
-    running = stream(Slow, told)
-    wait_for(lambda: made)
-    running.switch("b", "cut")
-    told.until("switching", prompt="b", how="cut")
-    running.switch("c", "continue")
-    told.until("switching", prompt="c", how="cut")
-    wait_for(lambda: len(made) == 2)  # a block has begun with it, and is at work
-    running.switch("d", "continue")
-    told.until("switching", prompt="d", how="continue")
-    running.stop()
-    go.release()
-    assert running.join(WAIT)
-    assert made == [None, ("c", "cut")]
-
-
 def test_nothing_is_said_after_the_end():
     """Of a prompt that was still being encoded, too."""
     begun = threading.Event()

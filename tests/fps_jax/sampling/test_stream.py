@@ -146,12 +146,24 @@ def test_a_prompt_that_comes_while_another_is_applied_is_not_lost(pipe, monkeypa
         session.switch(STORM)
         return real(text)
 
+    session.switch("on the way", "cut")
     monkeypatch.setattr(session, "_kv", kv)
     assert next(session).prompt == "on the way"
     monkeypatch.undo()
     assert session.pending == (STORM, "continue")
     assert next(session).prompt == STORM
     assert session.pending is None
+
+
+def test_a_cut_that_another_prompt_follows_is_a_cut_still(pipe, boat):
+    session = pipe.session("Nothing.", seed=3, blocks=4, **SIZE)
+    next(session)
+    session.switch(STORM, "cut")
+    session.switch(BOAT)
+    assert session.pending == (BOAT, "cut")
+    assert next(session).frames.shape[0] == 5  # a video's first
+    session.switch(STORM)
+    assert session.pending == (STORM, "continue")
 
 
 def test_a_paused_stream_makes_no_block_until_it_is_resumed(pipe, boat, tmp_path):
