@@ -40,17 +40,29 @@ WATCHED = (
     "shared_memory",
     "traps",
 )
-_TILES = {"720p": (300, 256), "480p": (135, 256), "720p_128": (600, 128), "480p_384": (90, 384)}  # tiles, stored tokens
+# Tiles and their stored tokens; of a stream, 7 slots of a cache of 39 tiles.
+_TILES = {
+    "720p": (300, 256),
+    "480p": (135, 256),
+    "720p_128": (600, 128),
+    "480p_384": (90, 384),
+    "480p_stream": (273, 128),
+}
 _KEY_TILES = 60  # of a row: 0.2 of 720p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An attention call at real size. `scales`: of a tile, None for bf16. `impatient`: inside `mosaic.impatient_waits`."""
+    """An attention call at real size.
+
+    `scales`: of a tile, None for bf16. `value_tiles`: that share V's scales, None for all. `impatient`: inside
+    `mosaic.impatient_waits`.
+    """
 
     heads: int = 40
     tiles: str = "720p"
     scales: int | None = 1
+    value_tiles: int | None = None
     head_dim: int = 128
     config: ForwardConfig
     impatient: bool = False
@@ -81,6 +93,8 @@ def cases() -> dict[str, Case]:
         "14B 720p, 4 scales, cluster, 32 polynomial columns": Case(
             scales=4, config=ForwardConfig(cluster=2, polynomial_columns=32)
         ),
+        "1.3B 480p, a block of a stream": Case(heads=12, tiles="480p_stream", value_tiles=39, config=alone),
+        "14B 720p, 4 scales, cluster, V's scales of 60 tiles": Case(scales=4, value_tiles=60, config=pair),
         "14B 720p, bf16": Case(scales=None, config=short),
         "14B 720p, bf16, cluster": Case(scales=None, config=short_pair),
         "14B 720p, bf16, turns": Case(scales=None, config=ForwardConfig(stages=2, take_turns=True)),
@@ -106,7 +120,10 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     scale_specs: list[Any] = [None, None, None]
     if case.scales is not None:
         blocks = seq // BLOCK_KV * scales_per_block(stored // case.scales)
-        scale_specs = [spec((heads, seq // BLOCK_Q), f32), spec((heads, blocks), f32), spec((heads, dim), f32)]
+        v_scale = spec((heads, dim), f32)
+        if case.value_tiles is not None:
+            v_scale = spec((heads, num_tiles // case.value_tiles, 2, dim + VALID_ROWS), f32)
+        scale_specs = [spec((heads, seq // BLOCK_Q), f32), spec((heads, blocks), f32), v_scale]
     shapes: list[Any] = [
         spec((heads, seq, dim), dtype),
         spec((heads, seq, dim), dtype),
@@ -119,10 +136,10 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     def call(operands, pattern):
         return forward.attention(operands, pattern, batch=1, dtype=jnp.dtype(jnp.bfloat16), config=case.config)
 
-    return call, (quantize.Operands(*shapes), _pattern(num_tiles, stored, case.scales))
+    return call, (quantize.Operands(*shapes), _pattern(num_tiles, stored, case.scales, case.value_tiles))
 
 
-def _pattern(num_tiles: int, stored: int, scales: int | None) -> Any:
+def _pattern(num_tiles: int, stored: int, scales: int | None, value_tiles: int | None = None) -> Any:
     """A pattern of such tiles, shapes in place of arrays."""
     import jax
     import jax.numpy as jnp
@@ -138,6 +155,7 @@ def _pattern(num_tiles: int, stored: int, scales: int | None) -> Any:
         k_valid=valid,
         tile_size=stored,
         tokens_per_scale=None if scales is None else stored // scales,
+        tokens_per_value_scale=None if value_tiles is None else stored * value_tiles,
     )
 
 

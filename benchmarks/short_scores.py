@@ -49,7 +49,7 @@ def errors(group: str, name: str) -> dict[str, float]:
     mask = reference.token_mask(pattern)[0]
     q8, q_scale = reference.quantize_tokens(q, pattern.q_valid, per_scale)
     k8, k_scale = reference.quantize_tokens(k, pattern.k_valid, per_scale)
-    v8, v_scale = reference.quantize_channels(v, pattern.k_valid)
+    v8, v_scale = reference.quantize_values(v, pattern.k_valid)
     q8, k8, v8 = (x[0, :, 0].astype(jnp.float32) for x in (q8, k8, v8))
     scales = jnp.repeat(q_scale[0, :, 0], per_scale)[:, None] * jnp.repeat(k_scale[0, :, 0], per_scale)[None]
     q32, k32, v32 = (jnp.where(jnp.isnan(x[0, :, 0]), 0, x[0, :, 0]).astype(jnp.float32) for x in (q, k, v))
@@ -65,7 +65,7 @@ def errors(group: str, name: str) -> dict[str, float]:
         top = reference.row_top(scores.max(-1, keepdims=True))
         p = reference.nearest_fp8(jnp.exp(scores - top) * reference.FP8_MAX) / reference.FP8_MAX
         total = p.sum(-1, keepdims=True)
-        out = (p @ v8) * v_scale[0, 0] / total
+        out = (p @ v8) * v_scale[0, 0, 0] / total
         found[f"{kind}_rel_l2"] = relative(out, want[0, :, 0])
         found[f"{kind}_rel_l2_lse"] = relative((top + jnp.log(total))[:, 0], want_lse[0, 0])
         found[f"{kind}_rel_l2_to_unrounded"] = relative(out, exact)

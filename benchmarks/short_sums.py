@@ -180,7 +180,7 @@ def operands(seed: int, deviation: float, mean: float, spread: float) -> Operand
 
     scale = HEAD_DIM**-0.5
     scores = rounded(q, BLOCK_Q) @ rounded(k, TOKENS_PER_SCALE).T * np.float32(scale * np.log2(np.e))
-    codes, v_scale = reference.quantize_channels(jnp.asarray(v)[None, :, None], jnp.ones(keys, bool))
+    codes, v_scale = reference.quantize_values(jnp.asarray(v)[None, :, None], jnp.ones(keys, bool))
     codes = np.asarray(codes.astype(jnp.float32))[0, :, 0]
     unrounded = {}
     for count in KEYS:
@@ -188,7 +188,7 @@ def operands(seed: int, deviation: float, mean: float, spread: float) -> Operand
         weights = np.exp(logits - logits.max(1, keepdims=True))
         unrounded[count] = weights / weights.sum(1, keepdims=True) @ v[:count].astype(np.float64)
     ones = np.ones((keys, 1), np.float32)  # the kernel has eight of these columns, all alike
-    return Operands(scores, np.concatenate([codes, ones], axis=1), np.asarray(v_scale)[0, 0], unrounded)
+    return Operands(scores, np.concatenate([codes, ones], axis=1), np.asarray(v_scale)[0, 0, 0], unrounded)
 
 
 def relative(error_of: np.ndarray, truth: np.ndarray) -> float:

@@ -37,7 +37,7 @@ from fps_jax.attention.attend import TokenAttention
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import dit
 from fps_jax.models.init import init_dit_for_training
-from pallas_kernels.reference import FP8_MAX, fake_quant, fake_quant_channels, nearest_fp8, row_top
+from pallas_kernels.reference import FP8_MAX, fake_quant, fake_quant_values, nearest_fp8, row_top
 
 RULES = ("unrounded", "rounded", "mixed", "attn-qat")
 TOKENS, HEADS, HEAD_DIM, SEEDS = 256, 2, 64, 8
@@ -99,7 +99,7 @@ def attention(q, k, v, *, rule: str, center: bool, tokens_per_scale: int = 64):
     if center:
         k = k - k.mean(1, keepdims=True)
     quant = functools.partial(fake_quant, tokens_per_scale=tokens_per_scale)
-    return _ruled(rule, quant(q), quant(k), fake_quant_channels(v))
+    return _ruled(rule, quant(q), quant(k), fake_quant_values(v))
 
 
 def exact(q, k, v):
@@ -113,7 +113,7 @@ def one_layer() -> dict[str, Any]:
         got, back = jax.vjp(functools.partial(attention, rule=rule, center=center), q, k, v)
         kc = k - k.mean(1, keepdims=True) if center else k
         quant = functools.partial(fake_quant, tokens_per_scale=64)
-        _, d_scores = score_gradients(rule, quant(q), quant(kc), fake_quant_channels(v), d_out)
+        _, d_scores = score_gradients(rule, quant(q), quant(kc), fake_quant_values(v), d_out)
         rows = jnp.abs(d_scores.sum(-1)) / jnp.abs(d_scores).sum(-1)
         errors = [
             jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(back(d_out), want_back(d_out), strict=True)

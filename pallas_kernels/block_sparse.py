@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
+from pallas_kernels.reference import FP8, KeyValueCodes
 from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import BLOCK_Q
 
@@ -52,6 +53,48 @@ def block_sparse_attention(
     pattern.check_operands(q, k)
     chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
     return _attention(q, k, v, pattern, implementation=chosen)
+
+
+def attention_to_codes(
+    q: Float[Array, "B Sq N H"],
+    codes: KeyValueCodes,
+    pattern: TilePattern,
+    *,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B Sq N H"]:
+    """`block_sparse_attention` to keys and values that were rounded before (`pallas_kernels.reference.key_value_codes`), such as a
+    cache's: the same bits as if they were given unrounded, at none of the rounding's cost.
+
+    Args:
+      q: float32, bf16 or f16.
+      codes: of the pattern's key tokens, with scales for groups of its sizes.
+      pattern: with `tokens_per_scale`; without `center_k`, for which keys are centred before they are rounded.
+      implementation: as of `block_sparse_attention`.
+    Returns: q's dtype.
+    Raises: as `block_sparse_attention`; NotImplementedError where it is differentiated.
+    """
+    q = jnp.asarray(q)
+    check_operands(q, *(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (codes.k, codes.v)))
+    pattern.check_operands(q, codes.k)
+    _check_codes(codes, pattern)
+    chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
+    return _attention_to_codes(q, codes, pattern, implementation=chosen)
+
+
+def _check_codes(codes: KeyValueCodes, pattern: TilePattern) -> None:
+    per_scale, (batch, keys, heads, dim) = pattern.tokens_per_scale, codes.k.shape
+    if per_scale is None or pattern.center_k:
+        raise ValueError(
+            f"tokens_per_scale={per_scale} and center_k={pattern.center_k}: codes are attended in FP8 as they are; give the group "
+            "that they were rounded by, and center_k=False"
+        )
+    groups = 1 if pattern.tokens_per_value_scale is None else keys // pattern.tokens_per_value_scale
+    want = ((batch, keys // per_scale, heads), (batch, groups, heads, dim))
+    if codes.k.dtype != FP8 or codes.v.dtype != FP8 or (codes.k_scale.shape, codes.v_scale.shape) != want:
+        raise ValueError(
+            f"codes are {codes.k.dtype} and {codes.v.dtype} with scales {codes.k_scale.shape} and {codes.v_scale.shape}; this "
+            f"pattern needs float8_e4m3fn with {want[0]} and {want[1]}"
+        )
 
 
 def choose(implementation: str, call: CallShape) -> Literal["reference", "portable", "sm90"]:
@@ -136,3 +179,26 @@ def _backward(implementation, saved, d_out):
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _attention_to_codes(q, codes, pattern, *, implementation):
+    return _to_codes(implementation, q, codes, pattern)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _to_codes(implementation, q, codes, pattern):
+    if implementation == "reference":
+        return reference.attention_to_codes(q, codes, pattern)[0]
+    if implementation == "sm90":
+        from pallas_kernels.sm90 import forward as kernels
+    else:
+        kernels = portable
+    return kernels.forward_to_codes(q, codes, pattern)[0]
+
+
+def _no_gradient(implementation, *_):
+    raise NotImplementedError("attention to codes has no gradient; use block_sparse_attention, which rounds by itself")
+
+
+_to_codes.defvjp(_no_gradient, _no_gradient)

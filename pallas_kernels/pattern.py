@@ -25,6 +25,8 @@ class TilePattern:
         all tokens); None for no quantization.
       center_k: K minus its mean over valid tokens is quantized: softmax doesn't see it, and what keys share costs no precision.
         Without quantization it does nothing.
+      tokens_per_value_scale: stored tokens that share a channel's FP8 scale of V, whole tiles; None for all. With it the rounding
+        of a group of tokens rests on no others, as a cache needs that is written once (`reference.value_scales`).
       ordered: 'portable' adds up in the table's order and in steps of one size, so that a row's bits depend on which tiles it lists
         in which order, and on nothing else: not on where they lie in k, how many others there are, nor how wide the table is.
     """
@@ -36,6 +38,7 @@ class TilePattern:
     tile_size: int = field(metadata={"static": True})
     tokens_per_scale: int | None = field(metadata={"static": True})
     center_k: bool = field(default=False, metadata={"static": True})
+    tokens_per_value_scale: int | None = field(default=None, metadata={"static": True})
     ordered: bool = field(default=False, metadata={"static": True})
 
     @classmethod
@@ -48,6 +51,7 @@ class TilePattern:
         q_valid: Bool[Array, "Sq"] | Bool[np.ndarray, "Sq"] | None = None,
         tokens_per_scale: int | None = None,
         center_k: bool = False,
+        tokens_per_value_scale: int | None = None,
         ordered: bool = False,
     ) -> "TilePattern":
         """A pattern, checked. What is NumPy is also checked for its values; inside jit only shapes can be.
@@ -63,6 +67,17 @@ class TilePattern:
             raise ValueError(
                 f"tokens_per_scale={tokens_per_scale} doesn't divide the {tile_size} stored tokens of a tile; use a divisor"
             )
+        if tokens_per_value_scale is not None:
+            keys = np.shape(valid)[0]
+            if tokens_per_value_scale < 1 or tokens_per_value_scale % tile_size or keys % tokens_per_value_scale:
+                raise ValueError(
+                    f"tokens_per_value_scale={tokens_per_value_scale} is no number of whole tiles of {tile_size} stored tokens "
+                    f"that divides the {keys} keys"
+                )
+            if tokens_per_scale is None:
+                raise ValueError(
+                    f"tokens_per_value_scale={tokens_per_value_scale} without tokens_per_scale: nothing is quantized; give both"
+                )
         return cls(
             key_tiles=jnp.asarray(key_tiles, jnp.int32),
             counts=jnp.asarray(counts, jnp.int32),
@@ -71,6 +86,7 @@ class TilePattern:
             tile_size=tile_size,
             tokens_per_scale=tokens_per_scale,
             center_k=center_k,
+            tokens_per_value_scale=tokens_per_value_scale,
             ordered=ordered,
         )
 

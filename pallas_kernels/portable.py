@@ -24,7 +24,16 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.padding import key_sources
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8_MAX, centered_keys, nearest_fp8, quantize_channels, quantize_tokens, row_top
+from pallas_kernels.reference import (
+    FP8_MAX,
+    KeyValueCodes,
+    centered_keys,
+    key_value_codes,
+    nearest_fp8,
+    over_tokens,
+    quantize_tokens,
+    row_top,
+)
 
 # Keys reduced at a time: enough for a large matmul, few enough that their scores stay in a CPU's cache.
 _CHUNK_KEYS = 2048
@@ -40,7 +49,8 @@ _SCORE_BYTES = 256 * 2**20
 class Head(NamedTuple):
     """Operands of one head in the dtype of the matmuls. q is 0 at padding, k a valid key of its tile, v is 0.
 
-    v ends in a tile of zeros, for the unused slots of a row. The scales are None without quantization.
+    v ends in a tile of zeros, for the unused slots of a row. The scales are None without quantization, V's also where its scales
+    are those of groups: these are powers of two, and v has them multiplied in exactly.
     """
 
     q: Float[Array, "Tq tile H"]
@@ -68,9 +78,19 @@ def forward(
 
     Such a P is rounded against the running maximum of its chunk, not the row's.
     """
+    return _forward(q, _heads(q, k, v, pattern), pattern)
+
+
+def forward_to_codes(
+    q: Float[Array, "B Sq N H"], codes: KeyValueCodes, pattern: TilePattern
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
+    """`forward` to keys and values that are rounded already."""
+    return _forward(q, _quantized_heads(q, codes, pattern), pattern)
+
+
+def _forward(q: Array, heads: Head, pattern: TilePattern) -> tuple[Array, Array]:
     batch, seq, num_heads, head_dim = q.shape
     table, chunk = _chunked_table(pattern)
-    heads = _heads(q, k, v, pattern)
     one_head = functools.partial(
         _forward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5, ordered=pattern.ordered
     )
@@ -110,10 +130,7 @@ def _forward_head(
         start = (jnp.full(tile_size, -jnp.inf), jnp.zeros(tile_size), jnp.zeros((tile_size, head_dim)))
         start = _varying_as((q, head.k, head.v), start)
         top, total, acc = lax.fori_loop(0, (count + chunk - 1) // chunk, step, start)
-        out = acc / total[:, None]
-        if head.v_scale is not None:
-            out, total = out * head.v_scale[None], total / FP8_MAX
-        return out, top + jnp.log(total)
+        return _divided(head, acc, total, top)
 
     return lax.map(row, (head.q, head.q_scale, *table))
 
@@ -134,10 +151,16 @@ def _forward_whole_head(head: Head, table: Table, *, weights: Array, scale: floa
     values = head.v[:num_keys].reshape(-1, head_dim)
     out = jnp.matmul(p.astype(values.dtype), values, preferred_element_type=jnp.float32)
     total = (p * weights[:num_keys].reshape(1, -1)).sum(1)
+    out, lse = _divided(head, out, total, top)
+    return out.reshape(num_tiles, tile_size, head_dim), lse.reshape(num_tiles, tile_size)
+
+
+def _divided(head: Head, out: Array, total: Array, top: Array) -> tuple[Array, Array]:
+    """Output and log-sum-exp of rows from sums of P V and of P, as it is stored."""
     out = out / total[:, None]
     if head.v_scale is not None:
-        out, total = out * head.v_scale[None], total / FP8_MAX
-    return out.reshape(num_tiles, tile_size, head_dim), (top + jnp.log(total)).reshape(num_tiles, tile_size)
+        out = out * head.v_scale[None]
+    return out, top + jnp.log(total if head.q_scale is None else total / FP8_MAX)
 
 
 def backward(
@@ -303,29 +326,42 @@ def _chunked_table(pattern: TilePattern) -> tuple[Table, int]:
 
 def _heads(q: Array, k: Array, v: Array, pattern: TilePattern) -> Head:
     """The operands of all heads, each with a leading axis of B * N."""
-    batch, _, num_heads, _ = q.shape
-    q_valid, k_valid = pattern.q_valid, pattern.k_valid
-    tile_size, tokens_per_scale = pattern.tile_size, pattern.tokens_per_scale
-    # Padding may hold anything, NaN too: it is replaced, not multiplied away.
-    q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, q_valid), (v, k_valid)))
-    source = key_sources(pattern)
-    q_scale = k_scale = v_scale = None
+    k_valid = pattern.k_valid
     if pattern.centers_keys:
         k = centered_keys(k, k_valid)
-    if tokens_per_scale is not None:
-        q, q_scale = quantize_tokens(q, q_valid, tokens_per_scale)
-        k, k_scale = quantize_tokens(k, k_valid, tokens_per_scale)
-        # A group of padding alone takes its source's scale with its values: the copy's scores are then exactly the source's.
-        k_scale = jnp.take(k_scale, source[::tokens_per_scale] // tokens_per_scale, axis=1)
-        v, v_scale = quantize_channels(v, k_valid)
-        groups = tile_size // tokens_per_scale
-        q_scale, k_scale = (s.transpose(0, 2, 1).reshape(batch * num_heads, -1, groups) for s in (q_scale, k_scale))
-        v_scale = v_scale.reshape(batch * num_heads, -1)
-    k = jnp.take(k, source, axis=1)
+    if pattern.tokens_per_scale is not None:
+        per_scale, per_value_scale = pattern.tokens_per_scale, pattern.tokens_per_value_scale
+        codes = key_value_codes(k, v, k_valid, tokens_per_scale=per_scale, tokens_per_value_scale=per_value_scale)
+        return _quantized_heads(q, codes, pattern)
+    # Padding may hold anything, NaN too: it is replaced, not multiplied away.
+    q, v = (jnp.where(ok[None, :, None, None], x, 0) for x, ok in ((q, pattern.q_valid), (v, k_valid)))
+    return _head(q, k, v, pattern)
+
+
+def _quantized_heads(q: Array, codes: KeyValueCodes, pattern: TilePattern) -> Head:
+    """The same with keys and values that are rounded already."""
+    batch, _, num_heads, _ = q.shape
+    per_scale = pattern.tokens_per_scale
+    assert per_scale is not None
+    q, q_scale = quantize_tokens(q, pattern.q_valid, per_scale)
+    # A group of padding alone takes its source's scale with its values: the copy's scores are then exactly the source's.
+    k_scale = jnp.take(codes.k_scale, key_sources(pattern)[::per_scale] // per_scale, axis=1)
+    groups = pattern.tile_size // per_scale
+    q_scale, k_scale = (s.transpose(0, 2, 1).reshape(batch * num_heads, -1, groups) for s in (q_scale, k_scale))
+    v, v_scale = codes.v, None
+    if pattern.tokens_per_value_scale is None:
+        v_scale = codes.v_scale.reshape(batch * num_heads, -1)
+    else:
+        v = v.astype(_matmul_dtype(v.dtype))
+        v = v * over_tokens(codes.v_scale, v.shape[1]).astype(v.dtype)
+    return _head(q, codes.k, v, pattern)._replace(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+
+
+def _head(q: Array, k: Array, v: Array, pattern: TilePattern) -> Head:
     dtype = _matmul_dtype(q.dtype)
-    q, k, v = (_head_major(x.astype(dtype), tile_size) for x in (q, k, v))
-    v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
-    return Head(q, k, v, q_scale, k_scale, v_scale)
+    k = jnp.take(k, key_sources(pattern), axis=1)
+    q, k, v = (_head_major(x.astype(dtype), pattern.tile_size) for x in (q, k, v))
+    return Head(q, k, jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0))), None, None, None)
 
 
 def _matmul_dtype(dtype: Any) -> Any:
@@ -337,7 +373,7 @@ def _matmul_dtype(dtype: Any) -> Any:
 
 def _dequantized(heads: Head) -> Head:
     """Operands as they are after quantization, in place of values and scales."""
-    if heads.q_scale is None or heads.k_scale is None or heads.v_scale is None:
+    if heads.q_scale is None or heads.k_scale is None:
         return heads
 
     def tokens(x, scale):
@@ -345,7 +381,9 @@ def _dequantized(heads: Head) -> Head:
         return (x.astype(jnp.float32) * rows[..., None]).astype(x.dtype)
 
     q, k = tokens(heads.q, heads.q_scale), tokens(heads.k, heads.k_scale)
-    v = (heads.v.astype(jnp.float32) * heads.v_scale[:, None, None]).astype(heads.v.dtype)
+    v = heads.v
+    if heads.v_scale is not None:
+        v = (v.astype(jnp.float32) * heads.v_scale[:, None, None]).astype(v.dtype)
     return heads._replace(q=q, k=k, v=v, q_scale=None, k_scale=None, v_scale=None)
 
 

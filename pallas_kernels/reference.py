@@ -6,6 +6,7 @@ Source: FPSAttention (arXiv 2506.04648) sections 3.2 and 3.3; what the paper lea
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ FP8_MAX = 448.0  # the largest e4m3 number; P in [0, 1] is stored times this
 _FP8_NORMAL, _FP8_STEP = 2.0**-6, 2.0**-9  # the smallest normal e4m3 number, and the step below it
 SMALLEST_NORMAL = 2.0**-126  # of float32: hardware flushes what is smaller, and dividing by it gives inf
 QUOTIENT_STEP = 2.0**-11  # x / scale is rounded to multiples of this first (`codes_of`)
+# Of V by groups: sums go from one group's scale to the next one's, so their quotient times any sum has to be a float32.
+SMALLEST_VALUE_SCALE, LARGEST_VALUE_SCALE = 2.0**-40, 2.0**40
 
 
 def scale_of(amax: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -86,9 +89,32 @@ def token_scales(
     return scale_of(magnitude.reshape(batch, -1, tokens_per_scale, heads, dim).max((2, 4)))
 
 
-def channel_scales(v: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B N H"]:
-    """One scale for every head and channel, of the valid tokens."""
-    return scale_of(_magnitude(v, valid).max(1))
+def value_scales(
+    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int | None = None
+) -> Float[Array, "B groups N H"]:
+    """V's scales: one for every head and channel, of all valid tokens, or of each group of tokens.
+
+    Those of groups are powers of two, so that what is added up in one group's units goes over to the next one's exactly, in any
+    implementation. It costs at most one binade of e4m3's range. They lie within 2**-40 and 2**40; V that would need a larger one
+    makes it NaN, as inf does.
+    Raises: ValueError if the groups don't divide S.
+    """
+    batch, seq, heads, dim = v.shape
+    if tokens_per_scale is None:
+        return scale_of(_magnitude(v, valid).max(1, keepdims=True))
+    if tokens_per_scale < 1 or seq % tokens_per_scale:
+        raise ValueError(
+            f"tokens_per_value_scale={tokens_per_scale} doesn't divide {seq} tokens; use whole tiles that do"
+        )
+    amax = _magnitude(v, valid).reshape(batch, -1, tokens_per_scale, heads, dim).max(2)
+    return _power_of_two_above(scale_of(amax))
+
+
+def _power_of_two_above(scale: Array) -> Array:
+    """The smallest power of two that isn't below a positive float32, by its bits; limits and NaN as `value_scales` says."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    power = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+    return jnp.where(scale <= LARGEST_VALUE_SCALE, jnp.maximum(power, SMALLEST_VALUE_SCALE), jnp.nan)
 
 
 def _magnitude(x: Array, valid: Array) -> Array:
@@ -122,13 +148,48 @@ def quantize_tokens(
     return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
 
-def quantize_channels(
-    v: Float[Array, "B S N H"], valid: Bool[Array, "S"]
-) -> tuple[Float[Array, "B S N H"], Float[Array, "B N H"]]:
-    """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales."""
-    scales = channel_scales(v, valid)
-    codes = codes_of(v, scales[:, None])
+def quantize_values(
+    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int | None = None
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B groups N H"]]:
+    """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales as `value_scales` has them."""
+    scales = value_scales(v, valid, tokens_per_scale)
+    codes = codes_of(v, over_tokens(scales, v.shape[1]))
     return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
+
+
+class KeyValueCodes(NamedTuple):
+    """Keys and values as FP8 attention reads them: rounded once, to be attended many times.
+
+    k, v: e4m3, 0 at padding. k_scale, v_scale: float32, of groups of tokens; a single group of V's is all tokens.
+    """
+
+    k: Float[Array, "B S N H"]
+    v: Float[Array, "B S N H"]
+    k_scale: Float[Array, "B k_groups N"]
+    v_scale: Float[Array, "B v_groups N H"]
+
+
+def key_value_codes(
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    valid: Bool[Array, "S"],
+    *,
+    tokens_per_scale: int,
+    tokens_per_value_scale: int | None = None,
+) -> KeyValueCodes:
+    """K and V rounded, as attention by a pattern of these sizes rounds them. With `tokens_per_value_scale` those of some groups
+    of tokens are those of the whole, bit for bit.
+
+    Raises: ValueError for sizes that don't divide the tokens.
+    """
+    k8, k_scale = quantize_tokens(k, valid, tokens_per_scale)
+    v8, v_scale = quantize_values(v, valid, tokens_per_value_scale)
+    return KeyValueCodes(k8, v8, k_scale, v_scale)
+
+
+def over_tokens(scales: Float[Array, "B groups *rest"], tokens: int) -> Float[Array, "B S *rest"]:
+    """Each group's scale at each of its tokens."""
+    return jnp.repeat(scales, tokens // scales.shape[1], axis=1)
 
 
 def fake_quant(
@@ -151,13 +212,14 @@ def fake_quant(
     return _straight_through(x, back.astype(x.dtype), valid)
 
 
-def fake_quant_channels(
-    v: Float[Array, "B S N H"], *, valid: Bool[Array, "S"] | None = None
+def fake_quant_values(
+    v: Float[Array, "B S N H"], *, tokens_per_scale: int | None = None, valid: Bool[Array, "S"] | None = None
 ) -> Float[Array, "B S N H"]:
-    """The same with one scale per head and channel over all tokens, as V has it."""
+    """The same with scales as V has them (`value_scales`)."""
     valid = jnp.ones(v.shape[1], bool) if valid is None else valid
-    values, scales = quantize_channels(jax.lax.stop_gradient(v), valid)
-    return _straight_through(v, (values.astype(jnp.float32) * scales[:, None]).astype(v.dtype), valid)
+    values, scales = quantize_values(jax.lax.stop_gradient(v), valid, tokens_per_scale)
+    back = values.astype(jnp.float32) * over_tokens(scales, v.shape[1])
+    return _straight_through(v, back.astype(v.dtype), valid)
 
 
 @jax.custom_vjp
@@ -195,9 +257,9 @@ def attention(
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
     """(output in q's dtype, log-sum-exp in float32) of attention over the listed key tiles, softmax scale H**-0.5.
 
-    With `pattern.tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel, P = exp(s - top)
-    stored as e4m3 of 448 P, where top is the row's maximum rounded up (`row_top`). Row sums, and so the log-sum-exp, are those of
-    the rounded P: numerator and denominator then round alike.
+    With `pattern.tokens_per_scale`, in FP8: Q and K with a scale per group of tokens, V with one per channel (of all tokens, or of
+    each group of `pattern.tokens_per_value_scale`), P = exp(s - top) stored as e4m3 of 448 P, where top is the row's maximum
+    rounded up (`row_top`). Row sums, and so the log-sum-exp, are of the rounded P: numerator and denominator then round alike.
     Without it (None) nothing is rounded. Output and log-sum-exp are 0 at padded queries. With `pattern.center_k`, K is
     `centered_keys` first, and the log-sum-exp that of these.
 
@@ -205,29 +267,48 @@ def attention(
     log-sum-exp of the forward, and the returned output in delta = rowsum(dO * O). Written as a function whose derivative is
     that (`_with_derivative`), so that plain autodiff of this file is the specification of the gradients too.
     """
-    q_valid, k_valid, tokens_per_scale = pattern.q_valid, pattern.k_valid, pattern.tokens_per_scale
+    k_valid, tokens_per_scale = pattern.k_valid, pattern.tokens_per_scale
+    # Padding may hold anything, NaN too: 0 * NaN is NaN, so it is replaced, not multiplied away.
+    q32, k32, v32 = (
+        jnp.where(ok[None, :, None, None], x, 0).astype(jnp.float32)
+        for x, ok in ((q, pattern.q_valid), (k, k_valid), (v, k_valid))
+    )
+    if pattern.centers_keys:
+        k32 = centered_keys(k32, k_valid)
+    if tokens_per_scale is not None:
+        q32 = fake_quant(q32, tokens_per_scale=tokens_per_scale, valid=pattern.q_valid)
+        k32 = fake_quant(k32, tokens_per_scale=tokens_per_scale, valid=k_valid)
+        v32 = fake_quant_values(v32, tokens_per_scale=pattern.tokens_per_value_scale, valid=k_valid)
+    return _attention(q32, k32, v32, pattern, q.dtype)
+
+
+def attention_to_codes(
+    q: Float[Array, "B Sq N H"], codes: KeyValueCodes, pattern: TilePattern
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
+    """`attention` to keys and values that `key_value_codes` rounded. Without a derivative of theirs."""
+    assert pattern.tokens_per_scale is not None
+    q32 = jnp.where(pattern.q_valid[None, :, None, None], q, 0).astype(jnp.float32)
+    q32 = fake_quant(q32, tokens_per_scale=pattern.tokens_per_scale, valid=pattern.q_valid)
+    keys = codes.k.shape[1]
+    k32 = codes.k.astype(jnp.float32) * over_tokens(codes.k_scale, keys)[..., None]
+    return _attention(q32, k32, codes.v.astype(jnp.float32) * over_tokens(codes.v_scale, keys), pattern, q.dtype)
+
+
+def _attention(q32, k32, v32, pattern, dtype):
+    """Of operands that are rounded, float32, 0 at padding."""
+    q_valid = pattern.q_valid
+    q_valid4 = q_valid[None, :, None, None]
     with jax.default_matmul_precision("highest"):
         mask = token_mask(pattern)[None]
-        q_valid4, k_valid4 = q_valid[None, :, None, None], k_valid[None, :, None, None]
-        # Padding may hold anything, NaN too: 0 * NaN is NaN, so it is replaced, not multiplied away.
-        q32, k32, v32 = (
-            jnp.where(ok, x, 0).astype(jnp.float32) for x, ok in ((q, q_valid4), (k, k_valid4), (v, k_valid4))
-        )
-        if pattern.centers_keys:
-            k32 = centered_keys(k32, k_valid)
-        if tokens_per_scale is not None:
-            q32 = fake_quant(q32, tokens_per_scale=tokens_per_scale, valid=q_valid)
-            k32 = fake_quant(k32, tokens_per_scale=tokens_per_scale, valid=k_valid)
-            v32 = fake_quant_channels(v32, valid=k_valid)
-        scores = jnp.einsum("bqnh,bknh->bnqk", q32, k32) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bqnh,bknh->bnqk", q32, k32) * q32.shape[-1] ** -0.5
         scores = jnp.where(mask, scores, -jnp.inf)
         top = jax.lax.stop_gradient(row_top(scores.max(-1, keepdims=True)))
         p = jax.lax.stop_gradient(jnp.exp(scores - top))
-        if tokens_per_scale is not None:
+        if pattern.tokens_per_scale is not None:
             p = nearest_fp8(p * FP8_MAX) / FP8_MAX
         total = p.sum(-1, keepdims=True)
         out = jnp.einsum("bnqk,bknh->bqnh", p / total, jax.lax.stop_gradient(v32))
-        out = jnp.where(q_valid4, out, 0).astype(q.dtype)
+        out = jnp.where(q_valid4, out, 0).astype(dtype)
         lse = (top + jnp.log(total))[..., 0]
         out = _with_derivative(out, q32, k32, v32, lse, mask)
         return jnp.where(q_valid4, out, 0), jnp.where(q_valid[None, None], lse, 0)

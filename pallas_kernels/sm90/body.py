@@ -15,11 +15,12 @@ from pallas_kernels.sm90.work import Block, Memory, Place, Problem, each_item, l
 
 
 def body(problem: Problem, num_inputs: int, with_lse: bool, *refs: Any) -> None:
-    """What every warpgroup runs. `refs`: the operands that there are, table, counts, output, log-sum-exp, `Memory`."""
-    operands: Any = Operands(*refs[:num_inputs], *(None,) * (len(Operands._fields) - num_inputs))
+    """What every warpgroup runs. `refs`: the operands that there are, V's groups, table, counts, output, log-sum-exp, `Memory`."""
+    given = [*refs[:num_inputs], *(None,) * (len(Operands._fields) + 1 - num_inputs)]
+    operands: Any = Operands(*given[:-1])
     table, counts, out, *rest = refs[num_inputs:]
     lse = rest.pop(0) if with_lse else None
-    block = Block(problem, operands, table, counts, out, lse, Memory(*rest))
+    block = Block(problem, operands, given[-1], table, counts, out, lse, Memory(*rest))
     wg = lax.axis_index("wg")
 
     @pl.when(wg < CONSUMERS)

@@ -31,6 +31,7 @@ class CallShape:
       dtype: name of q's, k's, v's and the output's: 'float32', 'bfloat16' or 'float16'.
       tile_size: stored tokens of a tile. tokens_per_scale: those that share a scale of Q or K; None without quantization.
       table_density: width of the table by the number of key tiles; 1 where every row has room for all.
+      value_groups: V has scales for groups of tokens.
     Raises: ValueError for another dtype.
     """
 
@@ -39,6 +40,7 @@ class CallShape:
     tile_size: int
     tokens_per_scale: int | None
     table_density: float
+    value_groups: bool = False
 
     def __post_init__(self):
         if self.dtype not in _BYTES:
@@ -53,6 +55,7 @@ class CallShape:
             tile_size=pattern.tile_size,
             tokens_per_scale=pattern.tokens_per_scale,
             table_density=pattern.key_tiles.shape[-1] / pattern.num_key_tiles,
+            value_groups=pattern.tokens_per_value_scale is not None,
         )
 
     @property

@@ -37,8 +37,9 @@ f32, i32 = jnp.float32, jnp.int32
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 _LOG2E = math.log2(math.e)
 
-# What a step hands to the next: sums, tops, P and its shrink, all of this step, and K's scales of the next.
-_Carry = tuple[Sums, Array, Array, Array, list[Any]]
+# What a step hands to the next: sums, tops, P and its shrink, all of this step, K's scales of the next, and V's groups of both: the
+# sums are in units of the first one's scales.
+_Carry = tuple[Sums, Array, Array, Array, list[Any], list[Any]]
 
 _accumulator = functools.partial(plgpu.WGMMAAccumulatorRef, dtype=f32)
 
@@ -55,16 +56,17 @@ def consume(block: Block, place: Place, wg: Array, queries_were_read: Callable[[
         to_log2 = to_log2 * block.operands.q_scale[place.group, place.block * CONSUMERS + wg]
     rows = _Rows(block, place, wg, to_log2)
     first_scales, next_scales = rows.key_scales(i32(0)), rows.key_scales(i32(1))
+    groups = [rows.value_group(i32(step)) for step in (0, 1)] if block.problem.value_groups else []
     s = rows.first_products()
     start = plgpu.layout_cast(jnp.full((BLOCK_Q,), START, f32), ROWS)
     p, top, shrink = rows.softmax(s, rows.to_scores(first_scales), start)
     rows.wait_for_keys(i32(1))
     sums = no_sums(block.problem.head_dim, block.problem.promote_every)
-    carry = (sums, top, rows.to_operand(p), shrink, next_scales)
-    sums, top, p, shrink, _ = lax.fori_loop(1, place.steps, rows.step, carry)
+    carry = (sums, top, rows.to_operand(p), shrink, next_scales, groups)
+    sums, top, p, shrink, _, groups = lax.fori_loop(1, place.steps, rows.step, carry)
     queries_were_read()
     acc = sums.total() * over_rows(shrink, (BLOCK_Q, block.problem.head_dim + VALID_ROWS)) + rows.last_output(p)
-    rows.store(acc, top)
+    rows.store(acc, top, groups)
 
 
 class _Rows(NamedTuple):
@@ -104,6 +106,31 @@ class _Rows(NamedTuple):
         step = jnp.minimum(step, self.place.steps - 1)
         return [k_scale[(*self.place.scales, step * count + i)] for i in range(count)]
 
+    def value_group(self, step: Array) -> Any:
+        """The group of V that a step's keys are in, loaded; that of the last step for any after it."""
+        tile = lax.div(jnp.minimum(step, self.place.steps - 1), i32(self.block.problem.blocks_per_tile))
+        return self.block.value_groups[(*self.place.row, tile)]
+
+    def in_units_of(self, sums: Sums, groups: list[Any]) -> Sums:
+        """Sums, in units of the first group's scales, in those of the second's: exact, as scales are powers of two.
+
+        Groups are many steps long where a table lists their tiles together, so the branch is seldom taken. At the end of a step: at
+        its beginning ptxas would copy all sums in every step.
+        """
+        if not groups:
+            return sums
+        old, new = groups
+        columns = self.block.problem.head_dim + VALID_ROWS
+
+        def converted():
+            v_scale, group = self.block.operands.v_scale, self.place.group
+            scale = plgpu.load(v_scale.at[group, old, 0], layout=_COLUMNS, optimized=False)
+            per_unit = plgpu.load(v_scale.at[group, new, 1], layout=_COLUMNS, optimized=False)
+            factor = lax.broadcast_in_dim(scale * per_unit, (BLOCK_Q, columns), [1])
+            return sums.times(factor)
+
+        return lax.cond(old != new, converted, lambda: sums)
+
     def to_scores(self, key_scales: list[Any]) -> list[Any]:
         """Factors that take products of q and k to scores in log2: one for each of K's scales, or one alone without any."""
         return [scale * self.to_log2 for scale in key_scales] or [self.to_log2]
@@ -130,10 +157,11 @@ class _Rows(NamedTuple):
 
     def step(self, step: Array, carry: _Carry) -> _Carry:
         """Scores and softmax of this step beside P V of the one before."""
-        sums, top, p, shrink, key_scales = carry
+        sums, top, p, shrink, key_scales, groups = carry
         memory, problem = self.block.memory, self.block.problem
         v_slot = self.slot(step - 1)
         scales, next_scales = self.to_scores(key_scales), self.key_scales(step + 1)
+        next_groups = [groups[1], self.value_group(step + 1)] if groups else []
         sums = before_step(sums, shrink, step, problem.promote_every)
         # Before the matmuls, not between them: a branch there would part the zeros of a fresh accumulator from the first P V, into
         # which they fold (34 instructions a step). There is nothing to wait for: V was copied before the K that has arrived.
@@ -143,7 +171,9 @@ class _Rows(NamedTuple):
         recent, p, top, new_shrink = self.products(step, p, scales, top, shrink, sums.recent)
         plgpu.barrier_arrive(memory.v_consumed_barriers.at[v_slot])
         # Converted after the wait for P V: before it, ptxas serializes every wgmma (C7513).
-        return after_step(sums, recent, shrink), top, self.to_operand(p), new_shrink, next_scales
+        operand = self.to_operand(p)
+        sums = self.in_units_of(after_step(sums, recent, shrink), groups)
+        return sums, top, operand, new_shrink, next_scales, next_groups
 
     def products(self, step, p, scales, top, shrink, recent):
         """(P V of the step before, added to `recent` where that isn't None; new P; its tops; its shrink)."""
@@ -195,7 +225,7 @@ class _Rows(NamedTuple):
         plgpu.barrier_arrive(memory.v_consumed_barriers.at[self.slot(step)])
         return pv
 
-    def store(self, acc: Array, top: Array) -> None:
+    def store(self, acc: Array, top: Array, groups: list[Any]) -> None:
         """Output and log-sum-exp to global memory. `acc`: sums of P V and, in the extra columns, of P."""
         problem, operands, memory, place = self.block.problem, self.block.operands, self.block.memory, self.place
         dim = problem.head_dim
@@ -204,7 +234,10 @@ class _Rows(NamedTuple):
         valid = plgpu.load(operands.query_valid.at[rows], layout=ROWS, optimized=False) > 0
         o = acc[:, :dim] * over_rows(1 / total, (BLOCK_Q, dim))
         if problem.scales:
-            v_scale = plgpu.load(operands.v_scale.at[place.group], layout=_COLUMNS, optimized=False)
+            v_scale = operands.v_scale.at[place.group]
+            if groups:
+                v_scale = v_scale.at[groups[0], 0, pl.ds(0, dim)]
+            v_scale = plgpu.load(v_scale, layout=_COLUMNS, optimized=False)
             o *= lax.broadcast_in_dim(v_scale, (BLOCK_Q, dim), [1])
         # Selected, not multiplied: a NaN scale of the tile must not reach its padded rows.
         o = jnp.where(over_rows(valid, o.shape), o, 0.0)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import multiprocessors, target_device, target_platform
+from pallas_kernels.reference import KeyValueCodes
 from pallas_kernels.sm90 import quantize, tuned
 from pallas_kernels.sm90.body import body
 from pallas_kernels.sm90.call_shape import CallShape
@@ -49,6 +50,14 @@ def forward(
     if config is None:
         config = tuned.choose_config(call)
     return attention(operands, pattern, batch=q.shape[0], dtype=q.dtype, config=config)
+
+
+def forward_to_codes(
+    q: Float[Array, "B Sq N H"], codes: KeyValueCodes, pattern: TilePattern
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B N Sq"]]:
+    """`forward` to keys and values that are rounded already."""
+    config = tuned.choose_config(CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
+    return attention(quantize.to_codes(q, codes, pattern), pattern, batch=q.shape[0], dtype=q.dtype, config=config)
 
 
 def missing_device() -> str | None:
@@ -92,6 +101,7 @@ def attention(
         blocks_per_tile=tile_size // BLOCK_KV,
         shared_table=key_tiles.ndim == 2,
         scales=scales,
+        value_groups=pattern.tokens_per_value_scale is not None,
         dtype=dtype,
         operand=operands.q.dtype,
         config=config,
@@ -116,6 +126,8 @@ def attention(
     if operands.k_scale is not None:
         operands = operands._replace(k_scale=_scales_by_step(operands.k_scale, key_tiles, k_tiles, batch))
     inputs = [x for x in operands if x is not None]
+    if pattern.tokens_per_value_scale is not None:
+        inputs.append(table // (pattern.tokens_per_value_scale // tile_size))
     kernel = plgpu.kernel(
         functools.partial(body, problem, len(inputs), with_lse),
         out_type=out_types if with_lse else out_types[:1],

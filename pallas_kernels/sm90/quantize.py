@@ -24,11 +24,12 @@ from pallas_kernels.reference import (
     FP8_MAX,
     QUOTIENT_STEP,
     SMALLEST_NORMAL,
+    KeyValueCodes,
     centered_keys,
-    channel_scales,
     key_mean,
-    quantize_channels,
+    key_value_codes,
     quantize_tokens,
+    value_scales,
 )
 from pallas_kernels.sm90.config import BLOCK_KV, BLOCK_Q, VALID_ROWS, scales_per_block
 from pallas_kernels.sm90.registers import kv_order, to_fp8_operand
@@ -49,6 +50,8 @@ class Operands(NamedTuple):
     query_valid: 1 or 0.
     q_scale, k_scale: float32, one for 64 queries and for 64 or 128 keys (`config.scales_per_block`), however many tokens share
       a scale: the kernel then knows two cases only.
+    v_scale: by channel; where V's scales are those of groups of tokens, for each of these the scale and its reciprocal, beside 1
+      for the columns that are row sums.
     """
 
     q: Float[Array, "G Sq H"]
@@ -58,7 +61,7 @@ class Operands(NamedTuple):
     query_valid: Float[Array, "Sq"]
     q_scale: Float[Array, "G Sq/64"] | None
     k_scale: Float[Array, "G Sk/keys"] | None
-    v_scale: Float[Array, "G H"] | None
+    v_scale: Float[Array, "G H"] | Float[Array, "G groups 2 H+8"] | None
 
 
 def quantize(
@@ -80,11 +83,30 @@ def quantize(
     if not fused or tokens_per_scale is None or not _fits(q, tokens_per_scale, pattern.center_k):
         return by_xla(q, k, v, pattern)
     mean = key_mean(k, pattern.k_valid)[:, 0] if pattern.center_k else None
-    v_scale = channel_scales(v, pattern.k_valid).reshape(-1, v.shape[3])
+    v_scale = value_scales(v, pattern.k_valid, pattern.tokens_per_value_scale)
     q8, q_scale = quantize_groups(q, pattern.q_valid, None, tokens_per_scale)
     k8, k_scale = quantize_groups(k, pattern.k_valid, group_sources(pattern), tokens_per_scale, mean)
-    v8 = quantize_transposed(v, pattern.k_valid, v_scale)
+    v8 = quantize_transposed(v, pattern.k_valid, _by_head(v_scale))
     return _operands(q8, k8, v8, q_scale, k_scale, v_scale, pattern)
+
+
+def to_codes(
+    q: Float[Array, "B Sq N H"], codes: KeyValueCodes, pattern: TilePattern, *, fused: bool = True
+) -> Operands:
+    """`quantize` where keys and values are rounded already: they are only laid out, by XLA."""
+    tokens_per_scale = pattern.tokens_per_scale
+    assert tokens_per_scale is not None
+    if fused and _fits(q, tokens_per_scale, center_k=False):
+        q8, q_scale = quantize_groups(q, pattern.q_valid, None, tokens_per_scale)
+    else:
+        q8, q_scale = quantize_tokens(q, pattern.q_valid, tokens_per_scale)
+        q8, q_scale = _head_major(q8), _by_head(q_scale)
+    # Copied after rounding, and a group of padding takes the scale of its source: the copy's scores are then exactly the source's.
+    source = key_sources(pattern)
+    k8 = _head_major(jnp.take(codes.k, source, axis=1))
+    k_scale = _by_head(jnp.take(codes.k_scale, source[::tokens_per_scale] // tokens_per_scale, axis=1))
+    v8 = _keys_last(jnp.take(codes.v, kv_order(codes.v.shape[1]), axis=1))
+    return _operands(q8, k8, v8, q_scale, k_scale, codes.v_scale, pattern)
 
 
 def by_xla(
@@ -97,19 +119,12 @@ def by_xla(
     tokens_per_scale = pattern.tokens_per_scale
     if tokens_per_scale is None:
         return unquantized(q, k, v, pattern)
-    q8, q_scale = quantize_tokens(q, pattern.q_valid, tokens_per_scale)
     k = centered_keys(k, pattern.k_valid) if pattern.center_k else k
-    k8, k_scale = quantize_tokens(k, pattern.k_valid, tokens_per_scale)
-    # Copied after rounding, and a group of padding takes the scale of its source: the copy's scores are then exactly the source's.
-    source = key_sources(pattern)
-    k8 = jnp.take(k8, source, axis=1)
-    k_scale = jnp.take(k_scale, source[::tokens_per_scale] // tokens_per_scale, axis=1)
-    v8, v_scale = quantize_channels(v, pattern.k_valid)
-    v8 = _keys_last(jnp.take(v8, kv_order(v.shape[1]), axis=1))
-    q_scale, k_scale = (s.transpose(0, 2, 1).reshape(-1, s.shape[1]) for s in (q_scale, k_scale))
-    v_scale = v_scale.reshape(-1, v.shape[3])
-    q8, k8 = _head_major(q8), _head_major(k8)
-    return _operands(q8, k8, v8, q_scale, k_scale, v_scale, pattern)
+    per_value_scale = pattern.tokens_per_value_scale
+    codes = key_value_codes(
+        k, v, pattern.k_valid, tokens_per_scale=tokens_per_scale, tokens_per_value_scale=per_value_scale
+    )
+    return to_codes(q, codes, pattern, fused=False)
 
 
 def unquantized(
@@ -225,13 +240,16 @@ def quantize_groups(
 
 @jax.jit
 def quantize_transposed(
-    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], scale: Float[Array, "G H"]
+    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], scale: Float[Array, "G groups H"]
 ) -> Float[Array, "G H S"]:
     """e4m3 values of V, keys last in `registers.kv_order` and 0 at padding. A thread block takes 128 keys of one head.
+
+    scale: of equal groups of tokens, whole blocks of 128.
 
     The transposition is the load's (ldmatrix), and the order that `to_fp8_operand` leaves columns in is the one that is wanted.
     """
     batch, seq, heads, dim = v.shape
+    blocks_per_scale = seq // BLOCK_KV // scale.shape[1]
     layout = plgpu.Layout.WGMMA
     shape = (64, BLOCK_KV)  # channels and keys in registers at a time
 
@@ -242,7 +260,10 @@ def quantize_transposed(
         kept = plgpu.load(valid_ref.at[keys], layout=layout.reduce(0), optimized=False) > 0
         kept = lax.broadcast_in_dim(kept, shape, [1])
         channels = [pl.ds(first, 64) for first in range(0, dim, 64)]
-        scales = [plgpu.load(scale_ref.at[out_head, c], layout=layout.reduce(1), optimized=False) for c in channels]
+        group = lax.div(block, jnp.int32(blocks_per_scale))
+        scales = [
+            plgpu.load(scale_ref.at[out_head, group, c], layout=layout.reduce(1), optimized=False) for c in channels
+        ]
         plgpu.barrier_wait(barrier)
         for c, scale in zip(channels, scales, strict=True):
             x = plgpu.load(v_smem.at[:, c].transpose((1, 0)), layout=layout).astype(f32)
@@ -287,8 +308,14 @@ def _operands(
     v_scale: Array,
     pattern: TilePattern,
 ) -> Operands:
-    """Operands from values by head and a scale for each group, which is repeated for each block."""
+    """Operands from values by head and a scale for each group, which is repeated for each block. v_scale: as `value_scales`."""
     group, k_valid = pattern.group_size, pattern.k_valid
+    v_scale = _by_head(v_scale)
+    if pattern.tokens_per_value_scale is None:
+        v_scale = v_scale[:, 0]
+    else:  # powers of two: reciprocals are exact, and so is what is multiplied by them
+        v_scale = jnp.stack([v_scale, 1 / v_scale], axis=2)
+        v_scale = jnp.pad(v_scale, ((0, 0), (0, 0), (0, 0), (0, VALID_ROWS)), constant_values=1)
     return Operands(
         q=q8,
         k=k8,
@@ -303,6 +330,10 @@ def _operands(
 
 def _head_major(x: Float[Array, "B S N H"]) -> Float[Array, "G S H"]:
     return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _by_head(x: Float[Array, "B groups N *rest"]) -> Float[Array, "G groups *rest"]:
+    return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
 
 
 def _keys_last(x: Float[Array, "B S N H"]) -> Float[Array, "G H S"]:

@@ -36,6 +36,11 @@ class Sums(NamedTuple):
             return self.recent if self.promoted is None else self.promoted  # pyright: ignore[reportReturnType]
         return _by_row(self.promoted, self.factor) + self.recent
 
+    def times(self, factor: Float[Array, "M H+8"]) -> "Sums":
+        """All of it, multiplied."""
+        recent, promoted = (None if x is None else x * factor for x in (self.recent, self.promoted))
+        return self._replace(recent=recent, promoted=promoted)
+
 
 def no_sums(head_dim: int, promote_every: int | None) -> Sums:
     """Where a row of key blocks starts. `promote_every`: of the config, None without FP8."""

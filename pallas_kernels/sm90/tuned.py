@@ -36,8 +36,11 @@ class TuningKey:
 
 
 def choose_config(call: CallShape) -> ForwardConfig:
-    """The tuned config of a call's key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4."""
-    tuned = tuned_table().get(TuningKey.of(call))
+    """The tuned config of a call's key, or a safe one where none was measured: no cluster, as many stages as fit, up to 4.
+
+    With V's scales in groups always the safe one: some of the others spill with them.
+    """
+    tuned = None if call.value_groups else tuned_table().get(TuningKey.of(call))
     if tuned is not None and call.blocks_per_tile % tuned.cluster == 0:
         return tuned
     for stages in (4, 2):

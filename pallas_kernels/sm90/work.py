@@ -22,7 +22,7 @@ class Problem(NamedTuple):
 
     workers: clusters that are launched, each for the items `worker`, `worker + workers`, ...; an item is a head's block of query
       rows, or two of them in a cluster of two.
-    scales: of K in a key block, 0 without quantization.
+    scales: of K in a key block, 0 without quantization. value_groups: V has scales for groups of tokens.
     dtype: of the output.
     """
 
@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     blocks_per_tile: int
     shared_table: bool
     scales: int
+    value_groups: bool
     dtype: Any
     operand: Any
     config: ForwardConfig
@@ -95,6 +96,7 @@ class Block(NamedTuple):
 
     problem: Problem
     operands: Any  # `Operands` of references
+    value_groups: Any  # of each key tile of the table; may be None
     table: Any
     counts: Any
     out: Any

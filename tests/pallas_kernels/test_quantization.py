@@ -106,8 +106,8 @@ def test_a_bad_value_makes_its_own_scale_nan_and_no_other(bad):
     want[0, 1, 1] = False
     assert np.array_equal(np.isfinite(scales), want)
     assert np.isnan(np.asarray(values, np.float32)[0, 4:, 1]).all()
-    v8, v_scales = reference.quantize_channels(jnp.asarray(x), ALL)
-    assert np.isnan(np.asarray(v_scales)[0, 1, 3])
+    v8, v_scales = reference.quantize_values(jnp.asarray(x), ALL)
+    assert np.isnan(np.asarray(v_scales)[0, 0, 1, 3])
     assert np.isfinite(np.asarray(v_scales)).sum() == 2 * 16 - 1
     assert np.isnan(np.asarray(v8, np.float32)[0, :, 1, 3]).all()
 
@@ -134,7 +134,7 @@ def test_fake_quant_rounds_forward_and_passes_gradients_through():
     g = jnp.asarray(np.random.default_rng(1).standard_normal(x.shape, np.float32))
     np.testing.assert_array_equal(vjp(g)[0], g)
     assert reference.fake_quant(x.astype(jnp.bfloat16), tokens_per_scale=4).dtype == jnp.bfloat16
-    out, vjp = jax.vjp(lambda v: reference.fake_quant_channels(v), x)
+    out, vjp = jax.vjp(lambda v: reference.fake_quant_values(v), x)
     assert float(jnp.abs(out - x).max()) > 0
     np.testing.assert_array_equal(vjp(g)[0], g)
 
@@ -151,9 +151,7 @@ def test_a_scale_of_its_own_keeps_small_tokens_from_underflow():
 @pytest.mark.parametrize("size", [0.0, 1e-39, 1e-30, 1e30])
 def test_the_gradient_is_the_identity_at_any_size(size):
     x = jnp.full((1, 8, 1, 16), size)
-    grad = jax.grad(
-        lambda x: reference.fake_quant(x, tokens_per_scale=4).sum() + reference.fake_quant_channels(x).sum()
-    )
+    grad = jax.grad(lambda x: reference.fake_quant(x, tokens_per_scale=4).sum() + reference.fake_quant_values(x).sum())
     assert (np.asarray(grad(x)) == 2).all()
 
 

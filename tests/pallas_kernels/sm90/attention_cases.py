@@ -24,7 +24,10 @@ TWO_STAGES = ForwardConfig(stages=2)  # the ring wraps in small cases
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. `padding`: of `valid_slots`; `table`: of `permuted_table`. `scales`: of a tile, None for no quantization."""
+    """One call. `padding`: of `valid_slots`; `table`: of `permuted_table`. `scales`: of a tile, None for no quantization.
+
+    `value_tiles`: that share V's scales, None for all.
+    """
 
     tile: int = 256
     tiles: int = 2
@@ -33,6 +36,7 @@ class Case:
     batch: int = 1
     head_dim: int = 128
     scales: int | None = 1
+    value_tiles: int | None = None
     padding: str = "none"
     table: str = "ragged"
     inputs: str = "normal"
@@ -43,6 +47,10 @@ class Case:
     @property
     def tokens_per_scale(self) -> int | None:
         return None if self.scales is None else self.tile // self.scales
+
+    @property
+    def tokens_per_value_scale(self) -> int | None:
+        return None if self.value_tiles is None else self.tile * self.value_tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,7 @@ class Inputs:
             valid=self.k_valid,
             q_valid=self.q_valid,
             tokens_per_scale=case.tokens_per_scale,
+            tokens_per_value_scale=case.tokens_per_value_scale,
         )
         return jnp.asarray(self.q), jnp.asarray(self.k), jnp.asarray(self.v), pattern
 
@@ -77,6 +86,10 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         rng.standard_normal((case.batch, tiles * case.tile, case.heads, case.head_dim), np.float32)
         for tiles in (query_tiles, case.tiles, case.tiles)
     )
+    if case.value_tiles is not None:  # by channel and tile, from 2**-9 to 2**9: groups have other scales
+        v *= 2.0 ** rng.integers(-9, 10, (1, case.tiles, 1, 1, case.head_dim)).repeat(case.tile, 2).reshape(
+            1, -1, 1, case.head_dim
+        ).astype(np.float32)
     if case.inputs == "outliers":  # a few channels 20x, as trained models have them
         for x in (q, k, v):
             x[..., :3] *= 20
@@ -109,7 +122,9 @@ def expected(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """(output float64 [B, Sq, N, H], log-sum-exp [B, N, Sq]) by a loop over rows of the table."""
     group = case.tokens_per_scale
     q, k = _dequantized(x.q, x.q_valid, group, (2, 4)), _dequantized(x.k, x.k_valid, group, (2, 4))
-    v = _dequantized(x.v, x.k_valid, group and x.k_valid.size, (2,))
+    v = _dequantized(
+        x.v, x.k_valid, group and (case.tokens_per_value_scale or x.k_valid.size), (2,), case.value_tiles is not None
+    )
     batch, seq, heads, dim = q.shape
     out, lse = np.zeros((batch, seq, heads, dim)), np.zeros((batch, heads, seq))
     for b, n, row in np.ndindex(batch, heads, seq // case.tile):
@@ -130,7 +145,9 @@ def expected(case: Case, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid[None, :, None, None], out, 0), np.where(valid[None, None], lse, 0)
 
 
-def _dequantized(x: np.ndarray, valid: np.ndarray, group: int | None, axes: tuple[int, ...]) -> np.ndarray:
+def _dequantized(
+    x: np.ndarray, valid: np.ndarray, group: int | None, axes: tuple[int, ...], powers_of_two: bool = False
+) -> np.ndarray:
     """x in float64, rounded to e4m3 with a scale for `axes` of [B, groups, group, N, H]; 0 at padding."""
     x = np.where(valid[None, :, None, None], x.astype(np.float64), 0)
     if group is None:
@@ -138,6 +155,8 @@ def _dequantized(x: np.ndarray, valid: np.ndarray, group: int | None, axes: tupl
     groups = x.reshape(x.shape[0], -1, group, *x.shape[2:])
     amax = np.abs(groups).max(axes, keepdims=True)
     scale = np.where(amax > 0, amax / 448, 1)
+    if powers_of_two:
+        scale = np.exp2(np.ceil(np.log2(scale)))
     return (_e4m3(np.round(groups / scale * 2048) / 2048) * scale).reshape(x.shape)
 
 
@@ -173,6 +192,7 @@ def errors(case: Case) -> dict[str, Any]:
     return {
         "dtype": str(out.dtype),
         "out": rel_l2(out, want),
+        "channel": max(rel_l2(out[..., i], want[..., i]) for i in range(case.head_dim)),
         "lse": rel_l2(lse, want_lse),
         "reference": rel_l2(out, spec),
         "reference_lse": rel_l2(lse, spec_lse),

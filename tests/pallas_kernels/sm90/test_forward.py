@@ -128,6 +128,20 @@ CASES = {
         multiprocessors=4,
     ),
     "turns_bf16": Case(scales=None, tile=128, tiles=3, config=ForwardConfig(stages=2, take_turns=True)),
+    # V with scales of groups of tiles: more and fewer blocks than a group has, groups in any order, sums that move between them.
+    "value_groups": Case(tile=128, tiles=6, table="all", value_tiles=2, padding="tail"),
+    "value_groups_of_a_tile": Case(tiles=3, heads=2, scales=2, table="per_head", value_tiles=1, inputs="rising"),
+    "value_groups_persistent": Case(
+        tile=128,
+        tiles=4,
+        heads=2,
+        batch=2,
+        value_tiles=2,
+        inputs="outliers",
+        padding="groups",
+        config=ForwardConfig(stages=2, persistent=True, promote_every=2),
+        multiprocessors=3,
+    ),
     "cluster_head_dim_64": Case(head_dim=64, heads=2, table="per_head", config=ForwardConfig(stages=4, cluster=2)),
 }
 
@@ -138,7 +152,7 @@ def test_kernel_computes_the_specification(name):
     got = interpreted.run(attention_cases.errors, case)
     # A bf16 output is rounded by up to 2**-9. Without FP8, P is rounded to 16 bits too, which the specification leaves out. In FP8
     # a P becomes another e4m3 number where the two float32 scores straddle a rounding boundary, which is rare.
-    assert got["out"] <= 4e-3
+    assert max(got["out"], got["channel"]) <= 4e-3
     assert got["reference"] <= (4e-3 if case.scales is None else 2e-3)
     assert max(got["lse"], got["reference_lse"]) <= 1e-4
     assert got["padding_is_0"]
@@ -171,7 +185,7 @@ def test_all_warps_meet_before_the_next_queries_replace_those_they_read():
     """Interpret mode has no warps, and can't see this missing."""
     problem = Problem(
         batch=1, heads=1, head_dim=128, query_blocks=4, workers=1, blocks_per_tile=1, shared_table=True, scales=1,
-        dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(persistent=True),
+        value_groups=False, dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(persistent=True),
     )  # fmt: skip
     events = []
     with mock.patch.object(plgpu, "commit_smem", side_effect=lambda: events.append("all warps")):
@@ -299,7 +313,7 @@ def test_a_slot_of_a_cluster_waits_for_the_consumers_of_both_blocks():
     """Interpret mode simulates a multicast copy as one that all blocks wait for, so it can't see this missing."""
     problem = Problem(
         batch=1, heads=1, head_dim=128, query_blocks=2, workers=1, blocks_per_tile=2, shared_table=True, scales=1,
-        dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(cluster=2),
+        value_groups=False, dtype=jnp.bfloat16, operand=FP8, config=ForwardConfig(cluster=2),
     )  # fmt: skip
     memory = scratch(problem)
     for barrier in (memory.k_consumed_barriers, memory.v_consumed_barriers):

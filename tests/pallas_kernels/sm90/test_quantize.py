@@ -63,7 +63,7 @@ def test_valid_tokens_become_what_the_specification_says(tokens_per_scale, dtype
         every_token = np.repeat(np.asarray(want_scales).transpose(0, 2, 1).reshape(6, -1), tokens_per_scale, axis=1)
         got_every = np.repeat(np.asarray(scales), SEQ // scales.shape[1], axis=1)
         np.testing.assert_array_equal(got_every[:, valid], every_token[:, valid])
-    want, want_scales = reference.quantize_channels(v, ok)
+    want, want_scales = reference.quantize_values(v, ok)
     np.testing.assert_array_equal(np.asarray(got.v, np.float32), by_head(want)[:, kv_order(SEQ)].transpose(0, 2, 1))
     np.testing.assert_array_equal(got.v_scale, np.asarray(want_scales).reshape(6, 64))
 

@@ -52,7 +52,7 @@ def test_rows_of_equal_scores_are_means_at_any_size_of_scores(size, sign):
     )  # fmt: skip
     for attention in (reference.attention, portable.forward):
         out, lse = attention(*map(jnp.asarray, (q, k, v)), pattern)
-        want = np.asarray(reference.fake_quant_channels(jnp.asarray(v))).mean(1, keepdims=True)
+        want = np.asarray(reference.fake_quant_values(jnp.asarray(v))).mean(1, keepdims=True)
         np.testing.assert_allclose(out, np.broadcast_to(want, out.shape), atol=1e-5)
         assert np.isfinite(lse).all()
 

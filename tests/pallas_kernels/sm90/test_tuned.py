@@ -51,6 +51,8 @@ def test_the_tuned_table_is_used_and_survives_its_file(tmp_path, monkeypatch):
     assert tuned.choose_config(CALL) == table[KEY].config
     # A cluster of two needs tiles of two blocks.
     assert tuned.choose_config(dataclasses.replace(CALL, tile_size=384)).cluster == 1
+    # Nor are configs tuned with V's scales in groups, with which some spill.
+    assert tuned.choose_config(dataclasses.replace(CALL, value_groups=True)) == ForwardConfig()
     # What this process writes, it reads.
     tuned.write_tuned_table({}, path=path)
     assert tuned.tuned_table() == {}
