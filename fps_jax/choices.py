@@ -13,6 +13,8 @@ Preset = Literal["wan", "few-step", "dmd", "causvid"]
 CausalPreset = Literal["self-forcing", "causvid-3", "causvid-4"]
 # What becomes of the frames so far where a stream's prompt changes: `fps_jax.sampling.stream.Session.switch`. Weakest first.
 Switch = Literal["continue", "recache", "cut"]
+# What a stream keeps of the frames so far: keys and values in the compute dtype, or rounded to FP8, which attention then is too.
+KVCacheFormat = Literal["same", "fp8"]
 OutputType = Literal["np", "latent", "pil"]
 # Whether height and width are the video's own, or name the area at which it keeps the aspect of its image.
 Size = Literal["exact", "area"]

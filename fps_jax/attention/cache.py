@@ -4,11 +4,11 @@ A slot holds the keys and values of as many latent frames as enter and leave tog
 it) in tile order, rotated for their own place in the video; nothing is moved or rotated again. The slots of the sink stay, the
 others are a ring. Which slots a block attends is a table, data to the compiled program, so one program serves every fill and every
 position of the ring. The table lists frames in the order of the video, wherever they lie: with the pattern's ordered sums a block's
-attention is bit for bit the masked forward's (`AttentionPlan.build(causal=)`).
+attention is bit for bit the masked forward's (`AttentionPlan.build(causal=)`), in FP8 too: what a slot is rounded to rests on
+nothing outside of it.
 Source: guandeh17/Self-Forcing wan/modules/causal_model.py, whose cache moves its frames; only which are attended matters.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,15 +23,22 @@ from fps_jax.attention.tiles import TileLayout, TileProposal, propose_tiles
 from fps_jax.attention.windows import check_causal, clip_window, context_tiles
 from fps_jax.causal import CausalConfig
 from fps_jax.sizes import Shape3
-from pallas_kernels.block_sparse import Implementation, block_sparse_attention, tile_alignment
+from pallas_kernels.block_sparse import Implementation, attention_to_codes, block_sparse_attention, tile_alignment
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.reference import FP8, KeyValueCodes, key_value_codes
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, in the compute dtype. Zero where nothing was written: unlisted slots have to be finite."""
+    """Keys and values of all layers, in the compute dtype or as e4m3 codes with float32 scales (`reference.KeyValueCodes`).
+
+    Codes are uint8, their bits: XLA for CPUs writes into an array of e4m3 by making all of it float16 and back.
+    Zero where nothing was written: unlisted slots have to be finite.
+    """
 
     k: Float[Array, "L B S_cache N H"]
     v: Float[Array, "L B S_cache N H"]
+    k_scale: Float[Array, "L B k_groups N"] | None = None
+    v_scale: Float[Array, "L B slots N H"] | None = None
 
 
 class Context(NamedTuple):
@@ -56,12 +63,14 @@ class CacheLayout:
       slot: the tile order of one slot.
       window: tiles along (F, Y, X) that a query tile attends in the frames that its block attends; F counts for nothing.
       frames: latent frames that there is room for.
+      scales_per_tile: FP8 scales of Q and K in a tile; V has one for each slot and channel. None for no quantization.
     """
 
     causal: CausalConfig
     slot: TileLayout
     window: Shape3
     frames: int
+    scales_per_tile: int | None = None
 
     @classmethod
     def build(
@@ -73,6 +82,7 @@ class CacheLayout:
         tile: Shape3 | None = None,
         window: tuple[int, int] | None = None,
         alignment: int | None = None,
+        scales_per_tile: int | None = None,
     ) -> "CacheLayout":
         """A layout, checked.
 
@@ -83,6 +93,7 @@ class CacheLayout:
             attention to all rows and columns: a narrow window needs more tiles than that has in a small frame.
           window: key tiles along rows and columns; None for all.
           alignment: as of `AttentionPlan.build`.
+          scales_per_tile: for a cache of FP8 codes, and attention in FP8; None for one in the compute dtype.
         Raises: ValueError for a tile or a number of frames that doesn't fit, and for an endless video without a window.
         """
         if num_frames is not None:
@@ -100,7 +111,9 @@ class CacheLayout:
         slot = TileLayout(grid, tile, tile_alignment() if alignment is None else alignment)
         whole = slot.tile_grid if window is None else clip_window((slot.tile_grid[0], *window), slot)
         check_causal(slot, whole, causal)
-        return cls(causal, slot, whole, min(sizes) // size * size)
+        if scales_per_tile is not None:
+            slot.tokens_per_scale(scales_per_tile)
+        return cls(causal, slot, whole, min(sizes) // size * size, scales_per_tile)
 
     @property
     def slots(self) -> int:
@@ -140,13 +153,35 @@ class CacheLayout:
         return Context(key_tiles, np.full(len(key_tiles), used, np.int32), own)
 
     def zeros(self, num_layers: int, batch: int, heads: int, head_dim: int, dtype: Any) -> KVCache:
-        """An empty cache."""
-        shape = (num_layers, batch, self.slots * self.slot.num_stored, heads, head_dim)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        """An empty cache. dtype: the compute dtype, which codes don't have."""
+        tokens = self.slots * self.slot.num_stored
+        shape = (num_layers, batch, tokens, heads, head_dim)
+        if self._per_scale is None:
+            return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        k_scale = jnp.ones((num_layers, batch, tokens // self._per_scale, heads), jnp.float32)
+        v_scale = jnp.ones((num_layers, batch, self.slots, heads, head_dim), jnp.float32)
+        return KVCache(jnp.zeros(shape, jnp.uint8), jnp.zeros(shape, jnp.uint8), k_scale, v_scale)
 
-    def write(self, cache: KVCache, k: Array, v: Array, slots: Array) -> KVCache:
-        """The cache with a block's keys and values, `[L, B, S, N, H]`, in its slots. In place where the cache is donated."""
-        return KVCache(self._put(cache.k, k, slots, 2), self._put(cache.v, v, slots, 2))
+    def kept(self, k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]) -> KVCache:
+        """A block's keys and values of one layer, tokens in tile order, as a cache of this layout keeps them: without L."""
+        if self._per_scale is None:
+            return KVCache(k, v)
+        valid = jnp.asarray(np.tile(self.slot.valid, k.shape[1] // self.slot.num_stored))
+        per_slot = self.slot.num_stored
+        codes = key_value_codes(k, v, valid, tokens_per_scale=self._per_scale, tokens_per_value_scale=per_slot)
+        k, v = (lax.bitcast_convert_type(x, jnp.uint8) for x in (codes.k, codes.v))
+        return KVCache(k, v, codes.k_scale, codes.v_scale)
+
+    @property
+    def _per_scale(self) -> int | None:
+        return None if self.scales_per_tile is None else self.slot.tokens_per_scale(self.scales_per_tile)
+
+    def write(self, cache: KVCache, block: KVCache, slots: Array, *, axis: int = 2) -> KVCache:
+        """The cache with a block's keys and values, as `kept` has them, in its slots. In place where the cache is donated.
+
+        axis: of the tokens: 2 behind the layers, 1 in a single one's.
+        """
+        return jax.tree.map(lambda x, own: self._put(x, own, slots, axis), cache, block)
 
     def read(self, x: Float[Array, "L B S_cache N H"], end: int) -> Float[Array, "L B S N H"]:
         """`cache.k` or `cache.v` of the frames that are attended up to `end`, in the video's order, tokens in raster order."""
@@ -156,7 +191,7 @@ class CacheLayout:
         return jnp.concatenate([jax.vmap(self.slot.from_tiles)(part) for part in parts], axis=2)
 
     def _put(self, x: Array, own: Array, slots: Array, axis: int) -> Array:
-        stored = self.slot.num_stored
+        stored = x.shape[axis] // self.slots  # of tokens, or of groups of them
         for i in range(slots.shape[0]):
             part = lax.slice_in_dim(own, i * stored, (i + 1) * stored, axis=axis)
             x = lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), slots[i] * stored, axis)
@@ -174,7 +209,7 @@ def _proposed_tile(grid: Shape3) -> Shape3:
 
 @dataclass(frozen=True)
 class CachedAttention(TokenAttention):
-    """One block's attention to itself and to what is in the cache. `taps` takes its keys and values, "k" and "v", for `write`.
+    """One block's attention to itself and to what is in the cache. `taps` takes its part of the cache by the names of `KVCache`.
 
     Attributes:
       where: the cache's layout.
@@ -193,18 +228,23 @@ class CachedAttention(TokenAttention):
         return self.where.block_layout(self.num_frames)
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
+        where, own = self.where, self.where.kept(k, v)
         if taps is not None:
-            taps["k"], taps["v"] = k, v
+            taps.update({name: x for name, x in own._asdict().items() if x is not None})
         # One operand for the kernel: the block's own lie where they will be kept, over frames that are no longer attended.
-        slots = jnp.asarray(self.context.slots)
-        put = functools.partial(self.where._put, slots=slots, axis=1)
-        keys, values = (put(kept[layer], own) for kept, own in zip(self.cache, (k, v), strict=True))
-        valid = np.tile(self.where.slot.valid, self.where.slots)
+        kept = jax.tree.map(lambda x: x[layer], self.cache)
+        kept = where.write(kept, own, jnp.asarray(self.context.slots), axis=1)
         pattern = TilePattern.build(
             key_tiles=self.context.key_tiles,
             counts=self.context.counts,
-            valid=valid,
+            valid=np.tile(where.slot.valid, where.slots),
             q_valid=self.layout.valid,
+            tokens_per_scale=where._per_scale,
+            tokens_per_value_scale=None if where._per_scale is None else where.slot.num_stored,
             ordered=True,
         )
-        return block_sparse_attention(q, keys, values, pattern, implementation=self.implementation)
+        if kept.k_scale is None or kept.v_scale is None:
+            return block_sparse_attention(q, kept.k, kept.v, pattern, implementation=self.implementation)
+        keys, values = (lax.bitcast_convert_type(x, FP8) for x in (kept.k, kept.v))
+        codes = KeyValueCodes(keys, values, kept.k_scale, kept.v_scale)
+        return attention_to_codes(q, codes, pattern, implementation=self.implementation)

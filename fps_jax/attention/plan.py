@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,8 +74,9 @@ class AttentionPlan:
           alignment: of the tiles' padding (`TileLayout`); None for what is fast on the device that programs are built for. It
             changes how tokens are stored, and no result but for the order of sums.
           center_k: take the mean off K before it is rounded: exact in the softmax, and what keys have in common costs no precision.
-          causal: for a block diffusion model; without quantization, with one window whose time axis is whole, for tiles that no
-            block cuts. `portable` adds up in the order of frames, so that a block's bits are those from a cache.
+          causal: for a block diffusion model; with one window whose time axis is whole, for tiles that no block cuts, without
+            `center_k`. `portable` adds up in the order of frames, so that a block's bits are those from a cache. With quantization
+            V has a scale for each channel of what enters and leaves that cache together.
           teacher_forcing: with `causal`, for training: the grid has 2 F frames, F clean ones (told time 0) and the same F noisy,
             both rotated for frames 0 to F - 1. A noisy block attends itself and the clean frames that it would find in a cache.
         Raises: ValueError for a tile that doesn't fit the grid, a window that isn't positive, a granularity the tile doesn't allow,
@@ -103,10 +105,9 @@ class AttentionPlan:
     def _check_causal(self, causal: CausalConfig) -> None:
         if self.per_head:
             raise NotImplementedError("a causal plan has one window for all heads; give one")
-        if self.quantize:
-            # V's scale is of all tokens, so a block's rounding would depend on frames that it can't know.
+        if self.center_k:
             raise NotImplementedError(
-                "a causal plan isn't quantized: V has one scale over all frames, those to come among them; give quantize=False"
+                "center_k=True takes the mean of all frames off the keys, those to come among them; leave it out of a causal plan"
             )
         check_causal(self.layout, self.windows[0], causal)
         if self.teacher_forcing and self.grid[0] % 2:
@@ -139,6 +140,13 @@ class AttentionPlan:
     def tokens_per_scale(self) -> int | None:
         """Stored tokens that share a scale of Q or K; None without quantization."""
         return None if self.scales_per_tile is None else self.layout.tokens_per_scale(self.scales_per_tile)
+
+    @property
+    def tokens_per_value_scale(self) -> int | None:
+        """Stored tokens that share V's scales: those of a cache's slot; None for all, and without quantization."""
+        if self.causal is None or not self.quantize:
+            return None
+        return self.causal.slot_frames // self.tile[0] * math.prod(self.layout.tile_grid[1:]) * self.layout.stored
 
     @property
     def windows(self) -> tuple[Shape3, ...]:
@@ -191,6 +199,7 @@ class AttentionPlan:
             valid=self.layout.valid,
             tokens_per_scale=self.tokens_per_scale,
             center_k=self.center_k,
+            tokens_per_value_scale=self.tokens_per_value_scale,
             ordered=self.causal is not None,
         )
 
@@ -202,6 +211,7 @@ class AttentionPlan:
             tile_size=self.layout.stored,
             tokens_per_scale=self.tokens_per_scale,
             table_density=self.key_tiles.shape[-1] / self.layout.num_tiles,
+            value_groups=self.tokens_per_value_scale is not None,
         )
 
     def to_tiles(self, x: Shaped[Array, "B S *rest"]) -> Shaped[Array, "B S_stored *rest"]:

@@ -100,6 +100,7 @@ class ShardedAttention(TokenAttention):
                 tile_size=layout.stored,
                 tokens_per_scale=plan.tokens_per_scale,
                 center_k=plan.center_k,
+                tokens_per_value_scale=plan.tokens_per_value_scale,
             )
             return inner.rows(q, _gathered(k), _gathered(v), pattern, layer=layer)
 

@@ -79,12 +79,11 @@ def _load(options: Watch) -> "Live":
     facts = {"model": options.model if is_demo else pathlib.Path(options.model).name, "prompt": "", "examples": []}
     facts |= (demo.FACTS if is_demo else {}) | ({} if options.prompt is None else {"prompt": options.prompt})
     size = (options.height, options.width)
-    StreamPlan.build(model.config, causal, facts["prompt"] or "any", seed=options.seed, size=size)
+    prompt, settings = facts["prompt"] or "any", {"seed": options.seed, "kv_cache": options.kv_cache}
+    StreamPlan.build(model.config, causal, prompt, size=size, **settings)
     _tell("loading the model")
     pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
-    return Live(
-        lambda prompt: pipe.session(prompt, seed=options.seed, height=size[0], width=size[1]), options.fps, facts
-    )
+    return Live(lambda prompt: pipe.session(prompt, height=size[0], width=size[1], **settings), options.fps, facts)
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,6 +14,7 @@ from fps_jax.causal import CausalConfig
 from fps_jax.choices import (
     CausalPreset,
     Dtype,
+    KVCacheFormat,
     Preset,
     Setting,
     SigmaGrid,
@@ -117,6 +118,9 @@ class StreamOptions:
     """Of those, the first ones of the video, which stay."""
     first_frame_alone: bool = False
     """The first block has one frame, whatever the model says of it."""
+    kv_cache: KVCacheFormat = "same"
+    """What is kept of the frames so far: same, keys and values in the compute dtype; fp8, their codes and scales, half of bf16's
+    bytes, and self-attention is then FP8 too."""
     height: int | None = None
     """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
     width: int | None = None

@@ -89,7 +89,7 @@ def _session(options: Stream) -> "Session":
     model = open_model(options.model)
     causal = causal_config(options, model.config)
     given, plan = None, StreamPlan.build
-    settings: dict[str, Any] = {"seed": options.seed, "blocks": options.blocks}
+    settings: dict[str, Any] = {"seed": options.seed, "blocks": options.blocks, "kv_cache": options.kv_cache}
     size = (options.height, options.width)
     *_, rows, columns = plan(model.config, causal, options.prompt, size=size, **settings).latent_shape
     if options.image is not None or options.video is not None:

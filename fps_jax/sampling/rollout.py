@@ -127,7 +127,7 @@ def _kept(model, layout: CacheLayout, cache: KVCache, context: Context, latents:
     """The cache with a finished block, and the first stage of that pass with a NaN or inf."""
     own: dict[str, Array] = {}
     _, stage = model(latents, jnp.broadcast_to(time, latents.shape[:1]), text, attention_taps=own)
-    return layout.write(cache, own["k"], own["v"], jnp.asarray(context.slots)), stage
+    return layout.write(cache, KVCache(**own), jnp.asarray(context.slots)), stage
 
 
 def _first(bad: Array, step: Array, stage: Array) -> Array:

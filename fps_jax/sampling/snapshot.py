@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fps_jax.attention.cache import KVCache
 from fps_jax.files import check_regular, new_file
 from fps_jax.models.vae import decode_chunk
 
 if TYPE_CHECKING:
     from fps_jax.sampling.stream import CausalPipeline, Session
 
-_VERSION = 2
+_VERSION = 3
 _RECORD_BYTES = 2**20  # a prompt and a dozen numbers
 _HEADER_BYTES = 2**16  # of an array in the file, at most
 _KINDS: dict[str, Any] = {
@@ -36,15 +37,10 @@ _KINDS: dict[str, Any] = {
     "given": int,
     "waiting": int,
 }
-_ARGUMENTS = {
-    "seed",
-    "blocks",
-    "height",
-    "width",
-    "tile",
-    "window",
-}  # of `CausalPipeline.session`, that a session is made anew with
+# Of `CausalPipeline.session`, that a session is made anew with.
+_ARGUMENTS = {"seed", "blocks", "height", "width", "tile", "window", "kv_cache"}
 _SINCE_1: dict[str, Any] = {"given": 0, "waiting": 0}  # what version 1 didn't know
+_SINCE_2: dict[str, Any] = {"kv_cache": "same"}  # arguments that version 2 didn't know
 
 
 def save_session(session: "Session", path: str | os.PathLike) -> None:
@@ -65,7 +61,7 @@ def save_session(session: "Session", path: str | os.PathLike) -> None:
         "given": session.given_frames,
         "waiting": 0 if session.given is None else session.given.shape[2],
     }
-    arrays: dict[str, Any] = {"cache.k": rollout.cache.k, "cache.v": rollout.cache.v}
+    arrays: dict[str, Any] = _cache_arrays(rollout.cache)
     arrays |= {f"vae.{i}": x for i, x in enumerate(session.decoder.cache or ())}
     arrays |= {f"finished.{i}": latents for i, (_, latents) in enumerate(session.finished)}
     if session.given is not None:
@@ -106,10 +102,12 @@ def load_session(pipeline: "CausalPipeline", path: str | os.PathLike) -> "Sessio
 
 def _read_record(file: zipfile.ZipFile) -> dict[str, Any]:
     record = json.loads(_read(file, "record", None, np.dtype(np.uint8)).tobytes().decode())
-    if not isinstance(record, dict) or record.get("version") not in (1, _VERSION):
+    if not isinstance(record, dict) or record.get("version") not in range(1, _VERSION + 1):
         raise ValueError(f"it is no session of version 1 to {_VERSION}")
     if record["version"] == 1:
         record: dict[str, Any] = _SINCE_1 | {"blocks": record["arguments"]["blocks"]} | record
+    if record["version"] < 3 and isinstance(record["arguments"], dict):
+        record = record | {"arguments": _SINCE_2 | record["arguments"]}
     for name, kind in _KINDS.items():
         if not isinstance(record[name], kind) or isinstance(record[name], bool):
             raise ValueError(f"{name} is a {type(record[name]).__name__} where its record has another type")
@@ -156,7 +154,7 @@ def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) 
         rollout.causal.check_frames(next_frame + waiting, "next_frame and waiting")
         shape = (*session.latent_shape[:2], waiting, *session.latent_shape[3:])
         given = _read(file, "given", shape, np.dtype(np.float32))
-    kept = [_read(file, f"cache.{name}", x.shape, x.dtype) for name, x in zip("kv", rollout.cache, strict=True)]
+    kept = {name: _read(file, name, x.shape, x.dtype) for name, x in _cache_arrays(rollout.cache).items()}
     finished, end = [], None
     for i, start in enumerate(record["finished"]):
         begin, end = rollout.causal.block(start if end is None or start == end else -1)
@@ -170,13 +168,18 @@ def _restore(session: "Session", record: dict[str, Any], file: zipfile.ZipFile) 
         session.decoder.cache = tuple(map(jnp.asarray, cache))
     if end not in (None, next_frame):
         raise ValueError(f"its finished blocks end at latent frame {end}, and the next begins at {next_frame}")
-    kind = type(rollout.cache)
     del rollout.cache  # before its successor is on the device: there may be no room for two
-    rollout.cache = rollout.on_device(kind(*map(jnp.asarray, kept)))
+    fields = {name.removeprefix("cache."): jnp.asarray(x) for name, x in kept.items()}
+    rollout.cache = rollout.on_device(KVCache(**fields))
     rollout.next_frame, session.index, session.made, session.finished = next_frame, index, made, finished
     session.given = given
     if record["pending"] is not None:
         session.switch(*record["pending"])
+
+
+def _cache_arrays(cache: KVCache) -> dict[str, Any]:
+    """What there is of a cache, by its names in the file."""
+    return {f"cache.{name}": x for name, x in cache._asdict().items() if x is not None}
 
 
 def _bits(x: np.ndarray) -> np.ndarray:

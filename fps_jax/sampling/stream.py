@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fps_jax.causal import CausalConfig
 from fps_jax.checkpoints.open import open_model
-from fps_jax.choices import CausalPreset, Switch, check_choice, strongest
+from fps_jax.choices import CausalPreset, KVCacheFormat, Switch, check_choice, strongest
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
 from fps_jax.profiling.stages import stage
@@ -117,6 +117,7 @@ class CausalPipeline:
         width: int | None = None,
         tile: Shape3 | None = None,
         window: tuple[int, int] | None = None,
+        kv_cache: KVCacheFormat = "same",
         given: Any = None,
     ) -> "Session":
         """A stream whose prompt may change while it runs.
@@ -129,6 +130,8 @@ class CausalPipeline:
           height, width: pixels, multiples of 16; None for the checkpoint's own.
           tile: tokens of a tile, along frames a divisor of what enters and leaves the cache together; None for the proposed one.
           window: key tiles along rows and columns, within the frames that a block attends (FPSAttention); None for all.
+          kv_cache: what is kept of the frames so far: 'same', keys and values in the compute dtype; 'fp8', their e4m3 codes and
+            scales, half of bf16's bytes, and self-attention is then FP8 too.
           given: what the video begins with, and goes on from: frames `[T, H, W, 3]` (uint8, or floats in [0, 1]; another size is
             resized to cover the video's and cropped around its centre), a picture (array, PIL image or path), or latents
             `[16, f, H/8, W/8]` as `Block.latents`. They have to be whole blocks, and come out of the stream first, as the VAE
@@ -136,7 +139,16 @@ class CausalPipeline:
         Raises: ValueError for an argument that breaks a rule; OSError for a picture that can't be read.
         """
         return Session(
-            self, prompt, seed=seed, blocks=blocks, height=height, width=width, tile=tile, window=window, given=given
+            self,
+            prompt,
+            seed=seed,
+            blocks=blocks,
+            height=height,
+            width=width,
+            tile=tile,
+            window=window,
+            kv_cache=kv_cache,
+            given=given,
         )
 
     def load_session(self, path: str | os.PathLike) -> "Session":
@@ -189,6 +201,7 @@ class Session(Iterator[Block]):
         width: int | None,
         tile: Shape3 | None,
         window: tuple[int, int] | None,
+        kv_cache: KVCacheFormat = "same",
         given: Any = None,
         given_frames: int | None = None,
     ):
@@ -197,7 +210,16 @@ class Session(Iterator[Block]):
         size = (height, width)
         count = given_latent_frames(given, wan.config, causal) if given_frames is None else given_frames
         plan = StreamPlan.build(
-            wan.config, causal, prompt, seed=seed, blocks=blocks, given=count, size=size, tile=tile, window=window
+            wan.config,
+            causal,
+            prompt,
+            seed=seed,
+            blocks=blocks,
+            given=count,
+            size=size,
+            tile=tile,
+            window=window,
+            kv_cache=kv_cache,
         )
         if blocks is None and causal.window is None:
             log.info("a stream without end: a block attends the last %d latent frames", plan.layout.frames)
@@ -211,6 +233,7 @@ class Session(Iterator[Block]):
             "width": None if width is None else int(width),
             "tile": None if tile is None else tuple(int(n) for n in tile),
             "window": None if window is None else tuple(int(n) for n in window),
+            "kv_cache": kv_cache,
         }
         self._prompt = prompt
         self._pending: tuple[str, Switch, Array] | None = None

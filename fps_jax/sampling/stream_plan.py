@@ -6,7 +6,7 @@ from typing import Any
 
 from fps_jax.attention.cache import CacheLayout
 from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
-from fps_jax.choices import CausalPreset, check_choice, check_text
+from fps_jax.choices import CausalPreset, KVCacheFormat, check_choice, check_text
 from fps_jax.config import WanConfig
 from fps_jax.sampling.request import Request
 from fps_jax.sizes import Shape3, check_integer, latent_grid, token_grid
@@ -39,6 +39,7 @@ class StreamPlan:
         size: tuple[int | None, int | None] = (None, None),
         tile: Shape3 | None = None,
         window: tuple[int, int] | None = None,
+        kv_cache: KVCacheFormat = "same",
     ) -> "StreamPlan":
         """Checks the arguments of `CausalPipeline.session`. Raises ValueError as that does.
 
@@ -50,6 +51,7 @@ class StreamPlan:
             raise ValueError(f"blocks={blocks!r} is not a whole number of 1 or more; None is a stream without end")
         check_prompt(prompt)
         check_integer("seed", seed)
+        check_choice("kv_cache", kv_cache, KVCacheFormat)
         for name, sizes in (("tile", tile), ("window", window)):
             for n in () if sizes is None else sizes:
                 check_integer(name, n)
@@ -65,7 +67,11 @@ class StreamPlan:
             causal = dataclasses.replace(causal, window=max(TRAINED_FRAMES // n, 2) * n)
         latent_shape = (1, config.dit.out_channels, *latent_grid(int(request.height), int(request.width), 1))
         space = token_grid(latent_shape[2:], config.dit.patch_size)[1:]
-        return cls(latent_shape, CacheLayout.build(causal, space, num_frames=num_frames, tile=tile, window=window))
+        scales = 1 if kv_cache == "fp8" else None
+        layout = CacheLayout.build(
+            causal, space, num_frames=num_frames, tile=tile, window=window, scales_per_tile=scales
+        )
+        return cls(latent_shape, layout)
 
 
 def causal_of(config: WanConfig, causal: CausalConfig | CausalPreset | None) -> CausalConfig:

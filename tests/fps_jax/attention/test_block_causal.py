@@ -197,8 +197,22 @@ def test_plans_that_blocks_cut_are_refused():
         AttentionPlan.build((7, 4, 4), (1, 2, 2), quantize=False, causal=CausalConfig(), teacher_forcing=True)
     with pytest.raises(NotImplementedError, match="one window for all heads"):
         build((3, 2, 2), [(2, 1, 1), (2, 2, 2)], causal=CausalConfig())
-    with pytest.raises(NotImplementedError, match=r"isn't quantized.*give quantize=False"):
-        AttentionPlan.build((6, 4, 4), (3, 2, 2), causal=CausalConfig())
+    with pytest.raises(NotImplementedError, match="center_k=True takes the mean of all frames off the keys"):
+        AttentionPlan.build((6, 4, 4), (3, 2, 2), causal=CausalConfig(), center_k=True)
+
+
+def test_in_fp8_v_has_a_scale_for_what_enters_and_leaves_a_cache_together():
+    def tokens(causal, frames=6, tile=(1, 2, 2), **keywords):
+        plan = AttentionPlan.build((frames, 4, 4), tile, causal=causal, alignment=8, **keywords)
+        assert plan.pattern.tokens_per_value_scale == plan.tokens_per_value_scale
+        return plan.tokens_per_value_scale
+
+    frame = 4 * 8  # tiles of 4 tokens, padded to 8
+    assert tokens(CausalConfig()) == 3 * frame
+    assert tokens(CausalConfig(window=5, sink=2)) == frame
+    assert tokens(CausalConfig(), tile=(3, 4, 4)) == 48
+    assert tokens(CausalConfig(), frames=12, teacher_forcing=True) == 3 * frame
+    assert tokens(CausalConfig(), quantize=False) is tokens(None) is None
 
 
 def test_what_stays_dense_stays_causal():

@@ -42,27 +42,28 @@ def test_the_ring_holds_what_a_block_attends(causal, blocks):
         assert order[-len(own) :] == own
 
 
-def whole_and_cached(causal, blocks, space, tile, window, heads, dtype, seed=0):
+def whole_and_cached(causal, blocks, space, tile, window, heads, dtype, scales=None, seed=0):
     """Attention of a whole video by a masked plan, and block by block from a cache, both in tile order."""
     frames = causal.frames_per_block * blocks + causal.first_frame_alone
     grid = (frames, *space)
     spatial = None if window is None else (frames, *window)
-    plan = AttentionPlan.build(grid, tile, spatial, quantize=False, causal=causal)
+    plan = AttentionPlan.build(grid, tile, spatial, scales, causal=causal)
     r = np.random.default_rng(seed)
     q, k, v = (
         plan.to_tiles(jnp.asarray(r.standard_normal((1, plan.layout.num_tokens, heads, 16)), dtype)) for _ in range(3)
     )
     whole = attend(q, k, v, plan=plan, implementation="portable")
-    layout = CacheLayout.build(causal, space, num_frames=frames, tile=tile, window=window)
+    layout = CacheLayout.build(causal, space, num_frames=frames, tile=tile, window=window, scales_per_tile=scales)
     cache = layout.zeros(1, 1, heads, 16, dtype)
     made = []
     for start, end in causal.blocks(frames):
         context = layout.context(start)
-        size = plan.layout.num_stored // frames
-        own = [x[:, start * size : end * size] for x in (q, k, v)]
+        first, last = (frame * plan.layout.num_stored // frames for frame in (start, end))
+        own = [x[:, first:last] for x in (q, k, v)]
         attention = CachedAttention(layout, end - start, cache, context, "portable")
         made.append(attention(*own, layer=jnp.int32(0), taps=None))
-        cache = layout.write(cache, own[1][None], own[2][None], jnp.asarray(context.slots))
+        kept = jax.tree.map(lambda x: x[None], layout.kept(*own[1:]))
+        cache = layout.write(cache, kept, jnp.asarray(context.slots))
     return np.asarray(whole.astype(jnp.float32)), np.asarray(jnp.concatenate(made, axis=1).astype(jnp.float32))
 
 
@@ -74,12 +75,15 @@ def cases(draw):
     tile = (along, *(draw(st.integers(1, size)) for size in space))
     window = draw(st.one_of(st.none(), st.tuples(st.integers(1, 3), st.integers(1, 3))))
     dtype = draw(st.sampled_from([jnp.float32, jnp.bfloat16]))
-    return causal, draw(st.integers(2, 6)), space, tile, window, draw(st.integers(1, 2)), dtype
+    scales = draw(st.sampled_from([None, 1]))
+    return causal, draw(st.integers(2, 6)), space, tile, window, draw(st.integers(1, 2)), dtype, scales
 
 
 @few
 @example((CausalConfig(window=6, sink=1), 4, (2, 3), (1, 1, 2), None, 2, jnp.float32))
 @example((CausalConfig(frames_per_block=2, window=6, sink=2), 6, (2, 3), (2, 2, 2), (1, 1), 1, jnp.bfloat16))
+@example((CausalConfig(frames_per_block=2, window=6, sink=2), 6, (2, 3), (2, 2, 2), (1, 1), 2, jnp.bfloat16, 1))
+@example((CausalConfig(window=6, sink=1), 4, (9, 10), (1, 9, 10), None, 1, jnp.float32, 2))
 @given(cases())
 def test_a_block_from_the_cache_is_bit_for_bit_its_rows_of_the_masked_forward(case):
     """In every position of the ring: the examples go round it."""
@@ -120,5 +124,19 @@ def test_a_video_shorter_than_the_window_takes_no_more_room_than_it_needs():
     for frames, space in ((3, (30, 52)), (1, (30, 52)), (3, (45, 80)), (3, (80, 45)), (3, (2, 3))):
         slot = CacheLayout.build(CausalConfig(frames_per_block=frames, window=21), space, alignment=64).slot
         assert slot.waste <= 0.07 or slot.num_tiles == 1, "tiles of little padding are proposed"
-    cache = jax.eval_shape(lambda: endless.zeros(30, 1, 12, 128, jnp.bfloat16))
-    assert sum(a.size * a.dtype.itemsize for a in cache) == 4 * 30 * endless.slot.num_stored * 12 * 128 * 2 * 2
+    values = 4 * 30 * endless.slot.num_stored * 12 * 128 * 2
+
+    def size(layout: CacheLayout) -> int:
+        cache = jax.eval_shape(lambda: layout.zeros(30, 1, 12, 128, jnp.bfloat16))
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+
+    assert size(endless) == 2 * values
+    codes = size(CacheLayout.build(causal, (30, 52), scales_per_tile=1))
+    # A byte each; four for each tile and head of K, and for each slot, head and channel of V
+    assert codes == values + 4 * 30 * 4 * 12 * (endless.slot.num_tiles + 128)
+    assert codes < 1.001 * values
+
+
+def test_a_cache_in_fp8_takes_a_granularity_that_its_tiles_have():
+    with pytest.raises(ValueError, match=r"scales_per_tile=3 doesn't share out evenly"):
+        CacheLayout.build(CausalConfig(window=6), (2, 3), scales_per_tile=3)
