@@ -30,6 +30,7 @@ TARGETS = {
     "fps_jax/sampling/flow.py": "tests/fps_jax/sampling/test_solvers.py tests/fps_jax/sampling/test_request.py "
     "tests/fps_jax/sampling/test_few_step.py",
     "fps_jax/sampling/request.py": "tests/fps_jax/sampling/test_request.py",
+    "fps_jax/sampling/request_fields.py": "tests/fps_jax/sampling/test_request.py",
     "fps_jax/config.py": "tests/fps_jax/test_config.py",
     "fps_jax/sizes.py": "tests/fps_jax/test_sizes.py tests/fps_jax/sampling/test_request.py",
 }

@@ -60,8 +60,10 @@ ROOMS = {
         f"{LEAVES} fps_jax.attention fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"
     ),
     "fps_convert": Room(f"{LEAVES} fps_jax.models fps_jax.checkpoints", "ml_dtypes numpy tyro", inside="tokenizers"),
+    "fps_jax.sampling.request_fields": Room("fps_jax.choices fps_jax.config fps_jax.sizes"),
     "fps_jax.sampling": Room(
-        f"{LEAVES} fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.models fps_jax.checkpoints",
+        f"{LEAVES} fps_jax.sampling.request_fields fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.models "
+        "fps_jax.checkpoints",
         ARRAYS,
         inside="PIL",
     ),
@@ -95,7 +97,7 @@ ROOMS = {
     ),
     # Arguments are parsed before jax is imported.
     "fps_jax.commands": Room(
-        f"{LEAVES} fps_jax.tuning.defaults",
+        f"{LEAVES} fps_jax.sampling.request_fields fps_jax.tuning.defaults",
         "tyro",
         inside="pallas_kernels fps_jax fps_jax.media fps_jax.profiling fps_jax.attention fps_jax.models fps_jax.checkpoints "
         "fps_jax.sampling fps_jax.tuning fps_jax.evaluation fps_jax.live jax numpy",
@@ -226,7 +228,8 @@ def test_the_library_imports_without_what_is_for_functions_only():
 
 
 def test_importing_the_package_and_its_configs_loads_no_jax():
-    code = "import sys, fps_jax, fps_jax.config, fps_jax.errors\nassert 'jax' not in sys.modules"
+    modules = "fps_jax, fps_jax.config, fps_jax.errors, fps_jax.sampling.request_fields"
+    code = f"import sys, {modules}\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

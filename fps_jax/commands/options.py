@@ -11,21 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fps_jax.causal import CausalConfig
-from fps_jax.choices import (
-    CausalPreset,
-    Dtype,
-    KVCacheFormat,
-    Preset,
-    Setting,
-    SigmaGrid,
-    Size,
-    Solver,
-    check_fps,
-    check_text,
-    file_and_scale,
-)
+from fps_jax.choices import CausalPreset, Dtype, KVCacheFormat, check_fps, check_text, file_and_scale
 from fps_jax.files import check_name, check_regular
 from fps_jax.progress import Quiet
+from fps_jax.sampling.request_fields import RequestFields
 
 if TYPE_CHECKING:
     from fps_jax.config import WanConfig
@@ -36,68 +25,31 @@ FILES = ("image", "last_image", "image_embeds", "latents")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoOptions:
-    """A checkpoint and the video to sample from it.
-
-    Fields that are `Request`'s have its names, and its defaults: it isn't their base, as it stands on jax, and a command line is
-    parsed before jax is imported. tests/fps_jax/sampling/test_request.py holds the two against each other.
-    """
+class VideoOptions(RequestFields):
+    """A checkpoint and the video to sample from it: a request's fields in a command line's types, and what goes with them."""
 
     model: Annotated[str, tyro.conf.Positional]
     """A converted checkpoint, an official or diffusers directory, or a Hugging Face repo id."""
     prompt: str
     """What the video shows."""
-    negative_prompt: str | None = None
+    negative_prompt: str | None = RequestFields.negative_prompt
     """What it should not show; the checkpoint's own default if left out, '' for nothing."""
-    image: pathlib.Path | None = None
+    image: pathlib.Path | None = RequestFields.image
     """First frame (I2V, FLF2V): an image file, or .npy with floats in [0, 1] or uint8."""
-    last_image: pathlib.Path | None = None
+    last_image: pathlib.Path | None = RequestFields.last_image
     """Last frame (FLF2V)."""
-    image_embeds: pathlib.Path | None = None
+    image_embeds: pathlib.Path | None = RequestFields.image_embeds
     """Image-tower tokens as .npy, in place of those computed from the images."""
-    height: int | None = None
-    """Pixels, a multiple of 16; the checkpoint's own if left out, 480 for all of Wan's."""
-    width: int | None = None
-    """Pixels, a multiple of 16; the checkpoint's own if left out, 832 for Wan's."""
-    size: Size = "exact"
-    """exact; area keeps the aspect of --image at the area of height x width, as the official code does."""
-    num_frames: int | None = None
-    """4k + 1; the checkpoint's own if left out, 81 for Wan's."""
-    preset: Preset | None = None
-    """How to sample where the next seven are left out. wan: 50 steps of unipc, guidance 5, the checkpoint's shift. few-step: for
-    step-distilled checkpoints and LoRAs, 4 steps of lcm, shift 5, no guidance. dmd, causvid: FastWan's and CausVid's 3 steps. Left
-    out: the checkpoint's own, which is wan for all but FastWan's."""
-    num_inference_steps: int | None = None
-    """Denoising steps; 50 by the preset wan."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance weight; at 1 or below the negative prompt isn't used. 5.0 by the preset wan."""
-    flow_shift: float | None = None
-    """Shift of the noise levels; by the preset wan the checkpoint's own."""
-    solver: Solver | None = None
-    """unipc (the preset wan's), dpm++ and euler follow the ODE; lcm adds fresh noise after each step, for distilled models."""
-    sigma_grid: SigmaGrid | None = None
-    """Noise levels of the official code (wan) or of diffusers."""
-    sigmas: tuple[float, ...] | None = None
-    """The noise levels themselves, in (0, 1], falling, without the closing 0, in place of a grid."""
-    timesteps: tuple[float, ...] | None = None
-    """The same by what the model is told, in (0, 1000], such as 1000 757 522."""
-    seed: int = 0
+    seed: int = RequestFields.seed
     """Seed of the initial noise, and of the noise that lcm adds."""
-    latents: pathlib.Path | None = None
+    latents: pathlib.Path | None = RequestFields.latents
     """Initial noise as .npy, [1, 16, F, H/8, W/8], in place of the seed's."""
+    schedule: pathlib.Path | None = RequestFields.schedule
+    """Schedule as JSON, from fps-calibrate; if left out the checkpoint's own, or the default one."""
     dtype: Dtype = "bfloat16"
     """Compute dtype of the DiT and the text encoder."""
     fps: float = 16
     """Frames a second in the mp4 (Wan's models make 16); fractions too."""
-    vae_tiling: bool = False
-    """Decode in spatial tiles, for little memory."""
-    batch_guidance: bool = False
-    """Evaluate prompt and negative prompt as one batch of two."""
-    attention: Setting | None = None
-    """Self-attention: dense; fps, FP8 and sparse as the schedule says; fp8 or sparse, only that half of it. Left out: fps with a
-    schedule, given here or the checkpoint's own, and else dense."""
-    schedule: pathlib.Path | None = None
-    """Schedule as JSON, from fps-calibrate; if left out the checkpoint's own, or the default one."""
     lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE] ...")] = ()
     """LoRA files (.safetensors, any trainer's) to merge into the DiT's weights, each with a scale; 1 if left out."""
     lora_partial: bool = False
@@ -173,6 +125,7 @@ def read_request(options: VideoOptions) -> "Request":
     """
     lora_files(options)
     arrays = {name: _array(options, name) for name in FILES}
+    options.check_fields()
     from fps_jax.sampling.request import Request
 
     names = {f.name for f in dataclasses.fields(Request)} & {f.name for f in dataclasses.fields(options)}

@@ -12,14 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fps_jax.attention.schedule import FPSSchedule
-from fps_jax.choices import OutputType, Preset, Setting, SigmaGrid, Size, Solver, check_choice, check_text
+from fps_jax.choices import OutputType, Preset, Setting, check_choice
 from fps_jax.config import NEGATIVE_PROMPTS, SamplingDefaults, WanConfig
 from fps_jax.media.images import area_size, image_count, image_size, load_image
 from fps_jax.sampling.denoise import Segments
 from fps_jax.sampling.flow import check_levels
 from fps_jax.sampling.presets import Settings, fill
+from fps_jax.sampling.request_fields import RequestFields
 from fps_jax.sampling.solvers import SolverTable, coefficients
-from fps_jax.sizes import Shape3, check_frame, check_integer, check_integer_up_to, latent_grid, token_grid
+from fps_jax.sizes import Shape3, check_frame, check_integer_up_to, latent_grid, token_grid
 
 
 class Resolved(NamedTuple):
@@ -52,58 +53,33 @@ class Resolved(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # by identity: arrays have no one answer to ==
-class Request:
+class Request(RequestFields):
     """The arguments of `WanPipeline.__call__`, which says what each means. A schedule's file is read once, here.
 
     Raises: ValueError for whatever is wrong on every Wan2.1 model; FileNotFoundError for a schedule that isn't there.
     """
 
     prompt: str | Sequence[str]
-    negative_prompt: str | Sequence[str] | None = None
-    image: Any = None
-    last_image: Any = None
-    image_embeds: Any = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    flow_shift: float | None = None
-    solver: Solver | None = None
-    sigma_grid: SigmaGrid | None = None
-    seed: int | Sequence[int] = 0
-    latents: Any = None
+    negative_prompt: str | Sequence[str] | None = RequestFields.negative_prompt
+    seed: int | Sequence[int] = RequestFields.seed
+    schedule: FPSSchedule | str | os.PathLike | None = RequestFields.schedule
     output_type: OutputType = "np"
-    vae_tiling: bool = False
-    batch_guidance: bool = False
-    attention: Setting | None = None
-    schedule: FPSSchedule | str | os.PathLike | None = None
-    preset: Preset | None = None
-    sigmas: Sequence[float] | None = None
-    timesteps: Sequence[float] | None = None
-    size: Size = "exact"
 
     def __post_init__(self):
+        self._take_numpy()
+        self.check_fields()
         check_choice("output_type", self.output_type, OutputType)
-        check_choice("size", self.size, Size)
-        if self.size == "area" and self.image is None:
-            raise ValueError(
-                "size='area' keeps the aspect of an image, and there is none; pass image, or leave size out"
-            )
-        for name in ("vae_tiling", "batch_guidance"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
-        for name in ("height", "width", "num_frames"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name))
-                object.__setattr__(
-                    self, name, int(getattr(self, name))
-                )  # NumPy's small ones would overflow in products
-        self._texts(default_negative="")
-        check_frame(*self._asked(SamplingDefaults()))  # a size that is left out can't be wrong
         self._check_walk()
-        object.__setattr__(self, "schedule", _read_schedule(self.attention, self.schedule))
-        self._seeds()
+        object.__setattr__(self, "schedule", _read_schedule(self.schedule))
+
+    def _take_numpy(self) -> None:
+        """Whole numbers and truth values of NumPy become Python's: its small ones would overflow in products."""
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if isinstance(value, np.integer | np.bool_):
+                object.__setattr__(self, name, value.item())
+        if isinstance(self.seed, np.ndarray):
+            object.__setattr__(self, "seed", self.seed.tolist())
 
     def filled(self, config: WanConfig) -> "Request":
         """The same, with what this model has where the request says nothing: sizes, negative prompt, steps and guidance."""
@@ -121,14 +97,6 @@ class Request:
         if self.size == "area":
             height, width = area_size(*image_size(self.image), height * width)
         return height, width, num_frames
-
-    def _asked(self, own: SamplingDefaults) -> Shape3:
-        """(height, width, num_frames) as they are given."""
-        return (
-            own.height if self.height is None else self.height,
-            own.width if self.width is None else self.width,
-            own.num_frames if self.num_frames is None else self.num_frames,
-        )
 
     def resolve(self, config: WanConfig, trained: FPSSchedule | None = None) -> Resolved:
         """The request on a model of this config, trained with a schedule. Raises ValueError for what this model can't do."""
@@ -190,17 +158,7 @@ class Request:
         ]
 
     def _check_walk(self) -> None:
-        """The steps and what goes with them, as far as no checkpoint is needed: its preset and its shift aren't known yet."""
-        for name, kind in (("preset", Preset), ("solver", Solver), ("sigma_grid", SigmaGrid)):
-            if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), kind)
-        if self.num_inference_steps is not None:
-            check_integer("num_inference_steps", self.num_inference_steps)
-        scale = self.guidance_scale
-        if scale is not None and (
-            isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not -1e3 < scale < 1e3
-        ):
-            raise ValueError(f"guidance_scale={scale!r} is not a finite number below 1000; Wan uses 5.0")
+        """The noise levels, as far as no checkpoint is needed: its preset and its shift aren't known yet."""
         for name in ("sigmas", "timesteps"):
             if getattr(self, name) is not None:
                 levels = check_levels(name, getattr(self, name))
@@ -220,46 +178,6 @@ class Request:
             flow_shift=self.flow_shift,
             guidance_scale=self.guidance_scale,
         )
-
-    def _texts(self, default_negative: str) -> tuple[list[str], list[str]]:
-        """Prompts and as many negative prompts."""
-        given, negative = self.prompt, self.negative_prompt
-        positive = [given] if isinstance(given, str) else list(given) if isinstance(given, Sequence) else []
-        if not positive or not all(isinstance(p, str) for p in positive):
-            raise ValueError(f"prompt={given!r} is not a text or a non-empty list of texts")
-        for text in positive:
-            check_text("prompt", text)
-        if negative is None:
-            negative = default_negative
-        if isinstance(negative, str):
-            check_text("negative_prompt", negative)
-            return positive, [negative] * len(positive)
-        if not isinstance(negative, Sequence):
-            raise ValueError(f"negative_prompt={negative!r} is not None, a text or a list of texts")
-        if len(negative) != len(positive) or not all(isinstance(p, str) for p in negative):
-            raise ValueError(
-                f"negative_prompt has {len(negative)} texts for {len(positive)} prompts; pass one text, or as many"
-            )
-        for text in negative:
-            check_text("negative_prompt", text)
-        return positive, list(negative)
-
-    def _seeds(self) -> list[int]:
-        """One seed per sample."""
-        batch = len(self._texts("")[0])
-        if isinstance(self.seed, int | np.integer):
-            seeds = [int(self.seed) + i for i in range(batch)]
-        elif isinstance(self.seed, Sequence | np.ndarray):
-            seeds = list(self.seed)
-        else:
-            raise ValueError(f"seed={self.seed!r} is not a whole number or a list of them")
-        if len(seeds) != batch:
-            raise ValueError(f"seed has {len(seeds)} values for {batch} prompts; pass one integer, or as many")
-        for value in seeds:
-            check_integer("seed", value)
-            if not 0 <= value < 2**32:  # jax would wrap a larger one silently
-                raise ValueError(f"seed={value} is not in [0, 2**32); use a smaller or a positive one")
-        return [int(value) for value in seeds]
 
     def _attention(self, trained: FPSSchedule | None, grid: Shape3) -> tuple[Setting, FPSSchedule | None]:
         """The attention setting and its schedule on a token grid, nothing left to propose; ('dense', None) without one."""
@@ -322,14 +240,8 @@ def _normal(seed: int, step: int | None, shape: tuple[int, ...]) -> Array:
 _IMAGES: dict[str, tuple[str, ...]] = {"t2v": (), "i2v": ("image",), "flf2v": ("image", "last_image")}
 
 
-def _read_schedule(attention: Setting | None, given: Any) -> FPSSchedule | None:
-    """The schedule of a request, its file read. Raises ValueError for one that is none, or that 'dense' wouldn't follow."""
-    if attention is not None:
-        check_choice("attention", attention, Setting)
-    if attention == "dense" and given is not None:
-        raise ValueError(
-            "schedule was given, but attention='dense' follows none; pass attention='fps', or leave it out"
-        )
+def _read_schedule(given: Any) -> FPSSchedule | None:
+    """The schedule of a request, its file read. Raises ValueError for one that is none."""
     if isinstance(given, str | os.PathLike):
         return FPSSchedule.load(given)
     if given is not None and not isinstance(given, FPSSchedule):

@@ -1,8 +1,10 @@
 """One request: the same for Python and the commands, checked without a checkpoint, the same object all the way down."""
 
+import ast
 import dataclasses
 import inspect
 import pathlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 from fps_jax import FPSSchedule, Regime, WanPipeline
 from fps_jax.commands.calibrate import Calibrate
 from fps_jax.commands.compare import Compare
-from fps_jax.commands.options import read_request
+from fps_jax.commands.options import VideoOptions, read_request
 from fps_jax.commands.sample import Sample
 from fps_jax.config import NEGATIVE_PROMPTS, WAN_FLF2V_14B, WAN_I2V_14B, WAN_T2V_14B, SamplingDefaults
+from fps_jax.errors import parse
 from fps_jax.evaluation.compare import compare
 from fps_jax.sampling import pipeline
 from fps_jax.sampling.request import Request
+from fps_jax.sampling.request_fields import RequestFields
 
 FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 WHOLE = FPSSchedule(regimes=(Regime(until=1.0),))
@@ -28,7 +32,7 @@ def test_every_field_is_an_argument_of_the_pipeline_with_its_default():
     # not of the video, or made into what is
     for name in ("self", "callback", "num_videos_per_prompt", "callback_on_step_end", "foreign"):
         del arguments[name]
-    assert list(arguments) == list(FIELDS)
+    assert arguments.keys() == FIELDS.keys()
     for name, argument in arguments.items():
         default = FIELDS[name].default
         assert argument.default == (inspect.Parameter.empty if default is dataclasses.MISSING else default), name
@@ -89,11 +93,64 @@ def test_an_option_becomes_the_field_of_its_name(tmp_path, levels):
     assert {name: getattr(request, name) for name in FIELDS} == want
 
 
+@pytest.mark.parametrize("kind", [Request, VideoOptions])
+def test_a_field_of_both_is_declared_again_for_another_type_alone(kind):
+    """And its default is the base's: what a class body says beside a type."""
+    shared = {field.name: field for field in dataclasses.fields(RequestFields)}
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    again = [line for line in body.body if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) in shared]
+    assert again
+    for line in again:
+        name = ast.unparse(line.target)
+        default = None if shared[name].default is dataclasses.MISSING else f"RequestFields.{name}"
+        assert (line.value and ast.unparse(line.value)) == default, name
+        assert kind.__dataclass_fields__[name].type != shared[name].type, name
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Extended(Request):
-    """An option that only a request has."""
+class Wider(RequestFields):
+    """What both would have with one option more."""
 
     strength: float = 1.0
+    """How much of it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Extended(Wider, Request):
+    """As if it were in the base of all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendedSample(Wider, Sample):
+    """As if it were in the base of all."""
+
+
+def test_an_option_added_to_the_fields_alone_reaches_the_command_line_and_its_request(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parse(ExtendedSample, ["--help"], prog="fps-sample")
+    assert "--strength FLOAT How much of it. (default: 1.0)" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr("fps_jax.sampling.request.Request", Extended)
+    options = parse(ExtendedSample, ["m", "--prompt", "x", "--strength", "0.5"], prog="fps-sample")
+    assert read_request(options).strength == 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"height": 31}, "height=31 is not a positive multiple of 16"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not a whole number"),
+        ({"size": "area"}, "size='area' keeps the aspect of an image"),
+        ({"guidance_scale": 1e9}, "guidance_scale=1000000000.0 is not a finite number"),
+        ({"attention": "dense", "schedule": pathlib.Path("a.json")}, "attention='dense' follows none"),
+        ({"seed": -1}, "seed=-1 is not in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_a_command_refuses_what_it_can_before_the_library_is_imported(monkeypatch, given, message):
+    monkeypatch.setitem(sys.modules, "fps_jax.sampling.request", None)
+    with pytest.raises(ValueError, match=message):
+        read_request(Sample(model="m", prompt="x", **given))
 
 
 def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatch):
