@@ -50,7 +50,7 @@ def programs() -> dict[str, Callable[[], Any]]:
     from fps_jax.sampling.denoise import _denoise
     from fps_jax.sampling.flow import block_levels
     from fps_jax.sampling.guidance import Inputs
-    from fps_jax.sampling.rollout import BlockInputs, denoise_block
+    from fps_jax.sampling.rollout import denoise_block
     from fps_jax.sampling.solvers import SolverTable, coefficients, solver_table
     from fps_jax.sizes import latent_grid, token_grid
 
@@ -117,17 +117,15 @@ def programs() -> dict[str, Callable[[], Any]]:
         cache = jax.eval_shape(lambda: layout.zeros(dit.num_layers, 1, dit.num_heads, dit.head_dim, bf16))
         levels = coefficients("lcm", block_levels(causal))
         context = layout.context(window)
-        given: Any = BlockInputs(
-            noise=spec(shape, f32),
-            step_noise=spec((len(causal.steps), *shape), f32),
-            rope=spec((2, math.prod(shape[2:]) // 4, dit.head_dim // 2), f32),
-            context=jax.tree.map(lambda a: spec(a.shape, a.dtype), context),
-        )
+        arrays: Any = spec(shape, f32), spec((len(causal.steps), *shape), f32)
+        inputs = Inputs(arrays[0], text, step_noise=arrays[1])
+        rope = spec((2, math.prod(shape[2:]) // 4, dit.head_dim // 2), f32)
+        context = jax.tree.map(lambda a: spec(a.shape, a.dtype), context)
         table = jax.tree.map(lambda a: spec(a.shape, f32), levels)
         run = functools.partial(
             denoise_block, config=dit, layout=layout, dtype=jnp.dtype(bf16), implementation="portable"
         )
-        return compile_for_h200(run, params, text, cache, given, table, spec((), f32), donate=2)
+        return compile_for_h200(run, params, inputs, cache, rope, context, table, spec((), f32), donate=2)
 
     return {
         "text encode, UMT5-xxl, 2 x 512 tokens": lambda: text(2),

@@ -16,41 +16,22 @@ from jaxtyping import Array, Float, Int
 from fps_jax.attention.cache import CachedAttention, CacheLayout, Context, Implementation, KVCache
 from fps_jax.causal import CausalConfig
 from fps_jax.config import DiTConfig
-from fps_jax.models.dit import build_dit, dit, stage_name
+from fps_jax.models.dit import build_dit, stage_name
 from fps_jax.models.dit_layers import TextKV
 from fps_jax.models.params import Params, bind
 from fps_jax.models.rope import rope_table
 from fps_jax.sampling.flow import block_levels
+from fps_jax.sampling.guidance import Inputs, guided_velocity
 from fps_jax.sampling.solvers import SolverState, SolverTable, coefficients, solver_step
 from fps_jax.sizes import token_grid
 
 
-class BlockInputs(NamedTuple):
-    """What a block's program is given beside parameters, text and cache. A pytree.
-
-    Attributes:
-      noise: `[B, 16, m, H, W]` float32.
-      step_noise: `[n, B, 16, m, H, W]` float32: what is added after each of n steps; after the last, nothing.
-      rope: `[2, S, H/2]` float32, of the block's own frames in the video, in raster order.
-      context: what the block attends.
-    """
-
-    noise: Float[Array, "B 16 m H W"]
-    step_noise: Float[Array, "n B 16 m H W"]
-    rope: Float[Array, "2 S H/2"]
-    context: Context
-
-
 class BlockOutputs(NamedTuple):
-    """latents: the finished block, float32. cache: with it. first_bad: (step, stage) of the first NaN or inf, -1 for none.
-
-    velocities: the model's at each step, `[n, B, 16, m, H, W]`.
-    """
+    """latents: the finished block, float32. cache: with it. first_bad: (step, stage) of the first NaN or inf, -1 for none."""
 
     latents: Float[Array, "B 16 m H W"]
     cache: KVCache
     first_bad: Int[Array, "2"]
-    velocities: Float[Array, "n B 16 m H W"]
 
 
 def text_kv(config: DiTConfig, params: Params, text_states: Float[Array, "B T E"], *, dtype: Any) -> TextKV:
@@ -66,9 +47,10 @@ def _text_kv(params, text_states, *, config, dtype):
 
 def denoise_block(
     params: Params,
-    text: TextKV,
+    inputs: Inputs,
     cache: KVCache,
-    block: BlockInputs,
+    rope: Float[Array, "2 S H/2"],
+    context: Context,
     table: SolverTable,
     context_time: Float[Array, ""],
     *,
@@ -80,26 +62,28 @@ def denoise_block(
     """One block from noise, and the cache with it. Pure: for `jax.jit`, with the cache donated, and ahead-of-time compiles.
 
     Args:
-      text: of `text_kv`.
+      inputs: float32 noise of the block, and step noise, which after the last step is nothing; as text what `text_kv` made.
+      rope: float32, of the block's own frames in the video, in raster order.
+      context: what the block attends.
       table: the levels' coefficients (`solvers.coefficients` of solver "lcm").
       context_time: the timestep that the model is told in the pass over the finished block.
     """
-    attention = CachedAttention(layout, block.noise.shape[2], cache, block.context, implementation)
-    model = functools.partial(dit, config, params, rope=block.rope, attention=attention, dtype=dtype)
+    attention = CachedAttention(layout, inputs.noise.shape[2], cache, context, implementation)
+    velocity = functools.partial(guided_velocity, config, params, inputs, attention=attention, rope=rope, dtype=dtype)
 
     def step(carry, numbered_row):
         state, bad = carry
         index, row, noise = numbered_row
-        v, stage = model(state.x, jnp.broadcast_to(row.timestep, state.x.shape[:1]), text)
-        return (solver_step(state, row, v, noise), _first(bad, index, stage)), v
+        v, stage = velocity(state.x, row.timestep)
+        return (solver_step(state, row, v, noise), _first(bad, index, stage)), None
 
     steps = table.sigma.shape[0]
-    zeros = jnp.zeros_like(block.noise)
-    carry = (SolverState(block.noise, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
-    rows = (jnp.arange(steps, dtype=jnp.int32), table, block.step_noise)
-    (state, bad), velocities = jax.lax.scan(step, carry, rows)
-    cache, stage = _kept(model, layout, cache, block.context, state.x, context_time, text)
-    return BlockOutputs(state.x, cache, _first(bad, jnp.int32(steps), stage), velocities)
+    zeros = jnp.zeros_like(inputs.noise)
+    carry = (SolverState(inputs.noise, zeros, zeros, zeros), jnp.full(2, -1, jnp.int32))
+    rows = (jnp.arange(steps, dtype=jnp.int32), table, inputs.step_noise)
+    (state, bad), _ = jax.lax.scan(step, carry, rows)
+    cache, stage = _kept(velocity, layout, cache, context, state.x, context_time)
+    return BlockOutputs(state.x, cache, _first(bad, jnp.int32(steps), stage))
 
 
 def keep_block(
@@ -118,15 +102,16 @@ def keep_block(
 ) -> tuple[KVCache, Int[Array, "2"]]:
     """The cache with a block that is given, not made. As `denoise_block`; the first NaN or inf is of step n, behind the last."""
     attention = CachedAttention(layout, latents.shape[2], cache, context, implementation)
-    model = functools.partial(dit, config, params, rope=rope, attention=attention, dtype=dtype)
-    cache, stage = _kept(model, layout, cache, context, latents, context_time, text)
+    inputs = Inputs(latents, text)  # of which the velocity reads the text alone
+    velocity = functools.partial(guided_velocity, config, params, inputs, attention=attention, rope=rope, dtype=dtype)
+    cache, stage = _kept(velocity, layout, cache, context, latents, context_time)
     return cache, _first(jnp.full(2, -1, jnp.int32), jnp.int32(len(layout.causal.steps)), stage)
 
 
-def _kept(model, layout: CacheLayout, cache: KVCache, context: Context, latents: Array, time: Array, text: TextKV):
+def _kept(velocity, layout: CacheLayout, cache: KVCache, context: Context, latents: Array, time: Array):
     """The cache with a finished block, and the first stage of that pass with a NaN or inf."""
     own: dict[str, Array] = {}
-    _, stage = model(latents, jnp.broadcast_to(time, latents.shape[:1]), text, attention_taps=own)
+    _, stage = velocity(latents, time, attention_taps=own)
     return layout.write(cache, KVCache(**own), jnp.asarray(context.slots)), stage
 
 
@@ -208,9 +193,10 @@ class Rollout:
             if jnp.shape(value) != want:
                 raise ValueError(f"{name} has shape {jnp.shape(value)}; the next block needs {want}")
         rope, context = self._place(shape)
-        inputs = BlockInputs(jnp.asarray(noise, jnp.float32), jnp.asarray(step_noise, jnp.float32), rope, context)
+        noise, step_noise = jnp.asarray(noise, jnp.float32), jnp.asarray(step_noise, jnp.float32)
+        inputs = Inputs(noise, self.text, step_noise=step_noise)
         time = jnp.float32(self.causal.context_noise)
-        out = _denoise_block(self.params, self.text, self.cache, inputs, self.table, time, **self._static)
+        out = _denoise_block(self.params, inputs, self.cache, rope, context, self.table, time, **self._static)
         self.cache = out.cache
         self._advance(out.first_bad, shape[2])
         return out.latents

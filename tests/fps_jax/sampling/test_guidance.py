@@ -7,6 +7,7 @@ import pytest
 
 from fps_jax.attention.attend import TokenAttention
 from fps_jax.models.dit import dit
+from fps_jax.models.dit_layers import TextKV
 from fps_jax.sampling.guidance import Inputs, guided_velocity
 from tests.checkpoints import TINY, tiny_dit
 from tests.reference import rel_l2
@@ -38,6 +39,15 @@ def test_without_a_negative_prompt_it_is_the_models_velocity_whatever_the_scale(
     x, text, _ = arrays
     got = guided_velocity(TINY, tiny_dit(), Inputs(0 * x, text), x, T, guidance_scale=3.0)
     np.testing.assert_array_equal(got.velocity, dit(TINY, tiny_dit(), x, T, text).velocity)
+
+
+def test_keys_and_values_of_a_prompt_go_with_no_negative_one(arrays):
+    x, text, negative = arrays
+    inputs = Inputs(x, TextKV(text, text), negative)
+    with pytest.raises(
+        ValueError, match="text is keys and values, and negative is text states; give text states of both"
+    ):
+        guided_velocity(TINY, tiny_dit(), inputs, x, T)
 
 
 @pytest.mark.parametrize("batch_guidance", [False, True])
