@@ -106,11 +106,11 @@ def programs() -> dict[str, Callable[[], Any]]:
         fn = lambda p, x, cache: chunk(config, p, x, cache)  # noqa: E731
         return compile_for_h200(fn, params, spec(later_shape, f32), cache, donate=2)
 
-    def block(config: WanConfig, height: int, width: int, window: int):
-        """A block of 3 latent frames in 4 steps, Self-Forcing's, once the cache is full."""
+    def block(config: WanConfig, height: int, width: int, window: int, scales_per_tile: int | None = None):
+        """A block of 3 latent frames in 4 steps, Self-Forcing's, once the cache is full; with scales, of FP8 codes."""
         causal = dataclasses.replace(CAUSAL_PRESETS["self-forcing"], window=window)
         dit, shape = config.dit, (1, 16, 3, height // 8, width // 8)
-        layout = CacheLayout.build(causal, (height // 16, width // 16))
+        layout = CacheLayout.build(causal, (height // 16, width // 16), scales_per_tile=scales_per_tile)
         weights = flatten(abstract_params(build_dit(dit)))
         params = unflatten({path: spec(leaf.shape, param_dtype(path, bf16)) for path, leaf in weights})
         text = TextKV(*2 * (spec((dit.num_layers, 1, 512, dit.num_heads, dit.head_dim), bf16),))
@@ -136,6 +136,12 @@ def programs() -> dict[str, Callable[[], Any]]:
         "FPSAttention (portable), forward and backward, 14B, 720 x 1280 x 81": lambda: attention(40, 720, 1280),
         "block diffusion, a block, T2V-1.3B, 480 x 832, window 12": lambda: block(WAN_T2V_1_3B, 480, 832, 12),
         "block diffusion, a block, T2V-1.3B, 480 x 832, window 21": lambda: block(WAN_T2V_1_3B, 480, 832, 21),
+        "block diffusion, a block, T2V-1.3B, 480 x 832, window 12, FP8 cache": lambda: block(
+            WAN_T2V_1_3B, 480, 832, 12, 1
+        ),
+        "block diffusion, a block, T2V-1.3B, 480 x 832, window 21, FP8 cache": lambda: block(
+            WAN_T2V_1_3B, 480, 832, 21, 1
+        ),
         "VAE decode, one chunk, 480 x 832": lambda: vae(
             decode_chunk, 480, 832, (1, 1, 60, 104, 16), (1, 1, 60, 104, 16)
         ),
@@ -199,7 +205,8 @@ def main() -> None:
             "compile_s": round(time.time() - start, 1),
         }
         if name.startswith("block diffusion"):
-            results[name] |= block_roofline(WAN_T2V_1_3B.dit, 480, 832, int(name.split()[-1]))
+            window = int(name.split("window ")[1].split(",")[0])
+            results[name] |= block_roofline(WAN_T2V_1_3B.dit, 480, 832, window)
         print(
             f"{name:68} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
             flush=True,

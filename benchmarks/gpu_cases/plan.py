@@ -234,12 +234,12 @@ def _pipeline() -> Family:
 def _stream() -> Family:
     cases = [
         Case(
-            name=f"stream 1.3B window {window}", function=f"{_HERE}.stream:stream", kwargs={"window": window},
-            kernels=kernels_of(None, {}), silence=_WHOLE,
+            name=f"stream 1.3B window {window}{'' if scales is None else ', FP8 cache'}", function=f"{_HERE}.stream:stream",
+            kwargs={"window": window, "scales_per_tile": scales}, kernels=kernels_of(scales, {}), silence=_WHOLE,
         )
-        for window in (12, 21)
+        for window, scales in ((12, None), (21, None), (21, 1))
     ]  # fmt: skip
-    return Family(name="stream", stage="whole", cases=tuple(cases), seconds=120, environment=_PLAIN)
+    return Family(name="stream", stage="whole", cases=tuple(cases), seconds=150, environment=_PLAIN)
 
 
 def _train() -> Family:

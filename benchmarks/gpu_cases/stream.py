@@ -25,8 +25,10 @@ _BF16 = jnp.dtype(jnp.bfloat16)
 _ROUNDS = 5  # blocks that are timed
 
 
-def stream(toy: bool, *, window: int) -> Iterator[dict[str, Any] | None]:
+def stream(toy: bool, *, window: int, scales_per_tile: int | None = None) -> Iterator[dict[str, Any] | None]:
     """T2V-1.3B at 480 x 832 as Self-Forcing makes it (blocks of 3 latent frames in 4 steps and a clean pass), window and no sink.
+
+    scales_per_tile: for a cache of FP8 codes and attention in FP8; None for bf16.
 
     Seconds, medians of `_ROUNDS` blocks after the cache is full: the block's latents, their decoding to frames on the host, both;
     frames/s of both one after the other; and of a first block, warm, from noise to its frames. The text encoder isn't in it.
@@ -38,7 +40,7 @@ def stream(toy: bool, *, window: int) -> Iterator[dict[str, Any] | None]:
             task="t2v", dim=128, num_heads=1, num_layers=1, mlp_dim=128, text_dim=32, freq_dim=32, text_len=8
         )  # fmt: skip
         vae, rows, columns = VAEConfig(base_dim=4), 8, 8
-    layout = CacheLayout.build(causal, (rows // 2, columns // 2))
+    layout = CacheLayout.build(causal, (rows // 2, columns // 2), scales_per_tile=scales_per_tile)
     yield None
     shapes = {
         path: jax.ShapeDtypeStruct(leaf.shape, param_dtype(path, _BF16))
@@ -71,7 +73,7 @@ def stream(toy: bool, *, window: int) -> Iterator[dict[str, Any] | None]:
         "part": "stream",
         "window": window,
         "frames_a_block": made[-1][2],
-        "cache_bytes": int(sum(leaf.nbytes for leaf in rollout.cache)),
+        "cache_bytes": int(sum(leaf.nbytes for leaf in jax.tree.leaves(rollout.cache))),
         "seconds": NOT_MEASURED if toy else block + decode,
         "block_seconds": NOT_MEASURED if toy else block,
         "decode_seconds": NOT_MEASURED if toy else decode,

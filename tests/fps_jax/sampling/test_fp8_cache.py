@@ -21,6 +21,7 @@ from fps_jax.models.params import abstract_params
 from fps_jax.models.rope import rope_table
 from fps_jax.sampling import rollout
 from fps_jax.sampling.flow import block_levels
+from fps_jax.sampling.guidance import Inputs
 from fps_jax.sampling.rollout import Rollout
 from fps_jax.sampling.solvers import coefficients
 from pallas_kernels.reference import FP8, over_tokens
@@ -108,19 +109,18 @@ def test_the_cache_of_codes_is_donated_and_no_second_one_is_made():
     causal = CausalConfig(frames_per_block=1, window=64, steps=(1000, 500))
     layout = CacheLayout.build(causal, SPACE, tile=(1, 2, 3), scales_per_tile=1)
     spec: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    inputs = rollout.BlockInputs(
-        spec((1, 16, 1, 4, 6)), spec((2, 1, 16, 1, 4, 6)), rope_table((1, *SPACE), 32), layout.context(0)
-    )
+    place = rope_table((1, *SPACE), 32), layout.context(0)
 
     def compiled(layers: int) -> tuple[int, int]:
         """(bytes of the cache, bytes beside it)."""
         config = dataclasses.replace(TINY, num_layers=layers)
         cache = jax.eval_shape(lambda: layout.zeros(layers, 1, 2, 32, jnp.float32))
+        text = TextKV(*(spec((layers, 1, 512, 2, 32)),) * 2)
         lowered = rollout._denoise_block.lower(
             abstract_params(build_dit(config)),
-            TextKV(*(spec((layers, 1, 512, 2, 32)),) * 2),
+            Inputs(spec((1, 16, 1, 4, 6)), text, step_noise=spec((2, 1, 16, 1, 4, 6))),
             cache,
-            inputs,
+            *place,
             coefficients("lcm", block_levels(causal)),
             spec(()),
             config=config,

@@ -7,6 +7,7 @@ import types
 import weakref
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,7 +69,7 @@ def test_a_loaded_cache_takes_the_place_of_the_empty_one(pipe, tmp_path, monkeyp
 
     def watched(self):
         cache = empty(self)
-        held.extend(weakref.ref(x) for x in cache)
+        held.extend(weakref.ref(x) for x in jax.tree.leaves(cache))
         return cache
 
     def uploads(x):
