@@ -20,6 +20,10 @@ OutputType = Literal["np", "latent", "pil"]
 Size = Literal["exact", "area"]
 Which = Literal["ema", "raw"]  # of a run's weights: the moving average, or themselves
 Setting = Literal["dense", "fp8", "sparse", "fps"]  # of self-attention
+# What `fps-convert` casts weights to, whose files it writes, and what it casts ComfyUI's to.
+WeightDtype = Literal["bfloat16", "float16", "float32"]
+LayoutName = Literal["official", "diffusers", "comfyui", "self-forcing"]
+ComfyDtype = Literal["bfloat16", "fp8_scaled"]
 DriftWeights = Literal["linear", "log"]  # of a video's chunks: `fps_jax.evaluation.drift`
 # What a gradient keeps of a block's forward, the rest is computed again: all of it; output and log-sum-exp of self-attention, which
 # then isn't run again; the matmuls with weights; nothing but its input.

@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from fps_jax.foreign import option_answer
 from fps_jax.interrupts import interrupt_on_sigterm
+from fps_jax.progress import starting
 
 # What a user can cause and cure. Anything else is a defect of ours and says so.
 _EXPECTED = (ValueError, NotImplementedError, OSError, MemoryError, EOFError, FloatingPointError)
@@ -40,7 +41,8 @@ def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> 
     broke it is an error.
 
     `--debug` anywhere among the arguments is taken out, and lets the traceback through before the one line. `--version` alone says
-    the version. Without `argv` this is a process of its own, and SIGTERM is as Ctrl-C: nothing half-written stays.
+    the version. Without `argv` this is a process of its own: SIGTERM is as Ctrl-C, so that nothing half-written stays, and where it
+    takes long before a command says something, stderr has it that it starts.
     """
     if argv is None:
         interrupt_on_sigterm()
@@ -54,7 +56,8 @@ def run_cli(main: Callable[[list[str]], Any], argv: list[str] | None = None) -> 
         print(f"fps-jax {__version__}")
         return 0
     try:
-        main(arguments)
+        with starting() if argv is None else contextlib.nullcontext():
+            main(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except KeyboardInterrupt:

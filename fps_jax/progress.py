@@ -5,13 +5,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
 Moved = Callable[[int], object]  # bytes read or written since the last call
-LINE = 2.0  # seconds between lines; while nothing moves, twice as many after each, up to a minute
-LONGEST = 60.0
-_LOG = 30.0  # seconds between lines of an amount of work that takes hours
+# Whoever watches hears within two seconds that work goes on, also where other processes have the cores: a beat is late then.
+LINE = 1.5  # seconds between lines, and before the first
+WATCHED = 60.0  # seconds that it is so; of what takes longer, a log of hours isn't to hold as many
+LONGEST = 60.0  # seconds between lines of work that stands, which grow from `LINE` to these
+LOG = 30.0  # seconds between lines of work that moves, where it takes hours
+_START = 1.1  # seconds before a command says that it starts: those before it could are nearly one on a busy machine
 
 
 class Quiet:
@@ -66,61 +69,126 @@ def _lines(label: str) -> Iterator[Progress]:
 
 
 @contextlib.contextmanager
-def _told(label: str, least: float | None = None) -> Iterator[Callable[[str, bool], None]]:
+def _told(label: str, least: float | None = None, first: float | None = None) -> Iterator[Callable[[str, bool], None]]:
     """Whole lines on stderr. Yields tell(state, last): said now if it is the last, else not sooner than may be.
 
-    least: seconds between two of them while something moves; None for `LINE`.
+    Args:
+      least: seconds between two of them while something moves, once it has been watched; None for `LINE`.
+      first: seconds before the first; None for `LINE`.
     """
-    start = said = time.monotonic()
-    wait, state = LINE, f"{label} ..."
-    lock = threading.Lock()
+    start = said = moved = time.monotonic()
+    wait, state = LINE if first is None else first, f"{label} ..."
+    lock, out = threading.Lock(), Quiet(sys.stderr)
 
     def say() -> None:
         nonlocal said
         said = time.monotonic()
-        print(f"{state} {said - start:.0f} s", file=Quiet(sys.stderr), flush=True)
+        print(f"{state} {said - start:.0f} s", file=out, flush=True)
 
     def beat() -> None:
         nonlocal wait
         with lock:
             if time.monotonic() - said >= wait:
-                wait = max(wait, min(2 * wait, LONGEST))
                 say()
+                wait = max(wait, still(said - moved))
 
     def tell(now: str, last: bool) -> None:
-        nonlocal wait, state
+        nonlocal wait, state, moved
         with lock:
-            state, wait = now, LINE if least is None else least
-            if last or time.monotonic() - said >= wait:
+            moved = time.monotonic()
+            state, wait = now, moving(moved - start, LINE if least is None else least)
+            if last or moved - said >= wait:
                 say()
 
-    with repeated(beat, LINE / 2):
+    with repeated(beat, LINE / 10):
         yield tell
 
 
+def still(seconds: float) -> float:
+    """Seconds to the next line of work that has stood for so many."""
+    return LINE if seconds < WATCHED else min(seconds - WATCHED + 2 * LINE, LONGEST)
+
+
+def moving(seconds: float, least: float) -> float:
+    """Seconds between lines of work that moves and began so many ago. least: once it has been watched."""
+    return LINE if seconds < WATCHED else least
+
+
 @contextlib.contextmanager
-def waiting(label: str) -> Iterator[None]:
-    """What is waited for, on stderr, where that is longer than two seconds; gone from a terminal when the block ends."""
-    if not sys.stderr.isatty():
-        with _told(label):
-            yield
+def waiting(label: str, *, show: bool | None = True, first: float | None = None) -> Iterator[None]:
+    """What is waited for, on stderr, where that takes long; gone from a terminal when the block ends.
+
+    Args:
+      show: as of `progress_bar`.
+      first: seconds before it is said; None for `LINE`.
+    """
+    terminal = sys.stderr.isatty()
+    if show is False or (show is None and not terminal):
+        yield
         return
-    from tqdm import tqdm
+    with _clock(label, first) if terminal else _told(label, first=first):
+        yield
 
-    start = time.monotonic()
-    shape = "{desc} ... {elapsed}"
-    with tqdm(desc=label, file=Quiet(sys.stderr), dynamic_ncols=True, delay=LINE, leave=False, bar_format=shape) as bar:
 
-        def beat() -> None:
-            if time.monotonic() - start >= LINE:
-                bar.refresh()
+@contextlib.contextmanager
+def _clock(label: str, first: float | None) -> Iterator[None]:
+    """A line on a terminal whose clock goes on. No tqdm: a command that starts shouldn't wait for it."""
+    start, shown, out = time.monotonic(), 0, Quiet(sys.stderr)
+    first = LINE if first is None else first
 
-        try:
-            with repeated(beat, 0.5):
-                yield
-        finally:
-            if time.monotonic() - start >= LINE:
-                bar.clear()  # closing it doesn't, where it was refreshed alone
+    def beat() -> None:
+        nonlocal shown
+        if (seconds := time.monotonic() - start) >= first:
+            text = f"{label} ... {seconds:.0f} s"
+            shown = len(text)
+            print(f"\r{text}", end="", file=out, flush=True)
+
+    try:
+        with repeated(beat, min(0.5, first / 2)):
+            yield
+    finally:
+        if shown:
+            print(f"\r{' ' * shown}\r", end="", file=out, flush=True)
+
+
+class _Spoken:
+    """A stream that calls `ended` before anything is written to it."""
+
+    def __init__(self, stream: TextIO, ended: Callable[[], object]):
+        self._stream, self._ended = stream, ended
+
+    def write(self, text: str) -> int:
+        self._ended()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("buffer", "writelines"):  # what writes past `write`
+            self._ended()
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Says that a command starts, where its imports and the opening of its files take long, until it says something itself.
+
+    Both streams are stood in for until the first word, on either of them.
+    """
+    streams = sys.stdout, sys.stderr
+    if None in streams:  # a process without them
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(waiting("starting", first=_START))
+        spoken = _Spoken(streams[0], stack.close), _Spoken(streams[1], stack.close)
+
+        def restore() -> None:
+            for name, own, stream in zip(("stdout", "stderr"), spoken, streams, strict=True):
+                if getattr(sys, name) is own:  # whoever put another there meanwhile keeps it
+                    setattr(sys, name, stream)
+
+        stack.callback(restore)
+        sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in spoken)
+        yield
 
 
 @contextlib.contextmanager
@@ -143,12 +211,36 @@ def repeated(call: Callable[[], object], seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bytes_bar(label: str, total: int) -> Iterator[Moved]:
-    """A bar on stderr for what takes longer than two seconds; only on a terminal, so that logs hold whole lines."""
+    """What takes long, on stderr: a bar that is gone when the block ends, or lines where that is no terminal."""
+    if not sys.stderr.isatty():
+        with _told(label) as tell:
+            yield _share(label, total, tell)
+        return
     from tqdm import tqdm
 
-    out = Quiet(sys.stderr)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=2, leave=False, disable=None, file=out) as bar:
-        yield bar.update
+    start, out = time.monotonic(), Quiet(sys.stderr)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, delay=LINE, leave=False, file=out) as bar:
+
+        def beat() -> None:
+            if time.monotonic() - start >= LINE:
+                bar.refresh()
+
+        try:
+            with repeated(beat, 0.5):
+                yield bar.update
+        finally:
+            bar.clear()  # closing it doesn't, where it was refreshed alone
+
+
+def _share(label: str, total: int, tell: Callable[[str, bool], None]) -> Moved:
+    done = 0
+
+    def moved(amount: int) -> None:
+        nonlocal done
+        done += amount
+        tell(f"{label}: {done / max(total, 1):.0%}", False)
+
+    return moved
 
 
 @contextlib.contextmanager
@@ -182,7 +274,7 @@ def amount_bar(label: str, total: int, *, unit: str | None = None) -> Iterator[C
 @contextlib.contextmanager
 def _amount_lines(label: str, total: int, unit: str | None) -> Iterator[Callable[..., None]]:
     start, done = time.monotonic(), 0
-    with _told(label, _LOG) as tell:
+    with _told(label, LOG) as tell:
 
         def advance(amount: int, note: str = "") -> None:
             nonlocal done

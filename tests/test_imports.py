@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import os
 import pathlib
 import re
 import subprocess
@@ -48,10 +49,10 @@ ROOMS = {
     "fps_jax.files": Room(),
     "fps_jax.foreign": Room(),
     "fps_jax.interrupts": Room(),
-    "fps_jax.errors": Room("fps_jax.foreign fps_jax.interrupts", inside="fps_jax tyro"),
+    "fps_jax.progress": Room(inside="tqdm"),
+    "fps_jax.errors": Room("fps_jax.foreign fps_jax.interrupts fps_jax.progress", inside="fps_jax tyro"),
     "fps_jax.mesh": Room(),
     "fps_jax.processes": Room(),
-    "fps_jax.progress": Room(inside="tqdm"),
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
     "fps_jax.profiling": Room(f"{LEAVES} fps_jax.media", inside="fps_jax jax"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
@@ -231,6 +232,17 @@ def test_importing_the_package_and_its_configs_loads_no_jax():
     modules = "fps_jax, fps_jax.config, fps_jax.errors, fps_jax.sampling.request_fields"
     code = f"import sys, {modules}\nassert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_command_parses_its_arguments_without_what_takes_long_to_import():
+    """A word that it starts can't be said before."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values()
+    modules = sorted({script.partition(":")[0] for script in scripts})
+    slow = {"av", "flax", "jax", "matplotlib", "numpy", "orbax", "PIL", "scipy", "tokenizers", "tqdm"}
+    code = f"import sys, {', '.join(modules)}\nassert not {slow} & set(sys.modules), {slow} & set(sys.modules)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, {ROOT, *HOMES.values()}))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_tests_of_benchmarks_import_them():

@@ -8,10 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fps_convert.comfyui import ComfyDtype
-from fps_convert.formats.readers import Dtype
-from fps_convert.layouts import LayoutName
-from fps_jax.choices import CausalPreset, Which, choices, file_and_scale
+from fps_jax.choices import CausalPreset, ComfyDtype, LayoutName, WeightDtype, Which, choices, file_and_scale
 from fps_jax.errors import parse, run_cli
 
 
@@ -50,7 +47,7 @@ class ToFlax:
     tokenizer: str | None = None
     """The folder with UMT5's tokenizer.json or spiece.model; left out, what is in the text encoder's file, or in SRC."""
 
-    dtype: Dtype | None = None
+    dtype: WeightDtype | None = None
     """Cast the DiT, the text encoder and the image tower. Left out: each tensor keeps its dtype. The VAE always does."""
 
     lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:SCALE] ...")] = ()

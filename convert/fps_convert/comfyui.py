@@ -2,7 +2,7 @@
 
 import pathlib
 import re
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from fps_convert.formats.readers import FLOATS, FP8
 from fps_convert.formats.writers import Output
 from fps_convert.fp8 import MARK, codes, scale_of
 from fps_convert.parts import TOKENIZER
+from fps_jax.choices import ComfyDtype
 from fps_jax.config import Component
 
-ComfyDtype = Literal["bfloat16", "fp8_scaled"]
 COMFY_DTYPES: tuple[ComfyDtype, ...] = get_args(ComfyDtype)
 _BLOCKS_MATRIX = re.compile(r"blocks\.\d+\..*\.weight")
 

@@ -12,16 +12,17 @@ from typing import Any, cast
 import numpy as np
 
 from fps_convert import comfyui, mapping
-from fps_convert.comfyui import COMFY_DTYPES, ComfyDtype
+from fps_convert.comfyui import COMFY_DTYPES
 from fps_convert.formats.array_files import ArrayFiles
 from fps_convert.formats.arrays import contiguous
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import SHARD_BYTES, Output, write_pth, write_safetensors
-from fps_convert.layouts import LAYOUTS, Layout, LayoutName
+from fps_convert.layouts import LAYOUTS, Layout
 from fps_convert.mapping import SourceTensor
 from fps_convert.report import NAMES, check_vae_fits, lost_causal, lost_flow_shift, lost_preset
 from fps_convert.spelling import spelled
 from fps_jax.checkpoints.format import SAMPLING, SCHEDULE, check_tokenizer, copy_tokenizer, read_config, read_manifest
+from fps_jax.choices import ComfyDtype, LayoutName
 from fps_jax.config import COMPONENTS, Component, SamplingDefaults, WanConfig
 from fps_jax.files import check_name, check_space, new_directory, new_file, write_json
 from fps_jax.progress import Moved, bytes_bar

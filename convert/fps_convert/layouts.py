@@ -9,13 +9,13 @@ import pathlib
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from fps_convert import torch_configs
 from fps_convert.mapping import Naming
+from fps_jax.choices import LayoutName
 from fps_jax.config import Component, Task, WanConfig
 
-LayoutName = Literal["official", "diffusers", "comfyui", "self-forcing"]
 _MODEL = "diffusion_pytorch_model.safetensors"
 
 

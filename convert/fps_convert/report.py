@@ -8,9 +8,10 @@ import numpy as np
 
 from fps_convert import key_patterns, mapping
 from fps_convert.formats.readers import FLOATS
-from fps_convert.layouts import Layout, LayoutName
+from fps_convert.layouts import Layout
 from fps_convert.source import Part, Source
 from fps_jax.causal import preset_name
+from fps_jax.choices import LayoutName
 from fps_jax.config import Component, VAEConfig, WanConfig
 
 NAMES = {dtype: name for name, dtype in FLOATS.items()}

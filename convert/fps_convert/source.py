@@ -11,10 +11,10 @@ from fps_convert import mapping
 from fps_convert.formats import array_files
 from fps_convert.formats.arrays import contiguous, copy, in_threads, overflow
 from fps_convert.formats.readers import FLOATS, Reader
-from fps_convert.layouts import LayoutName
 from fps_convert.mapping import Row, SourceTensor
 from fps_jax.checkpoints.format import empty_aligned
 from fps_jax.checkpoints.lora import Scaled, merge
+from fps_jax.choices import LayoutName
 from fps_jax.config import Component, WanConfig
 from fps_jax.models.params import Params, unflatten
 from fps_jax.progress import Moved

@@ -17,8 +17,9 @@ from fps_convert.comfyui import tokenizer_output
 from fps_convert.flax_to_torch import write_rest, write_weights
 from fps_convert.formats.readers import FLOATS
 from fps_convert.formats.writers import Output
-from fps_convert.layouts import LAYOUTS, LayoutName
+from fps_convert.layouts import LAYOUTS
 from fps_convert.mapping import Row, SourceTensor
+from fps_jax.choices import LayoutName
 from fps_jax.config import (
     COMPONENTS,
     WAN_T2V_1_3B,

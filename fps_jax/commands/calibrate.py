@@ -13,7 +13,7 @@ import tyro
 from fps_jax.commands.options import VideoOptions, load_pipeline, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import read_json, write_json
-from fps_jax.progress import progress_bar
+from fps_jax.progress import progress_bar, waiting
 from fps_jax.tuning.defaults import DENSITIES
 
 if TYPE_CHECKING:
@@ -86,25 +86,26 @@ def _calibrate(options: Calibrate) -> None:
     else:
         errors, measured = _read_errors(options.reuse, plans)
     budget = calibration.measured_budget(plans, errors) if options.error_budget is None else options.error_budget
-    result = calibration.choose_schedule(
-        plans,
-        errors,
-        error_budget=budget,
-        max_regimes=options.max_regimes,
-        progress=_progress(measured.get("settings", {})),
-    )
-
-    from fps_jax.tuning import calibration_plots
-
     out = options.output
-    write_json(
-        {**measured, "candidates": [_describe(p, c) for p, c in zip(result.plans, result.costs, strict=True)],
-         "errors": [[[float(f"{e:.4g}") for e in layer] for layer in step] for step in errors]},
-        out.with_suffix(".errors.json"),
-    )  # fmt: skip
-    calibration_plots.save_errors(result, budget, out.with_suffix(".errors.png"))
-    calibration_plots.save_choice(result, budget, out.with_suffix(".choice.png"))
-    result.schedule.save(out)  # last: where it stands, all of it stands
+    with waiting("choose, and draw the choice"):
+        result = calibration.choose_schedule(
+            plans,
+            errors,
+            error_budget=budget,
+            max_regimes=options.max_regimes,
+            progress=_progress(measured.get("settings", {})),
+        )
+
+        from fps_jax.tuning import calibration_plots
+
+        write_json(
+            {**measured, "candidates": [_describe(p, c) for p, c in zip(result.plans, result.costs, strict=True)],
+             "errors": [[[float(f"{e:.4g}") for e in layer] for layer in step] for step in errors]},
+            out.with_suffix(".errors.json"),
+        )  # fmt: skip
+        calibration_plots.save_errors(result, budget, out.with_suffix(".errors.png"))
+        calibration_plots.save_choice(result, budget, out.with_suffix(".choice.png"))
+        result.schedule.save(out)  # last: where it stands, all of it stands
     print(result.summary(budget))
     print(
         f"wrote {out}, {out.stem}.errors.json, {out.stem}.errors.png and {out.stem}.choice.png in {time.time() - start:.0f} s"

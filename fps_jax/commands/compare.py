@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fps_jax.commands.options import FILES, VideoOptions, load_pipeline, lora_files, read_request, run_record
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, write_json
-from fps_jax.progress import Quiet
+from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.sampling.presets import Settings
@@ -54,7 +54,9 @@ def _compare(options: Compare) -> None:
 
         pipe = load_pipeline(options, request)
         comparison = compare(pipe, request, tell=_tell)
-        write(comparison, folder, fps=options.fps, subtitle=_subtitle(request.filled(model.config), resolved.settings))
+        subtitle = _subtitle(request.filled(model.config), resolved.settings)
+        with waiting("write videos and plot"):
+            write(comparison, folder, fps=options.fps, subtitle=subtitle)
         write_json(run_record(options, request, pipe) | comparison.record(), folder / "quality.json")
     print(f"{comparison.summary()} Look at {options.output / 'side_by_side.mp4'} and {options.output / 'quality.png'}.")
 

@@ -11,7 +11,7 @@ from fps_jax.commands.options import VideoOptions, check_output, load_pipeline, 
 from fps_jax.commands.profiled import profiled
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import json_bytes, write_together
-from fps_jax.progress import Quiet
+from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.sampling.request import Request
@@ -51,7 +51,7 @@ def _write(options: Sample, request: "Request") -> None:
     with stage("load"):
         pipe = load_pipeline(options, request, lambda filled: _check_frames(options, filled.num_frames))
     result = pipe.sample(request)
-    with stage("write"):
+    with stage("write"), waiting(f"write {options.output.name}"):
         content = _content(options, result)
         seconds = time.time() - start
         record = run_record(options, request, pipe) | {"seconds": round(seconds, 2)}

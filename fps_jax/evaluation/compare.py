@@ -14,6 +14,7 @@ from jaxtyping import Float, UInt8
 from fps_jax.evaluation.quality import psnr, relative_l2, ssim
 from fps_jax.media.plots import COLORS, GREY, figure, save_png
 from fps_jax.media.video import save_video, video_to_uint8
+from fps_jax.progress import waiting
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.request import Request
 
@@ -123,14 +124,15 @@ def compare(
     tell(f"2 of 2: {attention}")
     run = _sample(second, request)
     tell("PSNR and SSIM")
-    return Comparison(
-        attention=attention,
-        dense=dense,
-        other=run,
-        psnr=psnr(run.video, dense.video),
-        ssim=ssim(run.video, dense.video),
-        latents_relative_l2=relative_l2(run.latents, dense.latents),
-    )
+    with waiting("PSNR and SSIM", show=pipe.show_progress):
+        return Comparison(
+            attention=attention,
+            dense=dense,
+            other=run,
+            psnr=psnr(run.video, dense.video),
+            ssim=ssim(run.video, dense.video),
+            latents_relative_l2=relative_l2(run.latents, dense.latents),
+        )
 
 
 def _sample(pipe: WanPipeline, request: Request) -> Run:

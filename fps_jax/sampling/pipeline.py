@@ -26,7 +26,7 @@ from fps_jax.models.params import Params
 from fps_jax.models.tokenizer import Tokenizer, check_vocabulary
 from fps_jax.models.vae import decode, decode_bytes, encode
 from fps_jax.profiling.stages import stage
-from fps_jax.progress import Progress, progress_bar
+from fps_jax.progress import Progress, progress_bar, waiting
 from fps_jax.sampling.denoise import Segments, denoise
 from fps_jax.sampling.encoding import condition_mask, condition_video, image_tokens, text_states
 from fps_jax.sampling.guidance import Inputs
@@ -325,10 +325,11 @@ class WanPipeline:
     def prepare(self, request: Request) -> Prepared:
         """What the denoising loop needs of a request: everything checked first, then encoded."""
         resolved = request.resolve(self.config, self.schedule)
-        noise = request.noise(resolved.latent_shape)
-        step_noise = None
-        if resolved.table.renoise is not None:
-            step_noise = request.step_noise(resolved.latent_shape, len(resolved.table.sigma))
+        with waiting("draw noise", show=self.show_progress):  # the first compiles
+            noise = request.noise(resolved.latent_shape)
+            step_noise = None
+            if resolved.table.renoise is not None:
+                step_noise = request.step_noise(resolved.latent_shape, len(resolved.table.sigma))
         guidance_scale = resolved.settings.guidance_scale
         if resolved.preset != "wan" and guidance_scale > 1:
             log.warning(

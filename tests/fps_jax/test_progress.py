@@ -1,6 +1,7 @@
 """What is said of work under way: a clock that goes on, lines in a log."""
 
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_a_log_has_whole_lines_and_hears_of_work_that_stands(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream := Stream(False))
     monkeypatch.setattr(progress, "LINE", 0.1)
     with progress.progress_bar("denoise", True) as update:
-        time.sleep(0.5)  # nothing moves: a line after 0.1 s, another 0.2 s later
+        time.sleep(0.5)  # nothing moves: a line every 0.1 s
         for done in range(1, 51):
             update(done, 50)
     lines = stream.getvalue().splitlines()
@@ -43,9 +44,37 @@ def test_a_log_has_whole_lines_and_hears_of_work_that_stands(monkeypatch):
     assert not set("\r\x1b█") & set(stream.getvalue())
 
 
+def test_lines_of_work_that_stands_are_close_while_watched_then_rare():
+    said, times = 0.0, []
+    while said < 3600:
+        said += progress.still(said)
+        times.append(said)
+    gaps = [after - before for before, after in itertools.pairwise([0.0, *times])]
+    assert max(gap for gap, end in zip(gaps, times, strict=True) if end <= 60) < 2
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 60
+    assert len(times) < 120  # an hour's
+
+
+def test_what_moves_is_told_soon_while_watched_then_now_and_then(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys, "stderr", Stream(False))
+    times = []
+    monkeypatch.setattr(sys.stderr, "write", lambda text: times.append(now) if text.strip() else None)
+    with progress.amount_bar("encode clips", 6000) as advance:
+        for tenth in range(3000):
+            now = tenth / 10
+            advance(1)
+    gaps = [(before, after - before) for before, after in itertools.pairwise([0.0, *dict.fromkeys(times)])]
+    assert max(gap for begin, gap in gaps if begin < 58) < 2
+    assert min(gap for begin, gap in gaps if begin > 60) > 29
+
+
 def test_an_amount_is_told_in_whole_lines_in_a_log(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream := Stream(False))
-    monkeypatch.setattr(progress, "_LOG", 0.0)
+    monkeypatch.setattr(progress, "LOG", 0.0)
+    monkeypatch.setattr(progress, "WATCHED", 0.0)
     with progress.amount_bar("encode clips", 8) as advance:
         advance(2, "1 of 4 clips")
         advance(6, "4 of 4 clips")
@@ -80,6 +109,63 @@ def test_what_is_waited_for_is_told_when_it_takes_long(monkeypatch, terminal):
         assert "block 2 ... " in stream.getvalue()
     if terminal:
         assert not stream.getvalue().split("\r")[-1].strip()  # gone
+
+
+_SLOW = (
+    "import sys, time\n"
+    "from fps_jax import progress\n"
+    "progress._START = float(sys.argv[1])\n"
+    "from fps_jax.errors import run_cli\n"
+    "def main(arguments):\n"
+    "    assert not arguments\n"
+    "    time.sleep(0.4)\n"
+    "    print('a table')\n"
+    "    time.sleep(0.4)\n"
+    "sys.argv[1:] = []\n"
+    "sys.exit(run_cli(main))\n"
+)
+
+
+def test_a_command_that_starts_slowly_says_so_until_its_own_first_word():
+    done = subprocess.run([sys.executable, "-c", _SLOW, "0.1"], capture_output=True, text=True, check=True)
+    assert done.stdout == "a table\n"
+    assert done.stderr == "starting ... 0 s\n"  # once: the next would be 1.5 s later, and the table comes before
+
+
+def test_a_command_that_starts_fast_says_nothing_of_it():
+    done = subprocess.run([sys.executable, "-c", _SLOW, "0.6"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("a table\n", "")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_first_word_on_either_stream_ends_the_start(monkeypatch, stream, terminal):
+    out, err = Stream(terminal), Stream(terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(progress, "_START", 0.05)
+    with progress.starting():
+        time.sleep(0.3)
+        told = err.getvalue()
+        print("own", file=getattr(sys, stream))
+        assert (sys.stdout, sys.stderr) == (out, err)
+        said = err.getvalue()
+        time.sleep(0.3)
+        assert err.getvalue() == said
+    assert "starting ... 0 s" in told
+    if terminal:  # gone before the word
+        assert not said.removeprefix(told).removesuffix("own\n").split("\r")[-1].strip()
+        assert "\r" in said.removeprefix(told)
+    assert out.getvalue() == ("own\n" if stream == "stdout" else "")
+
+
+def test_a_start_without_a_word_leaves_the_streams_as_they_were(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", out := Stream(True))
+    monkeypatch.setattr(sys, "stderr", err := Stream(True))
+    with pytest.raises(ValueError, match="no"), progress.starting():
+        raise ValueError("no")
+    assert (sys.stdout, sys.stderr) == (out, err)
+    assert (out.getvalue(), err.getvalue()) == ("", "")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

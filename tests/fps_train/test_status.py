@@ -16,14 +16,14 @@ def test_a_log_has_a_line_now_and_then_with_what_is_left(capsys, monkeypatch):
         for step in range(1, 11):
             told.step(step, VALUES)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"step {n} of 10" for n in (3, 6, 9, 10)]
-    # Ten seconds a step: after three of ten, seventy are left.
-    assert lines[0] == "step 3 of 10: loss 0.1235, 10 s a step, 21,840 tokens/s, MFU 41.2%, 0:01:10 left"
+    assert [line.split(":")[0] for line in lines] == [f"step {n} of 10" for n in (1, 4, 7, 10)]
+    # Ten seconds a step: after four of ten, sixty are left.
+    assert lines[1] == "step 4 of 10: loss 0.1235, 10 s a step, 21,840 tokens/s, MFU 41.2%, 0:01:00 left"
     assert lines[-1].endswith("0:00:00 left")
 
 
 def test_a_log_says_what_is_waited_for(capsys, monkeypatch):
-    now = 0.0
+    now = 1000.0
     monkeypatch.setattr(status.time, "monotonic", lambda: now)
     told = status.Status(0, 10, None)
 
@@ -34,7 +34,11 @@ def test_a_log_says_what_is_waited_for(capsys, monkeypatch):
             told._beat()
         return capsys.readouterr().err.splitlines()
 
-    assert said_within(20) == [f"step 1 of 10 ... {seconds} s" for seconds in (2, 4, 8, 16)]  # compiling
+    assert said_within(60) == [f"step 1 of 10 ... {seconds} s" for seconds in range(2, 61, 2)]  # compiling
+    # Nobody watches it any more: a line after 3 s, when 62 have passed, 7 later, 17 later, ..., a minute later.
+    gaps = [int(b.split()[-2]) - int(a.split()[-2]) for a, b in itertools.pairwise(said_within(400))]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == 60
     told.step(1, VALUES | {"seconds": 0.3})
     capsys.readouterr()
     assert said_within(3) == ["step 2 of 10 ... 2 s"]  # another program
@@ -42,6 +46,21 @@ def test_a_log_says_what_is_waited_for(capsys, monkeypatch):
     capsys.readouterr()
     assert said_within(39) == []  # what may be the next step
     assert said_within(1) == ["step 3 of 10 ... 40 s"]
+
+
+def test_the_first_minute_of_a_log_is_watched(capsys, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    told = status.Status(0, 1000, None)
+    times = []
+    for tenth in range(1, 600):
+        now = 1000 + tenth / 10
+        told._beat()
+        if tenth % 7 == 0:
+            told.step(tenth // 7, VALUES | {"seconds": 0.7})
+        if capsys.readouterr().err:
+            times.append(now)
+    assert max(b - a for a, b in itertools.pairwise([1000.0, *times, now])) < 2
 
 
 def test_silence_is_silent(capsys):

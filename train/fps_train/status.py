@@ -5,9 +5,8 @@ import sys
 import time
 from typing import Any
 
-from fps_jax.progress import LINE, LONGEST, repeated
+from fps_jax.progress import LINE, LOG, WATCHED, moving, repeated, still
 
-_LOG_SECONDS = 30.0  # between lines of a log
 _LATE = 4  # times the last step's seconds: what takes longer is waited for (a program that compiles, a checkpoint)
 
 
@@ -19,8 +18,8 @@ class Status:
 
     def __init__(self, first: int, steps: int, show: bool | None):
         self._steps, self._bar, self._silent = steps, None, show is False
-        self._began, self._done, self._told = time.monotonic(), 0, 0.0
-        self._step, self._since, self._wait = first, self._began, LINE
+        self._start = self._began = self._since = self._told = time.monotonic()
+        self._step, self._done, self._wait = first, 0, LINE
         if not self._silent and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -29,7 +28,7 @@ class Status:
 
     def __enter__(self) -> "Status":
         if not self._silent:
-            self._alive.enter_context(repeated(self._beat, 1.0))
+            self._alive.enter_context(repeated(self._beat, 1.0 if self._bar is not None else LINE / 10))
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -41,9 +40,11 @@ class Status:
         if self._bar is not None:
             self._bar.refresh()
             return
-        waited = time.monotonic() - self._since
-        if waited >= self._wait:
-            self._wait = waited + min(waited, LONGEST)
+        now = time.monotonic()
+        waited = now - self._since
+        late = waited >= self._wait or now - self._start < WATCHED
+        if late and now - self._told >= self._wait:
+            self._told, self._wait = now, max(self._wait, still(waited))
             print(
                 f"step {min(self._step + 1, self._steps)} of {self._steps} ... {waited:.0f} s",
                 file=sys.stderr,
@@ -63,7 +64,8 @@ class Status:
         if not self._done:  # compiling isn't what the other steps will take
             self._began = now - values["seconds"]
         self._done += 1
-        self._step, self._since, self._wait = step, now, max(LINE, _LATE * values["seconds"])
+        self._step, self._since = step, now
+        self._wait = moving(now - self._start, max(LINE, _LATE * values["seconds"]))
         numbers = (
             f"loss {values['loss']:.4f}, {values['seconds']:.3g} s a step, {values['tokens_per_second']:,.0f} tokens/s"
         )
@@ -73,7 +75,7 @@ class Status:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(numbers)
             return
-        if self._silent or (now - self._told < _LOG_SECONDS and step != self._steps):
+        if self._silent or (now - self._told < moving(now - self._start, LOG) and step != self._steps):
             return
         self._told = now
         left = (now - self._began) / self._done * (self._steps - step)

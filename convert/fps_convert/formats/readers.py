@@ -8,15 +8,15 @@ import mmap
 import pathlib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import ml_dtypes
 import numpy as np
 
+from fps_jax.choices import WeightDtype
 from fps_jax.files import check_regular, read_json
 
-Dtype = Literal["bfloat16", "float16", "float32"]
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+DTYPES: tuple[WeightDtype, ...] = get_args(WeightDtype)
 # Names as in safetensors, with their NumPy types where Wan's files may hold them.
 FLOATS: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from fps_convert import mapping
-from fps_convert.formats.readers import DTYPES, Dtype
+from fps_convert.formats.readers import DTYPES
 from fps_convert.formats.writers import Output, write_safetensors_file
 from fps_convert.lora.read import OURS
 from fps_convert.mapping import Row
 from fps_convert.report import NAMES
+from fps_jax.choices import WeightDtype
 from fps_jax.config import WanConfig
 from fps_jax.files import new_file
 from fps_jax.models.lora import LoRAConfig
@@ -21,7 +22,7 @@ _PREFIX = "diffusion_model."
 
 
 def write_lora(
-    path: str | os.PathLike, config: WanConfig, adapters: Params, lora: LoRAConfig, *, dtype: Dtype = "float32"
+    path: str | os.PathLike, config: WanConfig, adapters: Params, lora: LoRAConfig, *, dtype: WeightDtype = "float32"
 ) -> None:
     """Writes adapters under official names: `diffusion_model.blocks.0.self_attn.q.lora_A.weight` `[r, in]`, `.lora_B.weight`
     `[out, r]`, and in the blocks `.alpha`; rank and alpha are in the metadata too.
