@@ -176,4 +176,5 @@ def _unboxed(report: str) -> str:
     lines = report.strip().splitlines()[1:]
     inside = [line.strip().strip("│|").strip() for line in lines]
     words = " ".join(line for line in inside if line.strip("╰─╯- "))
-    return " ".join(words.split(" For full helptext")[0].split())
+    # What a dataclass says of its values is enough; its name is nothing to a person.
+    return re.sub(r"^Error parsing \w+: ", "", " ".join(words.split(" For full helptext")[0].split()))

@@ -5,16 +5,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 Progress = Callable[[int, int], None]  # (done, in all), of whatever is counted: steps, chunks of frames
 Moved = Callable[[int], object]  # bytes read or written since the last call
 # Whoever watches hears within two seconds that work goes on, also where other processes have the cores: a beat is late then.
 LINE = 1.5  # seconds between lines, and before the first
-WATCHED = 60.0  # seconds that it is so; of what takes longer, a log of hours isn't to hold as many
+WATCHED = 300.0  # seconds that it is so; of what takes longer, a log of hours isn't to hold as many
 LONGEST = 60.0  # seconds between lines of work that stands, which grow from `LINE` to these
 LOG = 30.0  # seconds between lines of work that moves, where it takes hours
 _START = 1.1  # seconds before a command says that it starts: those before it could are nearly one on a busy machine
+
+_heard: float | None = None  # when a command wrote last, to either stream; None where nobody watches them (`starting`)
 
 
 class Quiet:
@@ -82,13 +84,13 @@ def _told(label: str, least: float | None = None, first: float | None = None) ->
 
     def say() -> None:
         nonlocal said
-        said = time.monotonic()
+        said = _hear()
         print(f"{state} {said - start:.0f} s", file=out, flush=True)
 
     def beat() -> None:
         nonlocal wait
         with lock:
-            if time.monotonic() - said >= wait:
+            if silence(said) >= wait:
                 say()
                 wait = max(wait, still(said - moved))
 
@@ -97,11 +99,25 @@ def _told(label: str, least: float | None = None, first: float | None = None) ->
         with lock:
             moved = time.monotonic()
             state, wait = now, moving(moved - start, LINE if least is None else least)
-            if last or moved - said >= wait:
+            if last or max(moved - said, silence(said)) >= wait:
                 say()
 
     with repeated(beat, LINE / 10):
         yield tell
+
+
+def _hear() -> float:
+    """Now, when something is said."""
+    global _heard
+    now = time.monotonic()
+    if _heard is not None:
+        _heard = now
+    return now
+
+
+def silence(said: float) -> float:
+    """Seconds since a command wrote something, whoever of it; since `said` where nobody knows."""
+    return time.monotonic() - (said if _heard is None else _heard)
 
 
 def still(seconds: float) -> float:
@@ -133,37 +149,47 @@ def waiting(label: str, *, show: bool | None = True, first: float | None = None)
 @contextlib.contextmanager
 def _clock(label: str, first: float | None) -> Iterator[None]:
     """A line on a terminal whose clock goes on. No tqdm: a command that starts shouldn't wait for it."""
-    start, shown, out = time.monotonic(), 0, Quiet(sys.stderr)
-    first = LINE if first is None else first
+    start, out = time.monotonic(), Quiet(sys.stderr)
+    shown, said, first = 0, start, LINE if first is None else first
+
+    def alone() -> bool:
+        """Whether what it said last still stands there, at the end."""
+        return shown > 0 and (_heard is None or _heard <= said)
 
     def beat() -> None:
-        nonlocal shown
-        if (seconds := time.monotonic() - start) >= first:
-            text = f"{label} ... {seconds:.0f} s"
+        nonlocal shown, said
+        if alone() or silence(start) >= first:
+            said = _hear()
+            text = f"{label} ... {said - start:.0f} s"
             shown = len(text)
             print(f"\r{text}", end="", file=out, flush=True)
+            said = _hear()
 
     try:
-        with repeated(beat, min(0.5, first / 2)):
+        with repeated(beat, min(0.5, first / 5)):
             yield
     finally:
-        if shown:
+        if alone():
             print(f"\r{' ' * shown}\r", end="", file=out, flush=True)
 
 
-class _Spoken:
-    """A stream that calls `ended` before anything is written to it."""
+class _Watched:
+    """A stream that notes when it is written to. first: called before; the first time it ends what is said until then."""
 
-    def __init__(self, stream: TextIO, ended: Callable[[], object]):
-        self._stream, self._ended = stream, ended
+    def __init__(self, stream: TextIO, first: Callable[[], object]):
+        self._stream, self._first = stream, first
 
     def write(self, text: str) -> int:
-        self._ended()
+        self._note()
         return self._stream.write(text)
+
+    def _note(self) -> None:
+        self._first()
+        _hear()
 
     def __getattr__(self, name: str) -> Any:
         if name in ("buffer", "writelines"):  # what writes past `write`
-            self._ended()
+            self._note()
         return getattr(self._stream, name)
 
 
@@ -171,24 +197,30 @@ class _Spoken:
 def starting() -> Iterator[None]:
     """Says that a command starts, where its imports and the opening of its files take long, until it says something itself.
 
-    Both streams are stood in for until the first word, on either of them.
+    Both streams are stood in for while the block runs, so that all else here knows when anything was said last: what begins to be
+    waited for in silence is told the sooner.
     """
+    global _heard
     streams = sys.stdout, sys.stderr
     if None in streams:  # a process without them
         yield
         return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(waiting("starting", first=_START))
-        spoken = _Spoken(streams[0], stack.close), _Spoken(streams[1], stack.close)
+    _heard = time.monotonic()
+    with contextlib.ExitStack() as word, contextlib.ExitStack() as both:
+        word.enter_context(waiting("starting", first=_START))  # on the stream itself
+        for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+            watched = _Watched(stream, word.close)
+            setattr(sys, name, watched)
+            both.callback(_restore, name, watched, stream)
+        try:
+            yield
+        finally:
+            _heard = None
 
-        def restore() -> None:
-            for name, own, stream in zip(("stdout", "stderr"), spoken, streams, strict=True):
-                if getattr(sys, name) is own:  # whoever put another there meanwhile keeps it
-                    setattr(sys, name, stream)
 
-        stack.callback(restore)
-        sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in spoken)
-        yield
+def _restore(name: str, watched: _Watched, stream: TextIO) -> None:
+    if getattr(sys, name) is watched:  # whoever put another there keeps it
+        setattr(sys, name, stream)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.claim import world
-from fps_jax.choices import Dtype
+from fps_jax.choices import Dtype, check_text
 from fps_jax.errors import parse, run_cli
+from fps_jax.progress import waiting
 
 MODELS = pathlib.Path(__file__).parents[2] / "fps_jax" / "demo_models"
 PROMPT = "a blue triangle moves right on a white background"  # a combination that training never saw
@@ -50,8 +51,10 @@ def _main(arguments: list[str]) -> None:
             raise FileNotFoundError(
                 f"models={str(options.models)!r} holds no {name!r}; benchmarks.claim.export writes it"
             )
+    check_text("prompt", options.prompt)
+    if options.output.exists() and not options.output.is_dir():
+        raise FileExistsError(f"output={str(options.output)!r} is a file; give a folder")
     start = time.monotonic()
-    _tell("importing jax")
     from benchmarks.claim.rows import mean_density
     from fps_jax.evaluation.compare import compare, side_by_side
     from fps_jax.files import write_json
@@ -60,7 +63,9 @@ def _main(arguments: list[str]) -> None:
     from fps_jax.sampling.request import Request
 
     request = Request(prompt=options.prompt, seed=options.seed, attention="fps")
-    pipes = [WanPipeline.from_pretrained(options.models / name, dtype=options.dtype) for name in NAMES]
+    pipes = [
+        WanPipeline.from_pretrained(options.models / name, dtype=options.dtype, show_progress=True) for name in NAMES
+    ]
     facts = world.parse(options.prompt)
     if facts is None:
         _tell(f"the models know no such thing, and draw what they can: {known()}")
@@ -70,9 +75,10 @@ def _main(arguments: list[str]) -> None:
     comparison = compare(pipes[0], request, other=pipes[1], tell=_tell)
     options.output.mkdir(parents=True, exist_ok=True)
     videos = {"dense": comparison.dense.video, "fps": comparison.other.video}
-    verdicts = {name: verdict(options.prompt, video) for name, video in videos.items()}
-    save_video(side_by_side(comparison), options.output / "demo.mp4", fps=world.FPS)
-    sheet(options.prompt, videos, verdicts, options.output / "demo.png")
+    with waiting("check and draw"):
+        verdicts = {name: verdict(options.prompt, video) for name, video in videos.items()}
+        save_video(side_by_side(comparison), options.output / "demo.mp4", fps=world.FPS)
+        sheet(options.prompt, videos, verdicts, options.output / "demo.png")
     assert resolved.schedule is not None  # attention="fps" has one
     density = mean_density(resolved.schedule, len(resolved.table.sigma))
     took = time.monotonic() - start

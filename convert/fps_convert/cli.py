@@ -10,6 +10,7 @@ import tyro
 
 from fps_jax.choices import CausalPreset, ComfyDtype, LayoutName, WeightDtype, Which, choices, file_and_scale
 from fps_jax.errors import parse, run_cli
+from fps_jax.progress import waiting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +110,17 @@ def _run(argv: list[str]) -> None:
 
     if isinstance(command, ToFlax):
         files = (command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
-        report = to_flax(
-            src,
-            dst,
-            command.dtype,
-            command.overwrite,
-            given=Given(*files, root=command.root),
-            loras=loras,
-            lora_partial=command.lora_partial,
-            preset=command.preset,
-        )
+        with waiting("converting"):
+            report = to_flax(
+                src,
+                dst,
+                command.dtype,
+                command.overwrite,
+                given=Given(*files, root=command.root),
+                loras=loras,
+                lora_partial=command.lora_partial,
+                preset=command.preset,
+            )
         print(summary(report, f"report: {os.path.join(dst, 'audit.json')}"))
     else:
         _to_torch(command)
@@ -167,7 +169,8 @@ def _to_torch(command: ToTorch) -> None:
         return
     if command.layout is None:
         raise ValueError(f"--layout is missing; whose file names and keys to write: one of {choices(LayoutName)}")
-    with run_as_checkpoint(command.src, command.dst, command.weights) if trained else nullcontext(command.src) as src:
+    opened = run_as_checkpoint(command.src, command.dst, command.weights) if trained else nullcontext(command.src)
+    with waiting("converting"), opened as src:
         report = to_torch(src, command.dst, command.layout, command.overwrite, dtype=command.dtype)
     print(summary(report, f"report: {report['report']}"))
 

@@ -11,6 +11,7 @@ import tyro
 from fps_jax.choices import DriftWeights, check_text
 from fps_jax.errors import parse, run_cli
 from fps_jax.files import new_directory, read_json, write_json
+from fps_jax.progress import waiting
 
 if TYPE_CHECKING:
     from fps_jax.evaluation.drift import Measured
@@ -70,7 +71,8 @@ def _drift(options: Drift) -> None:
         write_json(_record(options, measured), folder / "drift.json")
         subtitle = f"{options.chunks} chunks, the first dotted; VDE: video drift error, {options.weights} weights"
         short = _short(measured)
-        plot(short, folder / "drift.png", weights=options.weights, title="Drift over time", subtitle=subtitle)
+        with waiting("draw"):
+            plot(short, folder / "drift.png", weights=options.weights, title="Drift over time", subtitle=subtitle)
     print(table(short, options.weights, METRICS))
     print(f"wrote {options.output / 'drift.json'} and {options.output / 'drift.png'}")
 

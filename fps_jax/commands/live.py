@@ -5,12 +5,12 @@ import ipaddress
 import pathlib
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fps_jax.choices import check_fps, check_text
 from fps_jax.commands.options import StreamOptions, causal_config
 from fps_jax.errors import parse, run_cli
-from fps_jax.progress import Quiet
+from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.live.server import Live
@@ -79,10 +79,12 @@ def _load(options: Watch) -> "Live":
     facts = {"model": options.model if is_demo else pathlib.Path(options.model).name, "prompt": "", "examples": []}
     facts |= (demo.FACTS if is_demo else {}) | ({} if options.prompt is None else {"prompt": options.prompt})
     size = (options.height, options.width)
-    prompt, settings = facts["prompt"] or "any", {"seed": options.seed, "kv_cache": options.kv_cache}
+    prompt: str = facts["prompt"] or "any"
+    settings: dict[str, Any] = {"seed": options.seed, "kv_cache": options.kv_cache}
     StreamPlan.build(model.config, causal, prompt, size=size, **settings)
     _tell("loading the model")
-    pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
+    with waiting("loading the model"):
+        pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype)
     return Live(lambda prompt: pipe.session(prompt, height=size[0], width=size[1], **settings), options.fps, facts)
 
 

@@ -101,7 +101,7 @@ def _session(options: Stream) -> "Session":
         plan(model.config, causal, options.prompt, size=size, given=frames, **settings)
         print(f"given: {len(given)} frames of {options.image or options.video}", file=Quiet(sys.stderr))
     pipe = CausalPipeline.from_pretrained(model.directory, causal=causal, dtype=options.dtype, show_progress=True)
-    with stage("prepare"):
+    with stage("prepare"), waiting("prepare"):
         return pipe.session(options.prompt, height=options.height, width=options.width, given=given, **settings)
 
 

@@ -41,6 +41,8 @@ from fps_jax.progress import progress_bar
 METRICS = ("sharpness", "colour", "contrast", "brightness", "motion", "flicker")
 LEAST_FRAMES = 3  # of a chunk: flicker is of three
 _LUMA = (np.float32(0.2126), np.float32(0.7152), np.float32(0.0722))  # ITU-R BT.709
+_LONGEST_NAME = 80  # of a metric: it stands above a panel of the plot
+_MOST_METRICS = 60
 _COLUMNS = 3  # panels of a plot beside each other
 _LINES = ("-", "--", ":", "-.")
 
@@ -218,11 +220,15 @@ def check_scores(content: Mapping[str, Any], videos: Sequence[str], chunks: int)
             raise ValueError(f"{key!r:.80} is there twice; give the scores of a video once")
         if not isinstance(metrics, dict):
             raise ValueError(f"{key!r:.80} is no object of metrics, each a list of {chunks} numbers")
+        if len(metrics) > _MOST_METRICS:
+            raise ValueError(f"{key!r:.80} has {len(metrics)} metrics; at most {_MOST_METRICS} are drawn")
         found[fits[0]] = {name: _scores(f"{key!r:.80}, {name!r:.80}", name, of, chunks) for name, of in metrics.items()}
     return found
 
 
 def _scores(where: str, name: str, values: Any, chunks: int) -> list[float]:
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"{where}: the name of a metric is 1 to {_LONGEST_NAME} printable characters")
     if name in METRICS:
         raise ValueError(f"{where}: this name is of a metric that is measured here; give it another")
     if not isinstance(values, list) or len(values) != chunks:

@@ -270,7 +270,7 @@ def test_a_model_that_the_data_are_not_for(tmp_path, data):
         ({"batch_size": 0}, "batch_size=0 is not a positive number of samples"),
         ({"seed": -1}, "seed=-1 is not in 0 to 2"),
         ({"text_dropout": 1.5}, "text_dropout=1.5 is not a share in 0 to 1"),
-        ({"validation_samples": 26}, "validation_samples=26 leaves none of 26 samples to train on"),
+        ({"validation_samples": 26}, "validation.samples=26 leaves none of 26 samples to train on"),
         ({"validation_samples": 25}, "validation_samples=25 leaves no sample of bucket .* to train on"),
     ],
 )

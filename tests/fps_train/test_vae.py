@@ -105,7 +105,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(whole_run, tmp_path, video):
     shutil.copytree(whole_run, output)
     shutil.rmtree(output / "state" / "4")
     shutil.rmtree(output / "checkpoint")
-    (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in metrics(whole_run)[:3]))
+    lines = [json.dumps(line) for line in metrics(whole_run)[:3]]
+    (output / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
     assert run(*video, "--output", output, "--resume") == 0
     for line in (first := metrics(whole_run)) + (second := metrics(output)):
         del line["seconds_a_step"]
@@ -175,9 +176,17 @@ def test_the_loss_has_its_parts():
         (["--captions", "nowhere.csv"], "captions='nowhere.csv' doesn't exist"),
         (["--max-gib", "1e-5"], "take more than the 1e-05 GiB that are allowed in memory; use fewer clips"),
         (["--max-gib", "0"], "max_gib=0.0 is not above 0"),
-        (["--lr", "0"], "lr=0.0 must be above 0"),
+        (["--lr", "0"], "lr=0.0 is not above 0, up to 1e"),
         (["--warmup-steps", "9"], "warmup_steps=9 leaves nothing of steps=4"),
-        (["--z-dim", "0"], "z_dim=0 must be 1 or more"),
+        (["--z-dim", "0"], "z_dim=0 is not in 1 to 256"),
+        (["--base-dim", "1000000"], "base_dim=1000000 is not in 1 to 512"),
+        (["--num-res-blocks", "1000000"], "num_res_blocks=1000000 is not in 1 to 16"),
+        (["--batch-size", "1000000000"], "batch_size=1000000000 is not in 1 to 4096"),
+        (["--steps", "100000000000000000000"], "steps=1000.* is not in 1 to 100000000"),
+        (["--seed", "4294967296"], "seed=4294967296 is not in 0 to 4294967295"),
+        (["--lr", "inf"], "lr=inf is not above 0, up to 1e"),
+        (["--clip-norm", "nan"], "clip_norm=nan is not above 0, up to 1e"),
+        (["--kl-weight", "inf"], r"kl_weight=inf is not in 0 to 1e"),
         (["--train", "decoder"], "train='decoder' needs a VAE whose encoder stays; give it with --init-from"),
         (["--resume"], "holds no run to --resume"),
         (["--init-from", "nowhere"], "checkpoint 'nowhere' doesn't exist"),
@@ -197,6 +206,11 @@ def test_other_options_and_full_folders_are_refused(whole_run, video, start, tmp
     again = [*video, "--output", whole_run]
     assert run(*again) == 2
     assert "is not empty; give another folder, or --resume" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for output, message in (("file", "is a file; give a folder"), ("file/run", "can't be made in")):
+        assert run(*video, "--output", tmp_path / output) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert message in error
     assert run(*again, "--resume", "--lr", "1e-3") == 2
     assert "lr=0.001, but the run in" in capsys.readouterr().err
     assert run(*video, "--output", tmp_path / "new", "--z-dim", "4") == 2
@@ -206,6 +220,15 @@ def test_other_options_and_full_folders_are_refused(whole_run, video, start, tmp
     assert run("--videos", tmp_path / "bad", "--output", tmp_path / "new", *QUICK) == 2
     assert "no clip is left of 1: x.mp4: can't be read (" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff{", b"[1]", b"[" * 200_000])
+def test_a_runs_own_options_that_are_damaged_are_named(content, folder, tmp_path, capsys):
+    (tmp_path / "options.json").write_bytes(content)
+    assert run("--videos", folder, "--output", tmp_path, "--steps", 4, *QUICK, "--resume") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "options.json" in error
+    assert "a run writes its own" in error
 
 
 def test_a_loss_that_is_nan_stops_the_run_and_is_not_saved(tmp_path):

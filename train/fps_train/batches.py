@@ -57,7 +57,7 @@ class Batches:
         total = sum(bucket.num_samples for bucket in data.buckets)
         if not 0 <= validation_samples < total:
             raise ValueError(
-                f"validation_samples={validation_samples} leaves none of {total} samples to train on; use fewer"
+                f"validation.samples={validation_samples} leaves none of {total} samples to train on; use fewer"
             )
         self.data, self.batch_size, self.seed, self.text_dropout = data, batch_size, seed, text_dropout
         self._rows = rows

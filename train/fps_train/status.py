@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from fps_jax.progress import LINE, LOG, WATCHED, moving, repeated, still
+from fps_jax.progress import LINE, LOG, WATCHED, moving, repeated, silence, still
 
 _LATE = 4  # times the last step's seconds: what takes longer is waited for (a program that compiles, a checkpoint)
 
@@ -43,7 +43,7 @@ class Status:
         now = time.monotonic()
         waited = now - self._since
         late = waited >= self._wait or now - self._start < WATCHED
-        if late and now - self._told >= self._wait:
+        if late and silence(self._told) >= self._wait:
             self._told, self._wait = now, max(self._wait, still(waited))
             print(
                 f"step {min(self._step + 1, self._steps)} of {self._steps} ... {waited:.0f} s",

@@ -4,6 +4,7 @@ Source: images first, then inflated in time, L1 and a small KL: Wan's report (ar
 decoder forgives what a diffusion model gets wrong, is this project's.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -23,6 +24,7 @@ from fps_jax.config import VAEConfig
 from fps_jax.files import write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.vae import decode_video, encode_moments
+from fps_jax.progress import waiting
 from fps_train.fingerprint import VAE_ENCODER
 from fps_train.precompute.memory import Stretches
 from fps_train.vae_options import VAETraining
@@ -121,30 +123,37 @@ def train(
     run: pathlib.Path,
     *,
     tell: Callable[[str], None] = lambda line: None,
+    show: bool | None = False,
 ) -> Params:
     """Trains from `params`, or from where `run` has got to; returns the parameters after the last step.
 
     In `run`: `state/` (the last two states, orbax) and `metrics.jsonl`. On one machine a resumed run gives the bits of an
     uninterrupted one.
 
+    tell: gets the lines of what was measured. show: as of `progress_bar`, of the step that is waited for between them.
     Raises: FloatingPointError naming the step where the loss is NaN or inf, before a state with it is saved; OSError for a disk
       without room.
     """
     ocp = quiet_orbax()
     config, images = raw(config), clips.num_frames == 1
-    step, state = _step(config, options, images), initial_state(options, params, images=images)
+    with waiting("prepare", show=show):
+        step, state = _step(config, options, images), initial_state(options, params, images=images)
     # jax's arrays and tuples as they are: what is restored has to have this tree.
     keep = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with ocp.CheckpointManager((run / "state").absolute(), options=keep) as manager:
+    with ocp.CheckpointManager((run / "state").absolute(), options=keep) as manager, contextlib.ExitStack() as until:
         if manager.latest_step() is not None:
-            state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
+            with waiting("restore", show=show):
+                state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
             tell(f"going on after step {manager.latest_step()}")
         # Committed as a step's outputs are, new or restored: else the second step would compile again.
         state = jax.device_put(state, jax.local_devices()[0])
         first = int(state.step)
         metrics = _Metrics(run / "metrics.jsonl", first)
-        start = time.monotonic()
+        start, told = time.monotonic(), True
         for i in range(first, options.steps):
+            if told:
+                until.enter_context(waiting(f"from step {i + 1} of {options.steps}", show=show))
+                told = False
             state, measured = step(state, clips.read(clips.starts[batch_indices(options, i, len(clips.starts))]))
             done, last = i + 1, i + 1 == options.steps
             if done % options.log_every and done % options.save_every and not last:
@@ -157,23 +166,30 @@ def train(
                 )
             seconds = (time.monotonic() - start) / (done - first)
             metrics.add({"step": done, **line, "seconds_a_step": seconds})
+            until.close()
+            told = True
             tell(
                 f"step {done} of {options.steps}: loss {line['loss']:.4f}, PSNR {line['psnr']:.1f} dB, {seconds:.2f} s"
             )
             if done % options.save_every == 0 or last:
-                with orbax_writes(run / "state", "no space left for the state; make room, then run again"):
+                full = "no space left for the state; make room, then run again"
+                with waiting("save", show=show), orbax_writes(run / "state", full):
                     manager.save(done, args=ocp.args.StandardSave(state))
         manager.wait_until_finished()
     return state.params
 
 
 class _Metrics:
-    """metrics.jsonl: a line a record; lines beyond the step that a run resumes from are left out."""
+    """metrics.jsonl: a line a record; lines beyond the step that a run resumes from, and damaged ones, are left out."""
 
     def __init__(self, file: pathlib.Path, step: int):
         self._file = file
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = []
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line cut short by a kill
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
         write_bytes(file, "".join(f"{line}\n" for line in kept).encode())
 
     def add(self, record: dict[str, float]) -> None:

@@ -3,6 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
+# The largest values, beyond those of any run: a slip is told before clips are read.
+_WHOLE = (
+    ("steps", 1, 10**8),
+    ("batch_size", 1, 4096),
+    ("log_every", 1, 10**8),
+    ("save_every", 1, 10**8),
+    ("seed", 0, 2**32 - 1),
+    ("warmup_steps", 0, 10**8),
+)
+_LARGEST = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
@@ -34,16 +45,16 @@ class VAETraining:
     """Steps between two saved states."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        for name, least, most in _WHOLE:
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} is not in {least} to {most}")
         for name in ("lr", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} must be above 0")
-        for name in ("weight_decay", "kl_weight", "latent_noise", "seed", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+            if value is not None and not 0 < value <= _LARGEST:
+                raise ValueError(f"{name}={value} is not above 0, up to {_LARGEST:g}")
+        for name in ("weight_decay", "kl_weight", "latent_noise"):
+            if not 0 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(f"{name}={getattr(self, name)} is not in 0 to {_LARGEST:g}")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} leaves nothing of steps={self.steps}; use fewer")
 

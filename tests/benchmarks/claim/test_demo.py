@@ -76,6 +76,8 @@ def test_verdicts_are_the_checker_s():
     ("arguments", "message"),
     [
         (["--prompt", " "], "is empty; leave PROMPT out"),
+        (["--prompt", "\udcff"], "is not valid text (UTF-8)"),
+        (["--output", __file__], "is a file; give a folder"),
         (["--seed", "-1"], "seed=-1 is not in"),
         (["--models", "nowhere"], "models='nowhere' holds no 'dense'; benchmarks.claim.export writes it"),
     ],

@@ -183,6 +183,10 @@ def test_scores_of_another_tool():
     ("content", "message"),
     [
         ({"c.mp4": {}}, "'c.mp4' names no video of those given"),
+        ({"b.mp4": {"x" * 81: [1, 2]}}, "the name of a metric is 1 to 80 printable characters"),
+        ({"b.mp4": {"": [1, 2]}}, "the name of a metric is 1 to 80 printable characters"),
+        ({"b.mp4": {"a\ud800": [1, 2]}}, "the name of a metric is 1 to 80 printable characters"),
+        ({"b.mp4": {f"m{i}": [1, 2] for i in range(61)}}, "'b.mp4' has 61 metrics; at most 60 are drawn"),
         ({"a.mp4": {}}, "'a.mp4' names 2 videos of those given"),
         ({"b.mp4": {}, "y/b.mp4": {}}, "'y/b.mp4' is there twice"),
         ({"b.mp4": [1, 2]}, "'b.mp4' is no object of metrics, each a list of 2 numbers"),

@@ -96,6 +96,9 @@ def test_folders_that_hold_nothing(tmp_path):
         find_clips(None)
     with pytest.raises(FileNotFoundError, match="doesn't exist; it is a table"):
         find_clips(None, tmp_path / "none.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ValueError, match="is no regular file; it is a table"):
+        find_clips(None, tmp_path / "folder.csv")
     files(tmp_path, metadata_dot_csv="", metadata_dot_json="")
     with pytest.raises(ValueError, match=r"holds metadata.csv and metadata.json; say which with --captions"):
         find_clips(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from typing import Any
 
 from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import write_json
+from fps_jax.files import read_json, write_json
+from fps_jax.progress import waiting
 from fps_jax.sizes import check_frame
 from fps_train.vae_options import VAETraining
 
 _OPTIONS, _CHECKPOINT = "options.json", "checkpoint"
+_SIZES = {"base_dim": 512, "z_dim": 256, "num_res_blocks": 16}  # several times Wan's 96, 16 and 2
 _FREE = {"resume", "output", "log_every", "max_gib"}  # a resumed run may have others of these
 
 
@@ -74,11 +77,14 @@ def _train(given: TrainVAE) -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     if not given.resume:
         write_json(_record(given), given.output / _OPTIONS)
-    params = vae.train(config.vae, options, start(), clips, given.output, tell=_tell)
+    with waiting("start"):  # the first compiles
+        params = start()
+    params = vae.train(config.vae, options, params, clips, given.output, tell=_tell, show=True)
 
     from fps_jax.checkpoints.format import save_checkpoint
 
-    found = vae.measure(config.vae, params, clips, given.batch_size)
+    with waiting("measure"):
+        found = vae.measure(config.vae, params, clips, given.batch_size)
     if given.train == "all":  # else latents are what they were, and so must be what they are normalised by
         statistics = dataclasses.replace(config.vae, latents_mean=found.mean, latents_std=found.std)
         config = dataclasses.replace(config, vae=statistics)
@@ -93,10 +99,10 @@ def _check_sizes(given: TrainVAE) -> None:
     check_frame(*given.size, given.frames, names=("size: height ", "size: width ", "frames="))
     if given.train == "decoder" and given.init_from is None:
         raise ValueError("train='decoder' needs a VAE whose encoder stays; give it with --init-from")
-    for name in ("base_dim", "z_dim", "num_res_blocks"):
+    for name, most in _SIZES.items():
         value = getattr(given, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name}={value} is not in 1 to {most}")
     if not 0 < given.max_gib <= 1024:
         raise ValueError(f"max_gib={given.max_gib} is not above 0, up to 1024")
 
@@ -107,15 +113,20 @@ def _record(given: TrainVAE) -> dict[str, Any]:
 
 def _check_output(given: TrainVAE) -> None:
     file = given.output / _OPTIONS
+    if given.output.exists() and not given.output.is_dir():
+        raise FileExistsError(f"output={str(given.output)!r} is a file; give a folder")
+    above = next(path for path in given.output.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"output={str(given.output)!r} can't be made in {str(above)!r}; give another folder")
     if not given.resume:
-        if given.output.exists() and (not given.output.is_dir() or any(given.output.iterdir())):
+        if given.output.exists() and any(given.output.iterdir()):
             raise FileExistsError(
                 f"output={str(given.output)!r} is not empty; give another folder, or --resume to go on with it"
             )
         return
     if not file.exists():
         raise FileNotFoundError(f"output={str(given.output)!r} holds no run to --resume; leave it out to start one")
-    before, now = json.loads(file.read_text()), _record(given)
+    before, now = read_json(file, "a run writes its own; start another in a new folder"), _record(given)
     for name in sorted(now.keys() - _FREE):
         if before.get(name) != now[name]:
             raise ValueError(

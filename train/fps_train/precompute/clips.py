@@ -155,6 +155,8 @@ def _rows(captions: pathlib.Path) -> Iterator[tuple[str, str, str]]:
     if kind not in (".csv", ".json", ".jsonl"):
         raise ValueError(f"{what} must end in .csv, .json or .jsonl")
     if not captions.is_file():
+        if captions.exists():
+            raise ValueError(f"{what} is no regular file; it is a table of clips and captions")
         raise FileNotFoundError(f"{what} doesn't exist; it is a table of clips and captions")
     if captions.stat().st_size > _MOST_METADATA_BYTES:
         raise ValueError(f"{what} has over {_MOST_METADATA_BYTES >> 30} GiB; split it")
