@@ -110,7 +110,7 @@ def _run(argv: list[str]) -> None:
 
     if isinstance(command, ToFlax):
         files = (command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
-        with waiting("converting"):
+        with waiting("at work"):
             report = to_flax(
                 src,
                 dst,
@@ -170,7 +170,7 @@ def _to_torch(command: ToTorch) -> None:
     if command.layout is None:
         raise ValueError(f"--layout is missing; whose file names and keys to write: one of {choices(LayoutName)}")
     opened = run_as_checkpoint(command.src, command.dst, command.weights) if trained else nullcontext(command.src)
-    with waiting("converting"), opened as src:
+    with waiting("at work"), opened as src:
         report = to_torch(src, command.dst, command.layout, command.overwrite, dtype=command.dtype)
     print(summary(report, f"report: {report['report']}"))
 

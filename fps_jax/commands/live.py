@@ -3,6 +3,7 @@
 import importlib.util
 import ipaddress
 import pathlib
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,9 @@ def _check(options: Watch) -> None:
         raise NotImplementedError(f"fps-live needs {', '.join(missing)}; pip install 'fps-jax[live]'")
     if not 0 <= options.port <= 65535:
         raise ValueError(f"port={options.port} is not in 0 to 65535; 0 takes a free one")
+    for name in options.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", name):
+            raise ValueError(f"allow_host={name[:80]!r} is not a host's name, such as gpu7.example.org, without a port")
     if options.prompt is not None:
         if not options.prompt.strip():
             raise ValueError(f"prompt={options.prompt!r} is not a text; give a few words, or leave it out")

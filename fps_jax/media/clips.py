@@ -23,6 +23,11 @@ _TOLERANCE = Fraction(2, 1000)
 MOST_PIXELS = 1 << 26  # 8192 x 8192; larger frames are refused before they are decoded
 _MOST_RATE = 1024  # decoded frames a second, on average
 _LONGEST = 24 * 3600  # seconds of a clip whose end is asked for
+# FFmpeg's demuxers whose files hold their own frames: a playlist, whatever its name, would have other files read, or addresses.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,gif,apng,png_pipe,flv,asf,ogg,m4v,h264,hevc,ivf,obu,mxf,"
+    "yuv4mpegpipe"
+)
 _STILL = 3600  # seconds that one frame may be shown; a timestamp that jumps further is damage
 MOST_FRAMES = 1025  # that `read_clip` gives: a minute, 1.2 GB at 480p
 
@@ -178,11 +183,11 @@ def resampled(path: pathlib.Path, fps: int | Fraction, limit: int) -> Iterator[t
 def decoded_frames(path: pathlib.Path) -> Generator[tuple[Shown, Fraction, Fraction]]:
     """(frame, its time, how long it says it lasts or 0) in seconds, in order of showing. Raises ClipError."""
     import av
-    from av.error import FFmpegError
+    from av.error import ArgumentError, FFmpegError
 
     count, size = 0, None
     try:
-        with av.open(str(path.absolute())) as container:
+        with av.open(str(path.absolute()), options={"format_whitelist": _FORMATS}) as container:
             if not container.streams.video:
                 raise ClipError("no video in it")
             stream = container.streams.video[0]
@@ -211,6 +216,8 @@ def decoded_frames(path: pathlib.Path) -> Generator[tuple[Shown, Fraction, Fract
                 count += 1
     except ClipError:
         raise
+    except ArgumentError:  # a playlist, a device's description, ...
+        raise ClipError("can't be read", "a playlist, or of a format that isn't read") from None
     except (FFmpegError, OSError, ValueError, EOFError) as error:
         detail = getattr(error, "strerror", None) or one_line(error)
         raise ClipError(

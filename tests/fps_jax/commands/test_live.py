@@ -32,6 +32,8 @@ def run(capsys, *arguments) -> tuple[int, str]:
         (("--port", 70000), "port=70000 is not in 0 to 65535; 0 takes a free one"),
         (("--prompt", " "), "prompt=' ' is not a text"),
         (("--fps", 0), "fps=0.0 is not a number in 1 to 1000"),
+        (("--allow-host", ""), "allow_host='' is not a host's name"),
+        (("--allow-host", "a.org:80"), "allow_host='a.org:80' is not a host's name, such as gpu7.example.org, without"),
         (("--host", "no such host"), "host='no such host' is no address of this machine"),
         (("--host", "192.0.2.1", "--port", 0), "host='192.0.2.1', port=0 can't be listened on"),
         ((), "doesn't say how it makes blocks; give causal='self-forcing'"),

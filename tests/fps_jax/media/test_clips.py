@@ -63,6 +63,16 @@ def test_a_timestamp_that_jumps_is_damage_not_hours_of_one_frame(tmp_path):
         read_clip(tmp_path / "jump.mkv", fps=10, height=32, width=32, last=5)
 
 
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4"])
+def test_a_playlist_has_no_other_file_read(clip, tmp_path, name):
+    target = tmp_path / "clip.mp4"
+    target.write_bytes(clip.read_bytes())
+    hls = "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nclip.mp4\n#EXT-X-ENDLIST\n"
+    (tmp_path / name).write_text(hls if name.endswith("m3u8") else "ffconcat version 1.0\nfile clip.mp4\n")
+    with pytest.raises(ValueError, match=r"list\.\w+' can't be read as a video \(can't be read: a playlist, or"):
+        read_clip(tmp_path / name, fps=10, height=32, width=48)
+
+
 def test_what_is_no_clip_of_so_many_frames_is_told(clip, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"video='.*clip.mp4' has 20 frames at 10 a second, fewer than the 21 asked for"
