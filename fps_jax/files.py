@@ -129,6 +129,16 @@ def check_name(path: str | os.PathLike, option: str) -> None:
         )
 
 
+def check_folder(path: str | os.PathLike, option: str) -> None:
+    """Raises OSError for a folder of output, there or to be made, that can't be: before hours of work, not after."""
+    place = pathlib.Path(path).absolute()
+    if place.exists() and not place.is_dir():
+        raise FileExistsError(f"{option}={str(path)!r} is a file; give a folder")
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise PermissionError(f"{option}={str(path)!r} can't be made in {str(there)!r}; give another folder")
+
+
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A path to write a file at, which takes the name `path` when the block ends well and vanishes when it doesn't.

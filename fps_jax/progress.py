@@ -1,6 +1,8 @@
 """How long work says how far it is: a function to call, a bar on the terminal that is one, and lines where there is no terminal."""
 
 import contextlib
+import os
+import pathlib
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ LINE = 1.5  # seconds between lines, and before the first
 WATCHED = 300.0  # seconds that it is so; of what takes longer, a log of hours isn't to hold as many
 LONGEST = 60.0  # seconds between lines of work that stands, which grow from `LINE` to these
 LOG = 30.0  # seconds between lines of work that moves, where it takes hours
-_START = 1.1  # seconds before a command says that it starts: those before it could are nearly one on a busy machine
+_START = 1.6  # seconds of its process before a command says that it starts
 
 _heard: float | None = None  # when a command wrote last, to either stream; None where nobody watches them (`starting`)
 
@@ -207,7 +209,7 @@ def starting() -> Iterator[None]:
         return
     _heard = time.monotonic()
     with contextlib.ExitStack() as word, contextlib.ExitStack() as both:
-        word.enter_context(waiting("starting", first=_START))  # on the stream itself
+        word.enter_context(waiting("starting", first=max(_START - _age(), 0.1)))  # on the stream itself
         for name, stream in zip(("stdout", "stderr"), streams, strict=True):
             watched = _Watched(stream, word.close)
             setattr(sys, name, watched)
@@ -216,6 +218,16 @@ def starting() -> Iterator[None]:
             yield
         finally:
             _heard = None
+
+
+def _age() -> float:
+    """Seconds since this process began, up to one: so many pass on a busy machine before it can say anything. Else 0."""
+    try:
+        started = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # proc(5): starttime
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):  # no Linux
+        return 0.0
+    return min(max(age, 0.0), 1.0)
 
 
 def _restore(name: str, watched: _Watched, stream: TextIO) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.claim import world
 from fps_jax.choices import Dtype, check_text
 from fps_jax.errors import parse, run_cli
+from fps_jax.files import check_folder
 from fps_jax.progress import waiting
 
 MODELS = pathlib.Path(__file__).parents[2] / "fps_jax" / "demo_models"
@@ -52,8 +53,7 @@ def _main(arguments: list[str]) -> None:
                 f"models={str(options.models)!r} holds no {name!r}; benchmarks.claim.export writes it"
             )
     check_text("prompt", options.prompt)
-    if options.output.exists() and not options.output.is_dir():
-        raise FileExistsError(f"output={str(options.output)!r} is a file; give a folder")
+    check_folder(options.output, "output")
     start = time.monotonic()
     from benchmarks.claim.rows import mean_density
     from fps_jax.evaluation.compare import compare, side_by_side

@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     options = parse(Export, arguments, prog="python -m benchmarks.claim.export")
+    for run in RUNS.values():
+        if not (options.folder / run).is_dir():
+            raise FileNotFoundError(f"folder={str(options.folder)!r} has no {run}; run the claim's stages first")
     for name, run in RUNS.items():
         export(options.folder / run, options.output / name)
         size = sum(file.stat().st_size for file in (options.output / name).rglob("*") if file.is_file())

@@ -21,6 +21,7 @@ from benchmarks.claim.strips import FACTS, Strip, strips, verdict
 from benchmarks.record import write
 from fps_jax.choices import Setting
 from fps_jax.errors import parse, run_cli
+from fps_jax.files import check_folder
 
 _RESAMPLES = 2000
 
@@ -123,6 +124,17 @@ class Judge:
     """Name of a file in benchmarks/results that gets the numbers too."""
 
 
+def check(options: Any) -> None:
+    """Raises ValueError for numbers that no measurement has, OSError for an output that can't be made: before anything is loaded.
+
+    options: has clips, batch_size, seed and output.
+    """
+    for name, least, most in (("clips", 1, 100_000), ("batch_size", 1, 4096), ("seed", 0, 2**32 - 1)):
+        if not least <= getattr(options, name) <= most:
+            raise ValueError(f"{name}={getattr(options, name)} is not in {least} to {most}")
+    check_folder(options.output, "output")
+
+
 def sample(options: Judge, facts: Sequence[world.Facts], texts: Sequence[str], pipe: Any = None) -> Judged:
     """Samples and reads. Sample i has noise of seed `options.seed` + i, whatever the batch."""
     from fps_jax.sampling.pipeline import WanPipeline
@@ -152,6 +164,7 @@ def sample(options: Judge, facts: Sequence[world.Facts], texts: Sequence[str], p
 
 def _main(arguments: list[str]) -> None:
     options = parse(Judge, arguments, prog="python -m benchmarks.claim.judge")
+    check(options)
     from fps_jax.compilation import enable_compilation_cache
     from fps_jax.files import write_json
 

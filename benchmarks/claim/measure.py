@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.claim.judge import Judge, captions, sample, write_strips
+from benchmarks.claim.judge import Judge, captions, check, sample, write_strips
 from benchmarks.claim.losses import DRAWS, paired_losses
 from benchmarks.claim.rows import STEPAWARE
 from fps_jax.errors import parse, run_cli
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     options = parse(Measure, arguments, prog="python -m benchmarks.claim.measure")
+    check(options)
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.checkpoints.open import open_model
     from fps_jax.compilation import enable_compilation_cache

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks.claim import world
-from benchmarks.claim.judge import FACTS, judge, write_strips
+from benchmarks.claim.judge import FACTS, check, judge, write_strips
 from benchmarks.record import write
 from fps_jax.errors import parse, run_cli
 from fps_jax.sizes import latent_grid
@@ -43,6 +43,7 @@ class Gate:
 
 def _main(arguments: list[str]) -> None:
     options = parse(Gate, arguments, prog="python -m benchmarks.claim.vae_gate")
+    check(options)
     import jax
     import jax.numpy as jnp
 

@@ -155,8 +155,8 @@ def write_clips(out: pathlib.Path, clips: int, seed: int, held_out: bool) -> Non
     """
     from fps_jax.files import new_directory
 
-    if clips < 1 or seed < 0:
-        raise ValueError(f"clips={clips} must be at least 1 and seed={seed} at least 0")
+    if not 1 <= clips <= 10**6 or seed < 0:  # six digits in a name
+        raise ValueError(f"clips={clips} must be in 1 to 1000000 and seed={seed} at least 0")
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"out={str(out)!r} is not empty; give another folder")
     with new_directory(out) as folder, (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:

@@ -90,6 +90,7 @@ class ToTorch:
     """Replace DST if it exists and is not empty."""
 
 
+_PARTS = ("dit", "vae", "text_encoder", "image_encoder", "tokenizer")
 Command = Annotated[ToFlax, tyro.conf.subcommand("to-flax")] | Annotated[ToTorch, tyro.conf.subcommand("to-torch")]
 
 
@@ -109,7 +110,7 @@ def _run(argv: list[str]) -> None:
     from fps_convert.torch_to_flax import to_flax
 
     if isinstance(command, ToFlax):
-        files = (command.dit, command.vae, command.text_encoder, command.image_encoder, command.tokenizer)
+        files = (getattr(command, name) for name in _PARTS)
         with waiting("at work"):
             report = to_flax(
                 src,
@@ -129,7 +130,10 @@ def _run(argv: list[str]) -> None:
 def _src_and_dst(command: ToFlax | ToTorch) -> tuple[str | None, str]:
     """Raises ValueError where one of them is missing."""
     if isinstance(command, ToTorch):
+        _check_named({"SRC": command.src, "DST": command.dst})
         return command.src, command.dst
+    _check_named(dict(zip(("SRC", "DST")[-len(command.paths) :], command.paths, strict=False)))
+    _check_named({name: getattr(command, name) for name in ("base", *_PARTS)})
     if command.base is not None:
         if len(command.paths) != 1:
             raise ValueError(f"{len(command.paths)} paths were given with --base, which is SRC; give DST alone")
@@ -147,6 +151,13 @@ def _src_and_dst(command: ToFlax | ToTorch) -> tuple[str | None, str]:
             f"only one path was given, and no {options}; give SRC (--base) and DST, or DST and files for all parts"
         )
     return None, command.paths[0]
+
+
+def _check_named(paths: dict[str, str | None]) -> None:
+    """Raises ValueError for an empty path, as an unset variable of a shell is, which would be the working directory."""
+    for name, path in paths.items():
+        if path is not None and not path.strip():
+            raise ValueError(f"{name}={path!r} is empty; give a path")
 
 
 def _to_torch(command: ToTorch) -> None:

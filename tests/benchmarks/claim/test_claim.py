@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claim import __main__ as chain
-from benchmarks.claim import judge, world
+from benchmarks.claim import export, judge, measure, vae_gate, world
 from benchmarks.claim.__main__ import _arguments
 from benchmarks.claim.model import CONFIG, TEXT_LEN, write_tokenizer
 from benchmarks.claim.steps import RECIPES, STAGES, STEPS
@@ -76,3 +76,18 @@ def test_true_clips_are_judged_right_and_others_not(tmp_path):
     assert wrong == {f.motion for f in facts} - {"stays still"}
     judge.write_strips(right, tmp_path / "strips.png", count=3)
     assert (tmp_path / "strips.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("command", [judge._main, measure._main, vae_gate._main])
+@pytest.mark.parametrize(("name", "value"), [("clips", 0), ("clips", 10**9), ("batch-size", 0), ("seed", -1)])
+def test_numbers_that_no_measurement_has_are_refused_before_a_model_is_looked_for(command, name, value, tmp_path):
+    data = ["--data", "nowhere"] if command is measure._main else []
+    with pytest.raises(ValueError, match=rf"{name.replace('-', '_')}={value} is not in \d to \d+"):
+        command(["nowhere", "--output", str(tmp_path / "o"), *data, f"--{name}", str(value)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_s_models_come_from_a_claim_that_ran(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no .*; run the claim's stages first"):
+        export._main([str(tmp_path), str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())

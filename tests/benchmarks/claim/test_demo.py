@@ -78,6 +78,7 @@ def test_verdicts_are_the_checker_s():
         (["--prompt", " "], "is empty; leave PROMPT out"),
         (["--prompt", "\udcff"], "is not valid text (UTF-8)"),
         (["--output", __file__], "is a file; give a folder"),
+        (["--output", f"{__file__}/demo"], "can't be made in"),
         (["--seed", "-1"], "seed=-1 is not in"),
         (["--models", "nowhere"], "models='nowhere' holds no 'dense'; benchmarks.claim.export writes it"),
     ],

@@ -164,9 +164,9 @@ def test_written_clips_come_back_to_the_pixel_with_captions_and_facts(tmp_path):
         np.testing.assert_array_equal(decoded, frames)
 
 
-@pytest.mark.parametrize(("clips", "seed"), [(0, 0), (1, -1)])
+@pytest.mark.parametrize(("clips", "seed"), [(0, 0), (10**6 + 1, 0), (1, -1)])
 def test_wrong_numbers_are_refused_before_anything_is_written(tmp_path, clips, seed):
-    with pytest.raises(ValueError, match=rf"clips={clips} must be at least 1 and seed={seed} at least 0"):
+    with pytest.raises(ValueError, match=rf"clips={clips} must be in 1 to 1000000 and seed={seed} at least 0"):
         world.write_clips(tmp_path / "clips", clips, seed, False)
     assert not list(tmp_path.iterdir())
 

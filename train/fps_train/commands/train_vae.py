@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 from fps_jax.config import DiTConfig, VAEConfig, WanConfig
 from fps_jax.errors import parse, run_cli
-from fps_jax.files import read_json, write_json
+from fps_jax.files import check_folder, read_json, write_json
 from fps_jax.progress import waiting
 from fps_jax.sizes import check_frame
 from fps_train.vae_options import VAETraining
@@ -113,11 +112,7 @@ def _record(given: TrainVAE) -> dict[str, Any]:
 
 def _check_output(given: TrainVAE) -> None:
     file = given.output / _OPTIONS
-    if given.output.exists() and not given.output.is_dir():
-        raise FileExistsError(f"output={str(given.output)!r} is a file; give a folder")
-    above = next(path for path in given.output.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"output={str(given.output)!r} can't be made in {str(above)!r}; give another folder")
+    check_folder(given.output, "output")
     if not given.resume:
         if given.output.exists() and any(given.output.iterdir()):
             raise FileExistsError(
