@@ -88,6 +88,6 @@ def test_numbers_that_no_measurement_has_are_refused_before_a_model_is_looked_fo
 
 
 def test_the_demo_s_models_come_from_a_claim_that_ran(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no .*; run the claim's stages first"):
+    with pytest.raises(FileNotFoundError, match=r"has no .*; run the claim's stages first"):
         export._main([str(tmp_path), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
