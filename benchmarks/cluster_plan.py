@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from fps_jax.errors import run_cli
 from fps_jax.mesh import AXES, BATCH, parse_mesh
 from fps_train.config import PRESETS
 from fps_train.described import parse_devices, prepare_process
@@ -233,7 +234,7 @@ def main(arguments: list[str]) -> int:
         return _check(done[_SMALL.name])
     unknown = set(arguments) - set(by_name)
     if unknown:
-        raise SystemExit(f"{min(unknown)!r} is no row; there are {', '.join(map(repr, by_name))}")
+        raise ValueError(f"{min(unknown)!r} is no row; there are {', '.join(map(repr, by_name))}")
     for name, row in by_name.items():
         if name not in arguments if arguments else name in done:
             continue
@@ -266,4 +267,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_cli(lambda arguments: sys.exit(main(arguments))))

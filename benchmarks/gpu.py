@@ -139,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     where.add_argument("--toy", action="store_true", help="toy size on a CPU, as where there is no GPU")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     options = parser.parse_args(arguments)
+    if not 0 < options.budget <= 86400:
+        parser.error(f"budget={options.budget} is not above 0, up to 86400 seconds")
     try:
         chosen = select(all_families(), options.what)
     except ValueError as error:

@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks import sass
 from benchmarks.record import RESULTS, write
+from fps_jax.errors import run_cli
 from fps_train.described import KINDS, described_devices, prepare_process
 from pallas_kernels.mosaic import impatient_waits
 from pallas_kernels.sm90.config import CONSUMERS, SHARED_MEMORY, ForwardConfig
@@ -370,4 +371,4 @@ def _version(ptxas: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_cli(lambda arguments: sys.exit(main(arguments))))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.gpu_cases.timing import BF16_LIMIT
+from fps_jax.errors import run_cli
 from fps_train.described import KINDS, described_devices, prepare_process
 
 H200_BYTES, H200_BANDWIDTH = 141e9, 4.8e12
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli(lambda _: main()))

@@ -243,3 +243,13 @@ def test_a_kernel_and_each_of_its_switches_are_checked_before_they_are_timed():
             checked |= parts
         elif stage == "speed" and case.function.endswith("attention:attention"):
             assert parts <= checked, case.name
+
+
+@pytest.mark.parametrize("budget", ["-1", "nan", "inf"])
+def test_a_budget_that_is_no_time_is_refused(budget, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--toy", f"--budget={budget}"])
+    assert stop.value.code == 2
+    assert f"budget={float(budget)} is not above 0, up to 86400 seconds" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
