@@ -26,7 +26,7 @@ _LONGEST = 24 * 3600  # seconds of a clip whose end is asked for
 # FFmpeg's demuxers whose files hold their own frames: a playlist, whatever its name, would have other files read, or addresses.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegvideo,mpegts,gif,apng,png_pipe,flv,asf,ogg,m4v,h264,hevc,ivf,obu,mxf,"
-    "yuv4mpegpipe"
+    "yuv4mpegpipe,wav,mp3,flac,aac"  # the last have no video, and are told so
 )
 _STILL = 3600  # seconds that one frame may be shown; a timestamp that jumps further is damage
 MOST_FRAMES = 1025  # that `read_clip` gives: a minute, 1.2 GB at 480p
