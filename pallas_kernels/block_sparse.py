@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels import portable, reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
-from pallas_kernels.reference import FP8, KeyValueCodes
+from pallas_kernels.reference import FP8, KeyValueCodes, key_value_codes
 from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import BLOCK_Q
 
@@ -34,6 +35,7 @@ def block_sparse_attention(
     pattern: TilePattern,
     *,
     implementation: Implementation = "auto",
+    over: str | None = None,
 ) -> Float[Array, "B Sq N H"]:
     """Attention of query tiles over the key tiles that a pattern lists, in FP8 or not; softmax scale H**-0.5.
 
@@ -44,15 +46,31 @@ def block_sparse_attention(
       pattern: from `TilePattern.build`: table, padding and granularity. The output is 0 at padded queries.
       implementation: 'reference' (specification, all pairs of tokens in memory), 'portable' (plain XLA), 'sm90' (Hopper
         kernel), or 'auto': the fastest that runs here.
+      over: a mesh axis, inside `jax.shard_map`, that a sample's tokens are shared out over: k and v are this device's part, q its
+        queries, the pattern's rows theirs, and its key tokens those of all devices. In FP8 codes and scales are gathered, not k and
+        v; gradients of k and v are summed over the axis in their dtype. The same scales and codes as on one device.
     Returns: q's dtype.
     Raises: ValueError for operands or a pattern that don't fit; NotImplementedError for an implementation that can't run here.
     Source: FPSAttention (arXiv 2506.04648) section 3.
     """
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
-    pattern.check_operands(q, k)
     chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
-    return _attention(q, k, v, pattern, implementation=chosen)
+    # A mean to take off is of all keys, and the specification rounds what it is given.
+    if over is not None and (pattern.tokens_per_scale is None or pattern.centers_keys or chosen == "reference"):
+        k, v, over = gathered(k, over), gathered(v, over), None
+    pattern.check_operands(q, k if over is None else _of_all(k, over))
+    return _attention(q, k, v, pattern, implementation=chosen, over=over)
+
+
+def gathered(x: Shaped[Array, "B S *rest"], over: str) -> Shaped[Array, "B S_all *rest"]:
+    """The tokens of all devices along a mesh axis, in their order."""
+    return lax.all_gather(x, over, axis=1, tiled=True)
+
+
+def _of_all(k: Array, over: str) -> jax.ShapeDtypeStruct:
+    batch, tokens, *rest = k.shape
+    return jax.ShapeDtypeStruct((batch, tokens * lax.axis_size(over), *rest), k.dtype)
 
 
 def attention_to_codes(
@@ -151,31 +169,66 @@ def check_operands(q: Any, k: Any, v: Any) -> None:
         raise ValueError(f"{shapes}: there is nothing to attend; batch, tokens, heads and head dim must be 1 or more")
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def _attention(q, k, v, pattern, *, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "over"))
+def _attention(q, k, v, pattern, *, implementation, over):
     if implementation == "reference":  # autodiff of the specification is the specification of the gradient
         return reference.attention(q, k, v, pattern)[0]
-    return _differentiable(implementation, q, k, v, pattern)
+    return _differentiable(implementation, over, q, k, v, pattern)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _differentiable(implementation, q, k, v, pattern):
-    return _forward(implementation, q, k, v, pattern)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(implementation, over, q, k, v, pattern):
+    return _forward(implementation, over, q, k, v, pattern)[0]
 
 
-def _forward(implementation, q, k, v, pattern):
-    if implementation == "sm90":
-        from pallas_kernels.sm90 import forward as kernels
+def _forward(implementation, over, q, k, v, pattern):
+    kernels = _kernels(implementation)
+    if over is None:
+        found = kernels.forward(q, k, v, pattern)
     else:
-        kernels = portable
-    out, lse = (checkpoint_name(x, SAVED) for x in kernels.forward(q, k, v, pattern))
+        found = kernels.forward_to_codes(q, _gathered_codes(k, v, pattern, over), pattern)
+    out, lse = (checkpoint_name(x, SAVED) for x in found)
     return out, (q, k, v, out, lse, pattern)
 
 
-def _backward(implementation, saved, d_out):
+def _backward(implementation, over, saved, d_out):
     q, k, v, out, lse, pattern = saved
     # portable, whatever computed the forward: the same gradient from its output and lse
-    return (*portable.backward(q, k, v, out, lse, d_out, pattern), None)
+    if over is None:
+        return (*portable.backward(q, k, v, out, lse, d_out, pattern), None)
+    # Gathered again: kept from the forward, every layer's would stay in memory.
+    codes = _gathered_codes(k, v, pattern, over)
+    dq, dk, dv = portable.backward_to_codes(q, codes, out, lse, d_out, pattern)
+    dk, dv = (lax.psum_scatter(x, over, scatter_dimension=1, tiled=True) for x in (dk, dv))
+    return dq, dk, dv, None
+
+
+def _kernels(implementation: str) -> Any:
+    if implementation == "sm90":
+        from pallas_kernels.sm90 import forward
+
+        return forward
+    return portable
+
+
+def _gathered_codes(k: Array, v: Array, pattern: TilePattern, over: str) -> KeyValueCodes:
+    """Codes of all devices' keys and values, each rounded where it is: a byte on the wire where bf16 has two."""
+    assert pattern.tokens_per_scale is not None
+    valid = lax.dynamic_slice_in_dim(pattern.k_valid, lax.axis_index(over) * k.shape[1], k.shape[1])
+    codes = key_value_codes(
+        k,
+        v,
+        valid,
+        tokens_per_scale=pattern.tokens_per_scale,
+        tokens_per_value_scale=pattern.tokens_per_value_scale,
+        over=over,
+    )
+
+    def bytes_gathered(x):  # as bytes: what XLA can't add up in e4m3, it would gather in float16
+        return lax.bitcast_convert_type(gathered(lax.bitcast_convert_type(x, jnp.uint8), over), FP8)
+
+    v_scale = codes.v_scale if pattern.tokens_per_value_scale is None else gathered(codes.v_scale, over)
+    return KeyValueCodes(bytes_gathered(codes.k), bytes_gathered(codes.v), gathered(codes.k_scale, over), v_scale)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -190,11 +243,7 @@ def _attention_to_codes(q, codes, pattern, *, implementation):
 def _to_codes(implementation, q, codes, pattern):
     if implementation == "reference":
         return reference.attention_to_codes(q, codes, pattern)[0]
-    if implementation == "sm90":
-        from pallas_kernels.sm90 import forward as kernels
-    else:
-        kernels = portable
-    return kernels.forward_to_codes(q, codes, pattern)[0]
+    return _kernels(implementation).forward_to_codes(q, codes, pattern)[0]
 
 
 def _no_gradient(implementation, *_):

@@ -173,10 +173,27 @@ def backward(
     pattern: TilePattern,
 ) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B Sk N H"], Float[Array, "B Sk N H"]]:
     """Gradients of q, k and v from the forward's output and log-sum-exp: straight-through, P un-rounded, zero at padding."""
-    num_heads, head_dim = q.shape[2:]
+    return _backward(q, _heads(q, k, v, pattern), out, lse, d_out, pattern)
+
+
+def backward_to_codes(
+    q: Float[Array, "B Sq N H"],
+    codes: KeyValueCodes,
+    out: Float[Array, "B Sq N H"],
+    lse: Float[Array, "B N Sq"],
+    d_out: Float[Array, "B Sq N H"],
+    pattern: TilePattern,
+) -> tuple[Float[Array, "B Sq N H"], Float[Array, "B Sk N H"], Float[Array, "B Sk N H"]]:
+    """`backward` from keys and values that are rounded already: the gradients of what they were rounded from."""
+    return _backward(q, _quantized_heads(q, codes, pattern), out, lse, d_out, pattern)
+
+
+def _backward(
+    q: Array, codes: Head, out: Array, lse: Array, d_out: Array, pattern: TilePattern
+) -> tuple[Array, Array, Array]:
+    batch, _, num_heads, head_dim = q.shape
     tile_size = pattern.tile_size
     table, chunk = _chunked_table(pattern)
-    codes = _heads(q, k, v, pattern)
     heads = _dequantized(codes)
     q_valid4 = pattern.q_valid[None, :, None, None]
     d_out32 = jnp.where(q_valid4, d_out, 0).astype(jnp.float32)
@@ -189,15 +206,15 @@ def backward(
     one_head = functools.partial(_backward_head, weights=_weights(pattern), chunk=chunk, scale=head_dim**-0.5)
     grads = _over_heads(one_head, (heads, codes, rows), table, 2 * chunk * tile_size**2)
 
-    def back(grad, like, ok, centered=False):
-        grad = grad.reshape(like.shape[0], num_heads, like.shape[1], head_dim).transpose(0, 2, 1, 3)
+    def back(grad, ok, centered=False):
+        grad = grad.reshape(batch, num_heads, ok.shape[0], head_dim).transpose(0, 2, 1, 3)
         grad = jnp.where(ok[None, :, None, None], grad, 0)
         # Taking the mean off is its own transpose, so a gradient goes back through it as keys came.
-        return (centered_keys(grad, ok) if centered else grad).astype(like.dtype)
+        return (centered_keys(grad, ok) if centered else grad).astype(q.dtype)
 
     dq, dk, dv = grads
-    dk = back(dk, k, pattern.k_valid, centered=pattern.centers_keys)
-    return back(dq, q, pattern.q_valid), dk, back(dv, v, pattern.k_valid)
+    dk = back(dk, pattern.k_valid, centered=pattern.centers_keys)
+    return back(dq, pattern.q_valid), dk, back(dv, pattern.k_valid)
 
 
 def _backward_head(

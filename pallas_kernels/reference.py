@@ -90,18 +90,24 @@ def token_scales(
 
 
 def value_scales(
-    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int | None = None
+    v: Float[Array, "B S N H"],
+    valid: Bool[Array, "S"],
+    tokens_per_scale: int | None = None,
+    over: str | None = None,
 ) -> Float[Array, "B groups N H"]:
     """V's scales: one for every head and channel, of all valid tokens, or of each group of tokens.
 
     Those of groups are powers of two, so that what is added up in one group's units goes over to the next one's exactly, in any
     implementation. It costs at most one binade of e4m3's range. They lie within 2**-40 and 2**40; V that would need a larger one
     makes it NaN, as inf does.
+
+    over: a mesh axis that tokens are shared out over (inside `jax.shard_map`); groups don't reach from one device to the next.
     Raises: ValueError if the groups don't divide S.
     """
     batch, seq, heads, dim = v.shape
     if tokens_per_scale is None:
-        return scale_of(_magnitude(v, valid).max(1, keepdims=True))
+        amax = _magnitude(v, valid).max(1, keepdims=True)
+        return scale_of(amax if over is None else jax.lax.pmax(amax, over))
     if tokens_per_scale < 1 or seq % tokens_per_scale:
         raise ValueError(
             f"tokens_per_value_scale={tokens_per_scale} doesn't divide {seq} tokens; use whole tiles that do"
@@ -149,10 +155,13 @@ def quantize_tokens(
 
 
 def quantize_values(
-    v: Float[Array, "B S N H"], valid: Bool[Array, "S"], tokens_per_scale: int | None = None
+    v: Float[Array, "B S N H"],
+    valid: Bool[Array, "S"],
+    tokens_per_scale: int | None = None,
+    over: str | None = None,
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B groups N H"]]:
     """(values, scales) of V: e4m3 `v / scale`, 0 at padding; float32 scales as `value_scales` has them."""
-    scales = value_scales(v, valid, tokens_per_scale)
+    scales = value_scales(v, valid, tokens_per_scale, over)
     codes = codes_of(v, over_tokens(scales, v.shape[1]))
     return jnp.where(valid[None, :, None, None], codes, jnp.zeros((), FP8)), scales
 
@@ -176,14 +185,16 @@ def key_value_codes(
     *,
     tokens_per_scale: int,
     tokens_per_value_scale: int | None = None,
+    over: str | None = None,
 ) -> KeyValueCodes:
     """K and V rounded, as attention by a pattern of these sizes rounds them. With `tokens_per_value_scale` those of some groups
     of tokens are those of the whole, bit for bit.
 
+    over: as of `value_scales`: the codes are then those of this device's tokens.
     Raises: ValueError for sizes that don't divide the tokens.
     """
     k8, k_scale = quantize_tokens(k, valid, tokens_per_scale)
-    v8, v_scale = quantize_values(v, valid, tokens_per_value_scale)
+    v8, v_scale = quantize_values(v, valid, tokens_per_value_scale, over)
     return KeyValueCodes(k8, v8, k_scale, v_scale)
 
 

@@ -13,7 +13,7 @@ from fps_jax.attention.chunked import chunked_attention
 from fps_jax.attention.plan import AttentionPlan
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.choices import check_choice
-from pallas_kernels.block_sparse import SAVED, block_sparse_attention, check_operands
+from pallas_kernels.block_sparse import SAVED, block_sparse_attention, check_operands, gathered
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 
@@ -72,12 +72,16 @@ class PlannedAttention(TokenAttention):
         _check_tokens(q, k, self.layout)
         return self.rows(q, k, v, self.plan.pattern, layer=layer)
 
-    def rows(self, q: Array, k: Array, v: Array, pattern: TilePattern, *, layer: Array) -> Array:
-        """The same for some of the query tiles, those of `pattern`; k and v are whole."""
-        planned = functools.partial(_attend, plan=self.plan, pattern=pattern, implementation=self.implementation)
+    def rows(
+        self, q: Array, k: Array, v: Array, pattern: TilePattern, *, layer: Array, over: str | None = None
+    ) -> Array:
+        """The same for some of the query tiles, those of `pattern`; k and v are whole, or shared out `over` a mesh axis."""
+        planned = functools.partial(
+            _attend, plan=self.plan, pattern=pattern, implementation=self.implementation, over=over
+        )
         if not self.dense_layers:
             return planned(q, k, v)
-        dense = functools.partial(_attend, plan=self.plan.dense(), pattern=pattern)
+        dense = functools.partial(_attend, plan=self.plan.dense(), pattern=pattern, over=over)
         is_dense = (jnp.array(self.dense_layers, jnp.int32) == layer[None]).any()
         return jax.lax.cond(is_dense, dense, planned, q, k, v)
 
@@ -120,7 +124,14 @@ def _check_tokens(q: Array, k: Array, layout: TileLayout) -> None:
 
 
 def _attend(
-    q: Array, k: Array, v: Array, *, plan: AttentionPlan, pattern: TilePattern, implementation: Implementation = "auto"
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    plan: AttentionPlan,
+    pattern: TilePattern,
+    implementation: Implementation = "auto",
+    over: str | None = None,
 ) -> Array:
     """`attend` for the query tiles of `pattern`, which is the plan's or some rows of it."""
     if plan.per_head and pattern.key_tiles.shape[0] != q.shape[2]:
@@ -135,8 +146,10 @@ def _attend(
         )
     if implementation == "dense" or (implementation == "auto" and is_dense):
         _log_choice("dense")
+        if over is not None:
+            k, v = gathered(k, over), gathered(v, over)
         return _dense_in_tiles(q, k, v, plan.layout, pattern.q_valid)
-    return block_sparse_attention(q, k, v, pattern, implementation=implementation)
+    return block_sparse_attention(q, k, v, pattern, implementation=implementation, over=over)
 
 
 @functools.cache  # said once

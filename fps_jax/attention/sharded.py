@@ -1,13 +1,12 @@
 """Attention on a mesh: queries stay where they are, keys and values of a sample come together.
 
 A sample's tokens are shared out over the axis `context`, its heads over `tensor`, samples over `data` and `fsdp`. Each device
-gathers the keys and values of its heads along `context` and attends with its own queries, by its own rows of the table; autodiff
-makes of the gather a reduce-scatter of dK and dV. FP8 scales are then those of one device, bit for bit.
+gathers the keys and values of its heads along `context`, rounded to FP8 where the plan rounds, and attends with its own queries, by
+its own rows of the table; dK and dV are summed by a reduce-scatter. FP8 scales are those of one device, bit for bit.
 
 Both kinds of attention run inside a `shard_map`: neither a kernel nor cuDNN's attention lets XLA share out its operands.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from jaxtyping import Array
 from fps_jax.attention.attend import SAVED, DenseAttention, PlannedAttention, TokenAttention, dense_attention
 from fps_jax.attention.tiles import TileLayout
 from fps_jax.mesh import BATCH
+from pallas_kernels.block_sparse import gathered
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 
@@ -78,12 +78,13 @@ class ShardedAttention(TokenAttention):
                 )
 
             def dense(q, k, v):
-                return dense_attention(q, _gathered(k), _gathered(v), name=SAVED)
+                return dense_attention(q, gathered(k, "context"), gathered(v, "context"), name=SAVED)
 
             return self._map(dense, (tokens,) * 3, tokens)(q, k, v)
         inner, plan, layout = self.inner, self.inner.plan, self.layout
         assert layout is not None
         extra = layout.num_tiles - plan.layout.num_tiles
+        over = "context" if self.mesh.shape["context"] > 1 else None
         heads = ("tensor",) if plan.per_head else ()
         whole = [(0, 0)] * len(heads)
         # An empty tile's queries are all padding: they attend the first tile, and the output is 0.
@@ -102,7 +103,7 @@ class ShardedAttention(TokenAttention):
                 center_k=plan.center_k,
                 tokens_per_value_scale=plan.tokens_per_value_scale,
             )
-            return inner.rows(q, _gathered(k), _gathered(v), pattern, layer=layer)
+            return inner.rows(q, k, v, pattern, layer=layer, over=over)
 
         spec = PartitionSpec
         tables = (spec(*heads, "context", None), spec(*heads, "context"), spec("context"), spec())
@@ -134,6 +135,3 @@ def on_mesh(attention: TokenAttention, mesh: Mesh | None) -> TokenAttention:
 def on_one_device(attention: TokenAttention) -> TokenAttention:
     """What `on_mesh` was given."""
     return attention.inner if isinstance(attention, ShardedAttention) else attention
-
-
-_gathered = functools.partial(lax.all_gather, axis_name="context", axis=1, tiled=True)

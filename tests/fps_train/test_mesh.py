@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,23 @@ def test_fp8_attention_over_context_alone_is_one_device_s_bit_for_bit(setting):
     np.testing.assert_array_equal(got[0], want[0])
     for a, b in zip(got[1:], want[1:], strict=True):  # sums of the devices' parts, in another order
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["sparse", "fp8"])
+def test_what_is_gathered_over_context_are_codes_in_fp8_and_what_is_summed_has_the_operands_dtype(setting):
+    """A byte for each number of K and V, forward and backward, beside their scales; dK and dV in bf16."""
+    many = on_mesh(attention(setting), make_mesh({"context": 8}))
+    shape = jax.ShapeDtypeStruct((2, many.layout.num_stored, 4, 16), jnp.bfloat16)
+
+    def run(q, k, v):
+        return many(q, k, v, layer=jnp.int32(0), taps=None).astype(jnp.float32).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(shape, shape, shape))
+    found = re.findall(r":(\w+)\[([\d,]+)\]\S* = (all_gather|reduce_scatter)", program)
+    whole = f"2,{many.layout.num_stored},4,16"
+    gathers = [dtype for dtype, size, kind in found if kind == "all_gather" and size == whole]
+    assert gathers == (["u8"] * 4 if setting == "fp8" else ["bf16"] * 2)
+    assert [dtype for dtype, _, kind in found if kind == "reduce_scatter"] == ["bf16"] * 2
 
 
 @pytest.mark.parametrize(

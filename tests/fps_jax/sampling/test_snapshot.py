@@ -103,7 +103,7 @@ def test_records_of_another_kind_are_refused(pipe, tmp_path):
         ({"given": None}, "given is a NoneType where"),
         ({"blocks": 3}, "blocks=3 of it all, where 2 were asked for"),
         ({"blocks": None}, "blocks=None of it all, where 2 were asked for"),
-        ({"version": 3}, "it is no session of version 1 to 2"),
+        ({"version": 4}, "it is no session of version 1 to 3"),
         ({"index": 3}, "index=3 is more than its 2 blocks"),
         ({"finished": {}}, "finished is a dict where"),
         ({"next_frame": 4}, "finished blocks end at latent frame 2, and the next begins at 4"),
