@@ -7,7 +7,12 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time of these tests is LLVM's, which takes a third of it for code that isn't optimized and is as right.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+# XLA's newer emitter of fused loops sets MLIR up anew for each of them, which is half of the rest; the one before it does without.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 # Threads of XLA's pool, by default as many as there are cores. Each collective that could run now blocks one, on each of the eight
 # devices, and a program of a training step has dozens. Where they fill the pool, one that all wait for never gets a thread, and XLA
 # ends the process after 40 s (seen in the stacks of a run that hung). 256 is the most that the pool takes.
