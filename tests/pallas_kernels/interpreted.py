@@ -1,5 +1,6 @@
 """Interpret mode in a process with a deadline: a deadlock in a kernel is a hang there, and must become a test that fails."""
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -62,6 +63,7 @@ def run(fn: Callable[..., Any], *args: Any, seconds: float = CASE_SECONDS) -> An
 def _serve(pipe: Any) -> None:
     import jax
 
+    gc.set_threshold(10_000)  # as in tests/conftest.py
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     while True:
