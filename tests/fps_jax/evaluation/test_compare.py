@@ -28,6 +28,7 @@ class Pipe:
     """Notes what it is asked for; its videos have one brightness."""
 
     config = WAN_T2V_14B
+    show_progress = False
 
     def __init__(self, brightness=0.0, schedule=None):
         self.brightness, self.schedule, self.seen = brightness, schedule, []
