@@ -224,7 +224,7 @@ def _gathered_codes(k: Array, v: Array, pattern: TilePattern, over: str) -> KeyV
         over=over,
     )
 
-    def bytes_gathered(x):  # as bytes: what XLA can't add up in e4m3, it would gather in float16
+    def bytes_gathered(x):  # XLA moves bytes as they are; e4m3 it widens where a device has no such arithmetic
         return lax.bitcast_convert_type(gathered(lax.bitcast_convert_type(x, jnp.uint8), over), FP8)
 
     v_scale = codes.v_scale if pattern.tokens_per_value_scale is None else gathered(codes.v_scale, over)

@@ -156,24 +156,25 @@ class CacheLayout:
         """An empty cache. dtype: the compute dtype, which codes don't have."""
         tokens = self.slots * self.slot.num_stored
         shape = (num_layers, batch, tokens, heads, head_dim)
-        if self._per_scale is None:
+        if self.tokens_per_scale is None:
             return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        k_scale = jnp.ones((num_layers, batch, tokens // self._per_scale, heads), jnp.float32)
+        k_scale = jnp.ones((num_layers, batch, tokens // self.tokens_per_scale, heads), jnp.float32)
         v_scale = jnp.ones((num_layers, batch, self.slots, heads, head_dim), jnp.float32)
         return KVCache(jnp.zeros(shape, jnp.uint8), jnp.zeros(shape, jnp.uint8), k_scale, v_scale)
 
     def kept(self, k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]) -> KVCache:
         """A block's keys and values of one layer, tokens in tile order, as a cache of this layout keeps them: without L."""
-        if self._per_scale is None:
+        if self.tokens_per_scale is None:
             return KVCache(k, v)
         valid = jnp.asarray(np.tile(self.slot.valid, k.shape[1] // self.slot.num_stored))
         per_slot = self.slot.num_stored
-        codes = key_value_codes(k, v, valid, tokens_per_scale=self._per_scale, tokens_per_value_scale=per_slot)
+        codes = key_value_codes(k, v, valid, tokens_per_scale=self.tokens_per_scale, tokens_per_value_scale=per_slot)
         k, v = (lax.bitcast_convert_type(x, jnp.uint8) for x in (codes.k, codes.v))
         return KVCache(k, v, codes.k_scale, codes.v_scale)
 
     @property
-    def _per_scale(self) -> int | None:
+    def tokens_per_scale(self) -> int | None:
+        """Stored tokens that share a scale of Q or K; None without quantization."""
         return None if self.scales_per_tile is None else self.slot.tokens_per_scale(self.scales_per_tile)
 
     def write(self, cache: KVCache, block: KVCache, slots: Array, *, axis: int = 2) -> KVCache:
@@ -239,8 +240,8 @@ class CachedAttention(TokenAttention):
             counts=self.context.counts,
             valid=np.tile(where.slot.valid, where.slots),
             q_valid=self.layout.valid,
-            tokens_per_scale=where._per_scale,
-            tokens_per_value_scale=None if where._per_scale is None else where.slot.num_stored,
+            tokens_per_scale=where.tokens_per_scale,
+            tokens_per_value_scale=None if where.tokens_per_scale is None else where.slot.num_stored,
             ordered=True,
         )
         if kept.k_scale is None or kept.v_scale is None:
