@@ -18,6 +18,7 @@ LONGEST = 60.0  # seconds between lines of work that stands, which grow from `LI
 LOG = 30.0  # seconds between lines of work that moves, where it takes hours
 _START = 1.6  # seconds of its process before a command says that it starts
 
+_word: contextlib.ExitStack | None = None  # ends what `starting` says, while it may say anything
 _heard: float | None = None  # when a command wrote last, to either stream; None where nobody watches them (`starting`)
 
 
@@ -202,13 +203,14 @@ def starting() -> Iterator[None]:
     Both streams are stood in for while the block runs, so that all else here knows when anything was said last: what begins to be
     waited for in silence is told the sooner.
     """
-    global _heard
+    global _heard, _word
     streams = sys.stdout, sys.stderr
     if None in streams:  # a process without them
         yield
         return
     _heard = time.monotonic()
     with contextlib.ExitStack() as word, contextlib.ExitStack() as both:
+        _word = word
         word.enter_context(waiting("starting", first=max(_START - _age(), 0.1)))  # on the stream itself
         for name, stream in zip(("stdout", "stderr"), streams, strict=True):
             watched = _Watched(stream, word.close)
@@ -217,7 +219,13 @@ def starting() -> Iterator[None]:
         try:
             yield
         finally:
-            _heard = None
+            _heard = _word = None
+
+
+def started() -> None:
+    """Ends what `starting` says. For a process of several that says nothing more, as another one speaks for all."""
+    if _word is not None:
+        _word.close()
 
 
 def _age() -> float:

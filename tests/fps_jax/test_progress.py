@@ -159,6 +159,20 @@ def test_the_first_word_on_either_stream_ends_the_start(monkeypatch, stream, ter
     assert out.getvalue() == ("own\n" if stream == "stdout" else "")
 
 
+def test_a_process_that_another_one_speaks_for_says_no_more_that_it_starts(monkeypatch):
+    progress.started()  # also where nothing was said
+    monkeypatch.setattr(sys, "stderr", err := Stream(False))
+    monkeypatch.setattr(progress, "_START", 0.0)
+    monkeypatch.setattr(progress, "LINE", 0.1)
+    with progress.starting():
+        time.sleep(0.3)
+        progress.started()
+        said = err.getvalue()
+        time.sleep(0.3)
+    assert "starting ... 0 s" in said
+    assert err.getvalue() == said
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_begins_in_silence_is_told_the_sooner(monkeypatch, terminal):
     """Two waits of a second each are two seconds for whoever looks on."""

@@ -1,14 +1,20 @@
-"""fps-train as a process of its own, which also says a hash of each state that it saves and restores, and what it reads."""
+"""fps-train as a process of its own, which also says when it has joined the others, a hash of each state that it saves and
+restores, and what it reads.
+"""
 
 import functools
 import hashlib
+import os
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
+from fps_train import hosts
 from fps_train.batches import Batches
 from fps_train.checkpoints import Checkpoints
+
+JOINED = "joined the others\n"  # on stderr
 
 
 def state_hash(state) -> str:
@@ -46,8 +52,20 @@ def tell(monkeypatch_into, say) -> None:
     monkeypatch_into(Checkpoints, "restore", told_restore)
 
 
+def tell_of_joining() -> None:
+    """Past Python's own stream, where a word of the command would be seen as its first."""
+    start = hosts.start
+
+    def told(options):
+        start(options)
+        os.write(2, JOINED.encode())
+
+    hosts.start = told
+
+
 if __name__ == "__main__":
     from fps_train.commands.train import main
 
+    tell_of_joining()
     tell(setattr, lambda *words: print(*words, flush=True))
     main()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from fps_jax.progress import started
 from fps_train.host_options import HostOptions
 
 HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and the others end
@@ -77,6 +78,8 @@ def start(options: HostOptions) -> None:
         raise ValueError(f"{who}can't join the others{where}: {first}") from None
     finally:
         timer.cancel()
+    if jax.process_index():
+        started()  # process 0 speaks for all
     sizes = {device.process_index: 0 for device in jax.devices()}
     for device in jax.devices():
         sizes[device.process_index] += 1
