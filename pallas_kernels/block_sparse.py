@@ -13,9 +13,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels import portable, reference
+from pallas_kernels import reference
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
+from pallas_kernels.portable import backward as portable_backward
+from pallas_kernels.portable import forward as portable_forward
 from pallas_kernels.reference import FP8, KeyValueCodes, key_value_codes
 from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import BLOCK_Q
@@ -195,10 +197,10 @@ def _backward(implementation, over, saved, d_out):
     q, k, v, out, lse, pattern = saved
     # portable, whatever computed the forward: the same gradient from its output and lse
     if over is None:
-        return (*portable.backward(q, k, v, out, lse, d_out, pattern), None)
+        return (*portable_backward.backward(q, k, v, out, lse, d_out, pattern), None)
     # Gathered again: kept from the forward, every layer's would stay in memory.
     codes = _gathered_codes(k, v, pattern, over)
-    dq, dk, dv = portable.backward_to_codes(q, codes, out, lse, d_out, pattern)
+    dq, dk, dv = portable_backward.backward_to_codes(q, codes, out, lse, d_out, pattern)
     dk, dv = (lax.psum_scatter(x, over, scatter_dimension=1, tiled=True) for x in (dk, dv))
     return dq, dk, dv, None
 
@@ -208,7 +210,7 @@ def _kernels(implementation: str) -> Any:
         from pallas_kernels.sm90 import forward
 
         return forward
-    return portable
+    return portable_forward
 
 
 def _gathered_codes(k: Array, v: Array, pattern: TilePattern, over: str) -> KeyValueCodes:

@@ -4,7 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
-from pallas_kernels import block_sparse, portable
+from pallas_kernels import block_sparse
+from pallas_kernels.portable import head
 
 
 @contextlib.contextmanager
@@ -14,6 +15,6 @@ def portable_takes(heads: str) -> Iterator[None]:
         yield
         return
     block_sparse._attention.clear_cache()
-    with mock.patch.object(portable, "_WHOLE_HEAD_PAIRS", 0):
+    with mock.patch.object(head, "_WHOLE_HEAD_PAIRS", 0):
         yield
     block_sparse._attention.clear_cache()

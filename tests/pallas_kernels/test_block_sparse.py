@@ -10,13 +10,17 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fps_jax import AttentionPlan, attend
-from pallas_kernels import block_sparse, platform, portable
+from pallas_kernels import block_sparse, platform
 from pallas_kernels.block_sparse import block_sparse_attention
 from pallas_kernels.interpret import interpret
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.portable import head
+from pallas_kernels.portable.backward import backward
+from pallas_kernels.portable.forward import forward
 from pallas_kernels.sm90 import forward as fwd_sm90
 from tests.pallas_kernels import interpreted
 from tests.reference import rel_l2
+from tests.tile_by_tile import portable_takes
 
 PLAN = AttentionPlan.build((4, 8, 16), (4, 8, 8), (1, 1, 1))  # two tiles of 256 slots
 TABLE = {"key_tiles": PLAN.key_tiles, "counts": PLAN.counts, "valid": PLAN.layout.valid}
@@ -163,7 +167,7 @@ def test_the_kernel_through_attend_forward_and_backward(scales):
 
 def test_gradients_with_16_bit_operands_are_as_good_in_fp8_as_without(monkeypatch):
     """As a GPU multiplies. Scores of dequantized operands, rounded to bf16, made each gradient 1.5e-2 wrong, thrice the others."""
-    monkeypatch.setattr(portable, "_matmul_dtype", lambda dtype: jnp.bfloat16 if dtype.itemsize == 1 else dtype)
+    monkeypatch.setattr(head, "_matmul_dtype", lambda dtype: jnp.bfloat16 if dtype.itemsize == 1 else dtype)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 1, 512, 2, 64), np.float32)
     x[:2, ..., :2] *= 4  # outlier channels
@@ -183,18 +187,18 @@ def test_gradients_with_16_bit_operands_are_as_good_in_fp8_as_without(monkeypatc
     assert all(fp8 < 1.5 * bf16 for fp8, bf16 in zip(errors(128), plain, strict=True))
 
 
-@pytest.mark.parametrize("whole_head", [True, False])
-def test_p_that_the_backward_makes_again_is_at_most_what_the_forward_could_have_rounded(monkeypatch, whole_head):
+@pytest.mark.parametrize("heads", ["whole", "tile by tile"])
+def test_p_that_the_backward_makes_again_is_at_most_what_the_forward_could_have_rounded(heads):
     """Large scores that differ in their last bits make exp(score - lse) as large as they like. Here lse is lowered by 30 in their
     place: P is then 17/16 everywhere, so that dV of a key is 17/16 of the sum of dO over the queries that attend it."""
-    monkeypatch.setattr(portable, "_taken_whole", lambda head: whole_head)
     rng = np.random.default_rng(0)
     q, k, v, d_out = (jnp.asarray(rng.standard_normal((1, 64, 2, 16), np.float32)) for _ in range(4))
     pattern = TilePattern.build(
         key_tiles=np.array([[0, 1], [1, 0]], np.int32), counts=np.array([2, 1], np.int32), valid=np.ones(64, bool)
     )
-    out, lse = portable.forward(q, k, v, pattern)
-    _, _, dv = portable.backward(q, k, v, out, lse - 30, d_out, pattern)
+    with portable_takes(heads):
+        out, lse = forward(q, k, v, pattern)
+        _, _, dv = backward(q, k, v, out, lse - 30, d_out, pattern)
     sums = np.asarray(d_out)[0].reshape(2, 32, 2, 16).sum(1)  # of each query tile
     want = (
         17 / 16 * np.stack([sums[0], sums.sum(0)])

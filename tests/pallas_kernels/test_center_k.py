@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import portable, reference
+from pallas_kernels import reference
 from pallas_kernels.block_sparse import block_sparse_attention
+from pallas_kernels.portable.forward import forward
 from pallas_kernels.sm90 import quantize as quantize_sm90
 from pallas_kernels.testing import Shape, make_call
 from tests.reference import rel_l2
@@ -81,7 +82,7 @@ def test_portable_agrees_with_the_specification(dtype, heads):
     # One chunk of keys: float32's sums; the rounding of a bf16 output and gradient
     bar = 2e-6 if dtype == "float32" else 1e-2
     with portable_takes(heads):
-        outs = jax.jit(lambda *x: portable.forward(*x))(*x, pattern)
+        outs = jax.jit(lambda *x: forward(*x))(*x, pattern)
     for got, want in zip(outs, attention(*x, pattern), strict=True):
         assert rel_l2(got, want) <= bar
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(x[0].shape), dtype)

@@ -17,6 +17,7 @@ from pallas_kernels.reference import KeyValueCodes, key_value_codes
 from pallas_kernels.sm90 import forward as fwd_sm90
 from tests.pallas_kernels import interpreted
 from tests.reference import rel_l2
+from tests.tile_by_tile import portable_takes
 
 TILE, GROUP = 32, 64
 VALID = np.arange(4 * TILE) % TILE < TILE - 3
@@ -112,17 +113,15 @@ def by_definition(q, k, v) -> np.ndarray:
     return np.where(VALID[None, :, None, None], out, 0)
 
 
-@pytest.mark.parametrize("whole_head", [True, False])
+@pytest.mark.parametrize("heads", ["whole", "tile by tile"])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_attention_is_the_definition_by_every_channel(monkeypatch, whole_head, ordered):
-    from pallas_kernels import portable
-
-    monkeypatch.setattr(portable, "_taken_whole", lambda head: whole_head)
+def test_attention_is_the_definition_by_every_channel(heads, ordered):
     q, k, v, _ = operands()
     pattern = TilePattern.build(**TABLE, **SIZES, ordered=ordered)
     want = by_definition(q, k, v)
     for implementation in ("reference", "portable"):
-        got = np.asarray(block_sparse_attention(q, k, v, pattern, implementation=implementation))
+        with portable_takes(heads):
+            got = np.asarray(block_sparse_attention(q, k, v, pattern, implementation=implementation))
         # A P whose float32 score straddles a boundary of e4m3 is rounded the other way: none of these, or few
         assert max(rel_l2(got[..., i], want[..., i]) for i in range(16)) <= 1e-3
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import portable, reference
+from pallas_kernels import reference
 from pallas_kernels.pattern import TilePattern
+from pallas_kernels.portable.forward import forward
 from pallas_kernels.sm90 import softmax
 from pallas_kernels.sm90.softmax import Sums
 
@@ -50,7 +51,7 @@ def test_rows_of_equal_scores_are_means_at_any_size_of_scores(size, sign):
         key_tiles=jnp.zeros((1, 1), jnp.int32), counts=jnp.ones(1, jnp.int32), q_valid=valid, k_valid=valid,
         tile_size=seq, tokens_per_scale=seq // 2,
     )  # fmt: skip
-    for attention in (reference.attention, portable.forward):
+    for attention in (reference.attention, forward):
         out, lse = attention(*map(jnp.asarray, (q, k, v)), pattern)
         want = np.asarray(reference.fake_quant_values(jnp.asarray(v))).mean(1, keepdims=True)
         np.testing.assert_allclose(out, np.broadcast_to(want, out.shape), atol=1e-5)
