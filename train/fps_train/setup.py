@@ -158,7 +158,7 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
             teacher = cast_params(base, jnp.dtype(options.dtype))
             # A copy: what has that dtype already would be the trained weights themselves, which each step overwrites.
             teacher = jax.tree.map(jnp.copy, teacher)
-    trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1))
+    trained, frozen = setup.parts.split(params, jax.random.fold_in(key, 1), setup.mesh)
     del params
     frozen = put(frozen, param_shardings(frozen, setup.mesh))
     make = lambda trained: init_state(trained, options.optimizer, options.steps)  # noqa: E731

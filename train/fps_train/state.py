@@ -1,5 +1,6 @@
 """What a run trains and what it keeps fixed, and where both lie."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,10 +66,15 @@ class Parts:
         """Whether some of the base's weights stay as they are."""
         return self.lora is not None or bool(self.train_only)
 
-    def split(self, params: Params, key: Array) -> tuple[Params, Params]:
-        """(trained in float32, frozen in the compute dtype) of a whole DiT's parameters; adapters start from `key`."""
+    def split(self, params: Params, key: Array, mesh: Mesh | None = None) -> tuple[Params, Params]:
+        """(trained in float32, frozen in the compute dtype) of a whole DiT's parameters; adapters start from `key`.
+
+        mesh: what adapters are made on, shard by shard; other parameters lie where they are.
+        """
         if self.lora is not None:
-            return init_lora(self.config, self.lora, key), cast_params(params, jnp.dtype(self.dtype))
+            make = functools.partial(init_lora, self.config, self.lora)
+            shardings = None if mesh is None else param_shardings(jax.eval_shape(make, key), mesh)
+            return jax.jit(make, out_shardings=shardings)(key), cast_params(params, jnp.dtype(self.dtype))
         trained, frozen = {}, {}
         for path, leaf in flatten(params):
             (trained if self._is_trained(path) else frozen)[path] = leaf
