@@ -41,7 +41,7 @@ class TokenAttention(Protocol):
     def place(self, x: Array, *, tokens: bool = True, samples: bool = True) -> Array:
         """Activations `[B, S, ...]` where they should lie on a mesh.
 
-        tokens: they are the video's, which may be shared out. samples: these may be too; what is small is better whole everywhere.
+        tokens: they may be shared out where the mesh divides them. samples: these too; what is small is better whole everywhere.
         """
         return x
 

@@ -56,25 +56,28 @@ class ShardedAttention(TokenAttention):
 
     def place(self, x: Array, *, tokens: bool = True, samples: bool = True) -> Array:
         rest = (None,) * (x.ndim - 2)
-        spec = PartitionSpec(self._rows(x) if samples else None, "context" if tokens else None, *rest)
+        spec = PartitionSpec(self._rows(x) if samples else None, self._tokens(x) if tokens else None, *rest)
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
     def cross(self, q: Array, k: Array, v: Array) -> Array:
-        queries, keys = self._spec(q, "context"), self._spec(q, None)
+        queries, keys = self._spec(q), self._spec(k)
+        shared_out = self._tokens(k) is not None
 
-        def local(q, k, v):  # each device's part of dK and dV is its own; their sum over `context` is the gradient
+        def local(q, k, v):
+            if shared_out:  # then so are sums of the gradients of their weights, and are scattered to the shards
+                return dense_attention(q, gathered(k, "context"), gathered(v, "context"))
+            # Each device's part of dK and dV is its own; their sum over `context` is the gradient.
             return dense_attention(q, *(lax.pcast(x, "context", to="varying") for x in (k, v)))
 
         return self._map(local, (queries, keys, keys), queries)(q, k, v)
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
-        tokens = self._spec(q, "context")
+        tokens = self._spec(q)
         if isinstance(self.inner, DenseAttention):
-            context = self.mesh.shape["context"]
-            if q.shape[1] % context:
+            if self._tokens(q) is None:
                 raise ValueError(
-                    f"{q.shape[1]} tokens are no multiple of the mesh's context={context}, as dense attention needs; "
-                    "use another context, or a schedule, whose tiles are padded"
+                    f"{q.shape[1]} tokens are no multiple of the mesh's context={self.mesh.shape['context']}, as dense "
+                    "attention needs; use another context, or a schedule, whose tiles are padded"
                 )
 
             def dense(q, k, v):
@@ -115,8 +118,12 @@ class ShardedAttention(TokenAttention):
         """Axes that share out the samples of x."""
         return None if x.shape[0] % math.prod(self.mesh.shape[axis] for axis in BATCH) else BATCH
 
-    def _spec(self, x: Array, tokens: str | None) -> PartitionSpec:
-        return PartitionSpec(self._rows(x), tokens, "tensor", None)
+    def _tokens(self, x: Array) -> str | None:
+        """The axis that shares out the tokens of x; None where it doesn't divide them, and every device has all."""
+        return None if x.shape[1] % self.mesh.shape["context"] else "context"
+
+    def _spec(self, x: Array) -> PartitionSpec:
+        return PartitionSpec(self._rows(x), self._tokens(x), "tensor", None)
 
     def _map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         # What the Hopper kernel returns says nothing of the axes that it varies over

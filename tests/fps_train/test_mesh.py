@@ -18,6 +18,7 @@ from fps_jax.models.dit import DENSE, build_dit, dit
 from fps_jax.models.params import abstract_params, flatten, init_params
 from fps_jax.models.sharding import make_mesh, param_shardings
 from fps_train import programs
+from fps_train.collectives import traffic
 from fps_train.config import FlowOptions, OptimizerOptions
 from fps_train.regimes import training_regimes
 from fps_train.setup import abstract_start, prepare
@@ -113,8 +114,9 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(setting, sizes, capfd):
         assert np.abs(got - wanted).max() <= 1e-5 * max(1e-3, np.abs(wanted).max())
 
 
-def test_with_one_sample_a_device_the_time_embedding_s_weights_stay_cut(capfd):
-    """Then a sample's numbers are fewer than the weights beside them, and XLA would move those, by way of whole ones."""
+def test_with_one_sample_a_device_weights_stay_cut_and_so_do_their_gradients(capfd):
+    """Then a sample's numbers are fewer than the weights beside them, and XLA would move those, by way of whole ones: the time
+    embedding's. And where all of context had the text, gradients of its keys' and values' weights were summed whole."""
     mesh = make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
     # What XLA moves is a matter of sizes: as many text tokens as the real models have
     config = dataclasses.replace(CONFIG, num_layers=1, text_dim=64, text_len=512, freq_dim=256)
@@ -128,8 +130,23 @@ def test_with_one_sample_a_device_the_time_embedding_s_weights_stay_cut(capfd):
 
     rows = NamedSharding(mesh, PartitionSpec(BATCH))
     inputs = (on(jax.ShapeDtypeStruct((2, *size), jnp.float32), rows) for size in ((4, 2, 8, 8), (), (512, 64)))
-    jax.jit(jax.grad(loss)).lower(on(shapes, param_shardings(shapes, mesh)), *inputs).compile()
+    shardings = param_shardings(shapes, mesh)
+    compiled = jax.jit(jax.grad(loss), out_shardings=shardings).lower(on(shapes, shardings), *inputs).compile()
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    for sums in traffic(compiled.as_text(), dict(mesh.shape)):
+        if sums.kind == "all-reduce" and set(sums.axes) <= set(BATCH):  # norms and biases; XLA for CPUs scatters no sum
+            assert sums.sent < 4 * config.dim**2 / mesh.shape["tensor"], "a weight's whole gradient"
+
+
+@pytest.mark.parametrize("sizes", [{"context": 4, "tensor": 2}, {"fsdp": 2, "context": 2, "tensor": 2}])
+@pytest.mark.parametrize("length", [8, 5], ids=["shared out", "whole"])
+def test_cross_attention_on_a_mesh_is_one_device_s_whether_it_divides_the_text_or_not(sizes, length):
+    many = on_mesh(DENSE, make_mesh(sizes))
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, n, 4, 16)), jnp.float32) for n in (16, length, length, 16))
+    (got, got_vjp), (want, vjp) = (jax.vjp(jax.jit(one.cross), q, k, v) for one in (many, DENSE))
+    for a, b in zip((got, *got_vjp(d_out)), (want, *vjp(d_out)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["fps", "fp8"])
