@@ -4,13 +4,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
 from fps_train.collectives import Traffic, traffic
 from fps_train.config import TrainConfig
 from fps_train.described import DeviceKind, described_devices
+from fps_train.memory import shard_bytes
 from fps_train.plan import peak_flops
 from fps_train.programs import Programs
 from fps_train.setup import Setup, abstract_start, prepare
@@ -93,7 +93,7 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     count, axes = setup.mesh.size, dict(setup.mesh.shape)
     peak = peak_flops(setup.mesh.devices.flat[0])
     flops = programs.flops()
-    state, params, frozen = map(_bytes, (begun.state, begun.state.params, (begun.frozen, begun.teacher)))
+    state, params, frozen = map(shard_bytes, (begun.state, begun.state.params, (begun.frozen, begun.teacher)))
     found = {}
     for name, program in programs.compiled().items():
         memory = program.memory_analysis()
@@ -111,11 +111,6 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
         )
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(begun.state))
     return ClusterPlan(kind, count, state, frozen, whole, params, found)
-
-
-def _bytes(tree: Any) -> int:
-    """Of one device's shards of shapes with shardings."""
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def report(plan: ClusterPlan) -> str:

@@ -23,6 +23,7 @@ from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, to
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
 from fps_train.config import TrainConfig
+from fps_train.memory import check_memory
 from fps_train.metrics import Metrics
 from fps_train.placement import put_rows
 from fps_train.programs import Programs
@@ -57,6 +58,7 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
 
     def check() -> tuple[Setup, tuple, str | None]:
         setup = prepare(options)
+        check_memory(setup)
         record = (options, setup.model, setup.parts, setup.schedule, setup.data.fingerprint)
         if resume:
             return setup, record, check_resume(setup.directory, *record)
