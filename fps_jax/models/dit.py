@@ -237,7 +237,10 @@ class DiT(nnx.Module):
         # Padding comes before the embedding: upstream's padded tokens are the MLP's image of zero, and are attended.
         missing = self.config.text_len - text_states.shape[1]
         text = jnp.pad(text_states.astype(self.dtype), ((0, 0), (0, missing), (0, 0)))
-        return attention.place(tap(taps, "text_embedding", self.text_embedding(attention.place(text))))
+        # Embedded whole: of a device's part there are fewer numbers than of the weights beside it, which XLA would then move. The
+        # blocks' keys and values are made of the parts.
+        whole = attention.place(tap(taps, "text_embedding", self.text_embedding(text)), tokens=False)
+        return attention.place(whole)
 
 
 class Head(nnx.Module):
