@@ -45,6 +45,10 @@ class TokenAttention(Protocol):
         """
         return x
 
+    def place_text(self, x: Array) -> Array:
+        """Embedded text `[B, T, D]` where `cross` wants keys and values to be made of it."""
+        return x
+
 
 @dataclass(frozen=True)
 class DenseAttention(TokenAttention):

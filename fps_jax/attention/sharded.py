@@ -59,12 +59,15 @@ class ShardedAttention(TokenAttention):
         spec = PartitionSpec(self._rows(x) if samples else None, self._tokens(x) if tokens else None, *rest)
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def place_text(self, x: Array) -> Array:
+        return self.place(x, tokens=self._shares_text(x))
+
     def cross(self, q: Array, k: Array, v: Array) -> Array:
-        queries, keys = self._spec(q), self._spec(k)
-        shared_out = self._tokens(k) is not None
+        shared_out = self._shares_text(k)
+        queries, keys = self._spec(q), self._spec(k, shared_out)
 
         def local(q, k, v):
-            if shared_out:  # then so are sums of the gradients of their weights, and are scattered to the shards
+            if shared_out:
                 return dense_attention(q, gathered(k, "context"), gathered(v, "context"))
             # Each device's part of dK and dV is its own; their sum over `context` is the gradient.
             return dense_attention(q, *(lax.pcast(x, "context", to="varying") for x in (k, v)))
@@ -122,8 +125,16 @@ class ShardedAttention(TokenAttention):
         """The axis that shares out the tokens of x; None where it doesn't divide them, and every device has all."""
         return None if x.shape[1] % self.mesh.shape["context"] else "context"
 
-    def _spec(self, x: Array) -> PartitionSpec:
-        return PartitionSpec(self._rows(x), self._tokens(x), "tensor", None)
+    def _shares_text(self, x: Array) -> bool:
+        """Whether each device along `context` makes keys and values of its part of the text, and gathers the others'.
+
+        Gradients of their weights, which are summed over samples, then are of `context`'s parts too, and scattered to the shards;
+        else XLA sums them whole. Where no other device has samples there is no such sum.
+        """
+        return math.prod(self.mesh.shape[axis] for axis in BATCH) > 1 and self._tokens(x) is not None
+
+    def _spec(self, x: Array, tokens: bool = True) -> PartitionSpec:
+        return PartitionSpec(self._rows(x), self._tokens(x) if tokens else None, "tensor", None)
 
     def _map(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         # What the Hopper kernel returns says nothing of the axes that it varies over

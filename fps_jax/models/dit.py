@@ -240,7 +240,7 @@ class DiT(nnx.Module):
         # Embedded whole: of a device's part there are fewer numbers than of the weights beside it, which XLA would then move. The
         # blocks' keys and values are made of the parts.
         whole = attention.place(tap(taps, "text_embedding", self.text_embedding(text)), tokens=False)
-        return attention.place(whole)
+        return attention.place_text(whole)
 
 
 class Head(nnx.Module):

@@ -347,10 +347,11 @@ class DecodeStream:
     def __init__(self, config: VAEConfig, params: Params):
         self.config, self._params = config, _float32(params)
         self.cache: Cache | None = None
-        self._waiting: list[Array] = []
+        self._begun: list[Array] = []
+        self._fetched: list[Array] = []
 
-    def push(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
-        """The frames of the next latents, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one.
+    def begin(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> list[Float[Array, "1 F H W 3"]]:
+        """Has the device decode the next latents, and doesn't wait for it: what `frames` are made of.
 
         One that is broken off is gone on with by the next call, with the same latents.
         Raises: ValueError for latents of another shape, or of several videos.
@@ -359,13 +360,24 @@ class DecodeStream:
         if latents.shape[0] != 1:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; a stream decodes one video, [1, ...]")
         chunks = np.split(np.moveaxis(np.asarray(latents, np.float32), 1, -1), latents.shape[2], axis=1)
-        for z in chunks[len(self._waiting) :]:
+        for z in chunks[len(self._begun) :]:
             video, self.cache = _decode_chunk(self.config, self._params, np.ascontiguousarray(z), self.cache)
-            self._waiting.append(video)
-        frames = np.concatenate([np.asarray(f)[0] for f in self._waiting])
-        self._waiting = []
+            self._begun.append(video)
+        begun, self._begun = self._begun, []
+        return begun
+
+    @staticmethod
+    def frames(begun: list[Array]) -> Float[np.ndarray, "F H W 3"]:
+        """The frames, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one."""
+        return np.concatenate([np.asarray(f)[0] for f in begun])
+
+    def push(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
+        """The frames of the next latents: `begin` and `frames`, with their errors, and gone on with in the same way."""
+        self._fetched = self._fetched or self.begin(latents)
+        frames = self.frames(self._fetched)
+        self._fetched = []
         return frames
 
     def restart(self) -> None:
         """Begins another video."""
-        self.cache, self._waiting = None, []
+        self.cache, self._begun, self._fetched = None, [], []
