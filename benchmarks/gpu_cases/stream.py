@@ -18,8 +18,8 @@ from fps_jax.config import WAN_T2V_1_3B, DiTConfig, VAEConfig
 from fps_jax.models.dit import build_dit, param_dtype
 from fps_jax.models.params import abstract_params, flatten
 from fps_jax.models.vae import DecodeStream, build_vae
+from fps_jax.sampling.block_noise import block_noise
 from fps_jax.sampling.rollout import Rollout, text_kv
-from fps_jax.sampling.stream import block_noise
 
 _BF16 = jnp.dtype(jnp.bfloat16)
 _ROUNDS = 5  # blocks that are timed
@@ -31,7 +31,8 @@ def stream(toy: bool, *, window: int, scales_per_tile: int | None = None) -> Ite
     scales_per_tile: for a cache of FP8 codes and attention in FP8; None for bf16.
 
     Seconds, medians of `_ROUNDS` blocks after the cache is full: the block's latents, their decoding to frames on the host, both;
-    frames/s of both one after the other; and of a first block, warm, from noise to its frames. The text encoder isn't in it.
+    frames/s of both one after the other, and with the next block begun in between; and of a first block, warm, from noise to its
+    frames. The text encoder isn't in it.
     """
     causal = dataclasses.replace(CAUSAL_PRESETS["self-forcing"], window=window)
     dit, vae, rows, columns = WAN_T2V_1_3B.dit, WAN_T2V_1_3B.vae, 60, 104
@@ -62,6 +63,17 @@ def stream(toy: bool, *, window: int, scales_per_tile: int | None = None) -> Ite
         frames = decoder.push(latents)
         made.append((middle - start, time.perf_counter() - middle, len(frames)))
         yield {"part": f"block {i}", "ok": bool(np.isfinite(frames).all()) and bool(jnp.isfinite(latents).all())}
+    # As `Session.ahead` has it: the next block begins once the device was told to decode this one.
+    ahead = []
+    for _ in range(1 if toy else _ROUNDS):
+        start = time.perf_counter()
+        decoding = decoder.begin(np.asarray(latents))
+        noise = block_noise(0, rollout.next_frame, steps, rollout.next_shape())
+        latents = rollout.block(noise[0], noise[1:], check=False)
+        frames = decoder.frames(decoding)
+        rollout.check()
+        ahead.append(time.perf_counter() - start)
+    yield {"part": "ahead", "ok": bool(np.isfinite(frames).all()) and bool(jnp.isfinite(latents).all())}
     rollout.restart()
     decoder.restart()
     start = time.perf_counter()
@@ -78,5 +90,7 @@ def stream(toy: bool, *, window: int, scales_per_tile: int | None = None) -> Ite
         "block_seconds": NOT_MEASURED if toy else block,
         "decode_seconds": NOT_MEASURED if toy else decode,
         "frames_per_second": NOT_MEASURED if toy else made[-1][2] / (block + decode),
+        "ahead_seconds": NOT_MEASURED if toy else statistics.median(ahead),
+        "frames_per_second_ahead": NOT_MEASURED if toy else made[-1][2] / statistics.median(ahead),
         "first_block_seconds": NOT_MEASURED if toy else first,
     }

@@ -75,7 +75,8 @@ def _load(options: Watch) -> "Live":
     from fps_jax.checkpoints.open import open_model
     from fps_jax.live import demo
     from fps_jax.live.server import Live
-    from fps_jax.sampling.stream import CausalPipeline, StreamPlan
+    from fps_jax.sampling.stream import CausalPipeline
+    from fps_jax.sampling.stream_plan import StreamPlan
 
     is_demo = options.model == "demo"
     model = open_model(str(demo.MODEL) if is_demo else options.model)

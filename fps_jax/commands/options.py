@@ -90,7 +90,7 @@ def causal_config(options: StreamOptions, config: "WanConfig", own: CausalConfig
 
     Raises: ValueError as `CausalConfig`, and where nothing says it.
     """
-    from fps_jax.sampling.stream import causal_of
+    from fps_jax.sampling.stream_plan import causal_of
 
     causal = causal_of(config, own if options.preset is None else options.preset)
     given = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}

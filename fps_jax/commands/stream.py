@@ -1,9 +1,11 @@
 """fps-stream: an endless video from a causal model, written while it is made."""
 
+import itertools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,7 +18,7 @@ from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.media.fragments import FragmentWriter
-    from fps_jax.sampling.stream import Session
+    from fps_jax.sampling.session import Block, Session
 
 _LATEST = 1e9  # seconds of video, 30 years: what is later was meant otherwise
 
@@ -43,7 +45,8 @@ class Stream(StreamOptions):
     video_frames: int | None = None
     """How many of the clip's frames, the last ones, at --fps; all if left out. Whole blocks: 9, 21, 33, ... for Self-Forcing's."""
     profile: pathlib.Path | None = None
-    """A new folder for where the time goes: profile.html to look at, profile.json, and a trace of jax.profiler."""
+    """A new folder for where the time goes: profile.html to look at, profile.json, and a trace of jax.profiler. Blocks are then
+    made in turn, where else one begins while the one before is written."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +68,7 @@ def _run(options: Stream, script: list[dict[str, Any]]) -> None:
     started = time.perf_counter()
     with fragmented_mp4(options.output, fps=options.fps) as writer:
         try:
-            _write(session, script, writer, options.fps)
+            _write(session, script, writer, options.fps, ahead=options.profile is None)
         except KeyboardInterrupt:  # the normal end of a video without end
             if options.blocks is not None or not writer.frames:
                 raise
@@ -84,7 +87,8 @@ def _session(options: Stream) -> "Session":
     """The stream, which is checked in full before the checkpoint's weights are read."""
     from fps_jax.checkpoints.open import open_model
     from fps_jax.profiling.stages import stage
-    from fps_jax.sampling.stream import CausalPipeline, StreamPlan
+    from fps_jax.sampling.stream import CausalPipeline
+    from fps_jax.sampling.stream_plan import StreamPlan
 
     model = open_model(options.model)
     causal = causal_config(options, model.config)
@@ -117,17 +121,32 @@ def _given(options: Stream, height: int, width: int) -> Any:
     return read_clip(options.video, fps=options.fps, height=height, width=width, last=options.video_frames)
 
 
-def _write(session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float) -> None:
-    """Blocks into the file, to the last; entries leave the script when a block begins with them."""
+def _write(
+    session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float, *, ahead: bool
+) -> None:
+    """Blocks into the file, to the last; entries leave the script when a block begins with them.
+
+    ahead: a block begins before the one before it is written. In turn, the time of each stage is its own.
+    """
     from fps_jax.profiling.stages import stage
 
-    while session.blocks is None or session.index < session.blocks:
-        due = take_due(script, writer.frames / fps)
+    def switch() -> None:
+        due = take_due(script, (writer.frames + session.begun_frames) / fps)
         if due is not None:
             session.switch(due["prompt"], due["how"])
+
+    def in_turn() -> Iterator["Block"]:
+        while session.blocks is None or session.index < session.blocks:
+            switch()
+            yield next(session)
+
+    blocks = session.ahead(switch) if ahead else in_turn()
+    for number in itertools.count(1):
         begun = time.perf_counter()
-        with waiting(f"block {session.index + 1}"):  # the first compiles; a large one takes long
-            block = next(session)
+        with waiting(f"block {number}"):  # the first compiles; a large one takes long
+            block = next(blocks, None)
+            if block is None:
+                return
             with stage("write", block.index):
                 writer.push(block.frames)
         took = time.perf_counter() - begun

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.websockets import WebSocket
 
-    from fps_jax.sampling.stream import Session
+    from fps_jax.sampling.session import Session
 
 WEB = pathlib.Path(__file__).parent / "web"
 _FILES = {

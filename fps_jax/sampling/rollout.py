@@ -157,6 +157,7 @@ class Rollout:
         self.table = jax.tree.map(jnp.asarray, coefficients("lcm", block_levels(layout.causal)))
         self.next_frame = 0
         self.cache, self._finite = self._empty(), True
+        self._unchecked: tuple[Array, int] | None = None
 
     def _empty(self) -> KVCache:
         heads, size = self.config.num_heads, self.config.head_dim
@@ -181,10 +182,14 @@ class Rollout:
         _, rows, columns = self.layout.slot.grid
         return self.text.k.shape[1], self.config.out_channels, end - start, rows * py, columns * px
 
-    def block(self, noise: Array | np.ndarray, step_noise: Array | np.ndarray) -> Float[Array, "B 16 m H W"]:
+    def block(
+        self, noise: Array | np.ndarray, step_noise: Array | np.ndarray, *, check: bool = True
+    ) -> Float[Array, "B 16 m H W"]:
         """The next block's latents, from noise (`next_shape`) and what is added after each step (`[n, *next_shape]`).
 
         One that is broken off is made again by the same call, with the same bits.
+
+        check: False has the device begin and doesn't wait for it; `check` then waits, and has to be called before the next block.
         Raises: ValueError for noise of another shape, or no room for the block; FloatingPointError that names block, step and
           layer of the first NaN or inf: the rollout then can't go on, but for `restart`.
         """
@@ -198,8 +203,20 @@ class Rollout:
         time = jnp.float32(self.causal.context_noise)
         out = _denoise_block(self.params, inputs, self.cache, rope, context, self.table, time, **self._static)
         self.cache = out.cache
-        self._advance(out.first_bad, shape[2])
+        if check:
+            self._advance(out.first_bad, shape[2])
+        else:
+            self._unchecked = out.first_bad, shape[2]
+            self.next_frame += shape[2]
         return out.latents
+
+    def check(self) -> None:
+        """Waits for the block that was begun without; nothing where none was. Raises FloatingPointError as `block`."""
+        if self._unchecked is not None:
+            bad, frames = self._unchecked
+            found = _first_bad(bad)
+            self._unchecked = None
+            self._raise_for(found, self.next_frame - frames, frames)
 
     def give(self, latents: Float[Array | np.ndarray, "B 16 f H W"]) -> None:
         """Goes on from latents that are given, clean: of a clip that is continued, or of an image.
@@ -271,13 +288,17 @@ class Rollout:
         return rope_table(grid, self.config.head_dim, self.next_frame), self.layout.context(self.next_frame, since)
 
     def _advance(self, bad: Array, frames: int) -> None:
-        step, stage = _first_bad(bad)
-        if step >= 0:
-            self._finite = False
-            n = len(self.table.sigma)
-            where = "the pass over the finished block" if step == n else f"step {step + 1} of {n}"
-            raise FloatingPointError(
-                f"NaN or inf in the block of latent frames {self.next_frame} to {self.next_frame + frames - 1}, in {where}, first "
-                f"in {stage_name(self.config, stage)}; try dtype='float32', and check the weights and the inputs for NaN"
-            )
+        self._raise_for(_first_bad(bad), self.next_frame, frames)
         self.next_frame += frames
+
+    def _raise_for(self, bad: tuple[int, int], start: int, frames: int) -> None:
+        step, stage = bad
+        if step < 0:
+            return
+        self._finite, self.next_frame = False, start
+        n = len(self.table.sigma)
+        where = "the pass over the finished block" if step == n else f"step {step + 1} of {n}"
+        raise FloatingPointError(
+            f"NaN or inf in the block of latent frames {start} to {start + frames - 1}, in {where}, first in "
+            f"{stage_name(self.config, stage)}; try dtype='float32', and check the weights and the inputs for NaN"
+        )

@@ -18,7 +18,8 @@ from fps_jax.files import check_regular, new_file
 from fps_jax.models.vae import decode_chunk
 
 if TYPE_CHECKING:
-    from fps_jax.sampling.stream import CausalPipeline, Session
+    from fps_jax.sampling.session import Session
+    from fps_jax.sampling.stream import CausalPipeline
 
 _VERSION = 3
 _RECORD_BYTES = 2**20  # a prompt and a dozen numbers
@@ -132,7 +133,7 @@ def _begin(pipeline: "CausalPipeline", record: dict[str, Any]) -> "Session":
     given = record["given"]
     if given:
         pipeline.causal.check_frames(given, "given")
-    from fps_jax.sampling.stream import Session
+    from fps_jax.sampling.session import Session
 
     return Session(pipeline, record["prompt"], given_frames=given, **arguments)
 

@@ -104,7 +104,8 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
     """Before the first block nothing is touched; where an end was asked for it isn't reached."""
     import av
 
-    from fps_jax.sampling.stream import Block, CausalPipeline
+    from fps_jax.sampling.session import Block
+    from fps_jax.sampling.stream import CausalPipeline
 
     output, made = tmp_path / "boat.mp4", iter(range(1, first))
     output.write_bytes(b"an earlier video")
@@ -112,13 +113,14 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
     class Session:
         """Of blocks that cost nothing; Ctrl-C comes while one is made."""
 
-        blocks = None
-        index = 0
+        begun_frames = 0
 
-        def __next__(self):
-            if next(made, None) is None:
-                raise KeyboardInterrupt
-            return Block(0, np.zeros((9, 32, 48, 3), np.uint8), np.zeros((16, 3, 4, 6)), "A boat.", {"decode": 0.0})
+        def ahead(self, before):
+            before()
+            for _ in made:
+                yield Block(0, np.zeros((9, 32, 48, 3), np.uint8), np.zeros((16, 3, 4, 6)), "A boat.", {"decode": 0.0})
+                before()
+            raise KeyboardInterrupt
 
     loaded = types.SimpleNamespace(session=lambda *args, **kwargs: Session())
     monkeypatch.setattr(CausalPipeline, "from_pretrained", lambda *args, **kwargs: loaded)

@@ -17,10 +17,12 @@ from fps_jax.config import WanConfig
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models import vae
 from fps_jax.models.vae import DecodeStream
-from fps_jax.sampling import rollout, stream
+from fps_jax.sampling import rollout
+from fps_jax.sampling import session as session_module
+from fps_jax.sampling.block_noise import block_noise
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.rollout import Rollout
-from fps_jax.sampling.stream import block_noise, causal_of
+from fps_jax.sampling.stream_plan import causal_of
 from tests.checkpoints import T2V, TINY_I2V
 from tests.fps_jax.attention.test_block_causal import case
 from tests.fps_jax.sampling.boat import BOAT, CAUSAL, SIZE, STORM
@@ -268,7 +270,7 @@ def test_a_block_that_is_broken_off_leaves_no_gap(pipe, boat, tmp_path, monkeypa
     module, name = {
         "denoise": (rollout, "_first_bad"),
         "second latent frame": (vae, "_decode_chunk"),
-        "bytes": (stream, "video_to_uint8"),
+        "bytes": (session_module, "video_to_uint8"),
     }[where]
     real, calls = getattr(module, name), []
 
