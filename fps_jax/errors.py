@@ -9,8 +9,9 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, get_args, get_origin
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from fps_jax.foreign import option_answer
 from fps_jax.interrupts import interrupt_on_sigterm
@@ -166,8 +167,11 @@ def _check_lists(kind: Any, argv: list[str]) -> None:
 
 
 def _is_list(annotation: Any) -> bool:
-    kinds = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
-    return get_origin(kinds[0]) is tuple and get_args(kinds[0])[-1] is ...
+    if get_origin(annotation) is Annotated:
+        return _is_list(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):  # a list, or None where it isn't given
+        return any(map(_is_list, get_args(annotation)))
+    return get_origin(annotation) is Sequence or (get_origin(annotation) is tuple and get_args(annotation)[-1] is ...)
 
 
 def _unboxed(report: str) -> str:

@@ -27,6 +27,8 @@ from pallas_kernels.block_sparse import Implementation, attention_to_codes, bloc
 from pallas_kernels.pattern import TilePattern
 from pallas_kernels.reference import FP8, KeyValueCodes, key_value_codes
 
+MAX_FRAMES = 4096  # latent frames in a cache: 17 minutes at 16 frames/s
+
 
 class KVCache(NamedTuple):
     """Keys and values of all layers, in the compute dtype or as e4m3 codes with float32 scales (`reference.KeyValueCodes`).
@@ -103,6 +105,11 @@ class CacheLayout:
             raise ValueError(
                 "a model without a window attends all frames, so its cache grows with the video; "
                 "give num_frames, or a window such as 21 frames"
+            )
+        if min(sizes) > MAX_FRAMES:
+            raise ValueError(
+                f"a block would attend {min(sizes)} latent frames, more than {MAX_FRAMES}, which no device has memory for; give a "
+                "window, such as 21 frames"
             )
         size = causal.slot_frames
         grid = (size, *space)

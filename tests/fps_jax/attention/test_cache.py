@@ -104,6 +104,9 @@ def test_a_sink_that_is_left_out_would_be_seen():
 def test_what_a_cache_can_not_hold_is_refused():
     with pytest.raises(ValueError, match=r"attends all frames, so its cache grows.*give num_frames, or a window"):
         CacheLayout.build(CausalConfig(), (2, 3))
+    for causal, frames in ((CausalConfig(window=3 * 10**9), None), (CausalConfig(), 3 * 10**9)):
+        with pytest.raises(ValueError, match="would attend 3000000000 latent frames, more than 4096"):
+            CacheLayout.build(causal, (2, 2), num_frames=frames)
     with pytest.raises(ValueError, match=r"num_frames=7 are no whole blocks: .*; use 6 or 9"):
         CacheLayout.build(CausalConfig(), (2, 3), num_frames=7)
     with pytest.raises(ValueError, match=r"tile=\(2, 1, 1\) .* use 1 frame, or a divisor of 3"):

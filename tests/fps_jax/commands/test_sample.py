@@ -194,6 +194,7 @@ BAD = [
         ["--prompt", "x", "--lora", "a", "--lora", "b"],
         "--lora was given twice; give it once, several values after each other",
     ),
+    (["--prompt", "x", "--sigmas", "1", "--sigmas", "0.5"], "--sigmas was given twice; give it once"),
     (["--prompt", "x", "--num-inference-steps", "0"], "num_inference_steps=0 is less than 1"),
     (["--prompt", "x", "--sigmas", "1", "0.5", "0"], "sigmas=[1, 0.5, 0]: 0 is not in (0, 1]; leave it out"),
     (
