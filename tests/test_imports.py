@@ -56,7 +56,9 @@ ROOMS = {
     "fps_jax.media": Room(LEAVES, ARRAYS, inside="PIL av matplotlib"),
     "fps_jax.profiling": Room(f"{LEAVES} fps_jax.media", inside="fps_jax jax"),
     "fps_jax.attention": Room(f"{LEAVES} pallas_kernels", ARRAYS),
-    "fps_jax.models": Room(f"{LEAVES} fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"),
+    "fps_jax.models": Room(
+        f"{LEAVES} pallas_kernels fps_jax.attention", f"{ARRAYS} einops flax", inside="ftfy tokenizers"
+    ),
     "fps_jax.checkpoints": Room(
         f"{LEAVES} fps_jax.attention fps_jax.models", ARRAYS, inside="fps_convert huggingface_hub orbax"
     ),
