@@ -57,7 +57,7 @@ class _Begun:
     Attributes:
       frames: how many of the video.
       started, seconds: when its denoising began, and what that took; None while it isn't known to be done.
-      before: `made` and `index` before it.
+      before: `made`, `index` and `finished` before it.
       decoding: what the device decodes of it, once the VAE has gone on past it.
     """
 
@@ -67,7 +67,7 @@ class _Begun:
     given: bool
     frames: int
     started: float
-    before: tuple[int, int]
+    before: tuple[int, int, list[tuple[int, Array | np.ndarray]]]
     seconds: float | None = None
     decoding: list[Array] | None = None
 
@@ -215,7 +215,7 @@ class Session(Iterator[Block]):
         """Has the next block wait until `resume`, in the thread that asks for it; another one calls both.
 
         Whoever asks for blocks in the thread that would pause them has only not to ask. A block that is being made is finished, and
-        a paused session can be saved.
+        a paused session can be saved, where no block is begun.
         """
         self._going.clear()
 
@@ -237,19 +237,26 @@ class Session(Iterator[Block]):
 
         Args:
           before: called when a block is about to begin, with `begun_frames` before it; may change the prompt.
-        Raises: as next(). After that, or where the loop is left, next() or another `ahead` goes on without a gap.
+        Raises: as next(), of a block that can't begin once the one before it is handed out. After that, or where the loop is left,
+          next() or another `ahead` goes on without a gap.
         """
         while True:
             self._going.wait()
+            failed = None
             with self._working:
                 if not self._begun and not self._begin(check=False, before=before):
                     return
                 with stage("decode", self._begun[0].index):
                     self._decode(self._begun[0])
                 if len(self._begun) == 1:
-                    self._begin(check=False, before=before)
+                    try:
+                        self._begin(check=False, before=before)
+                    except Exception as error:  # of the next block: this one is made
+                        failed = error
                 block = self._finish()
             yield block
+            if failed is not None:
+                raise failed
 
     @property
     def begun_frames(self) -> int:
@@ -277,8 +284,7 @@ class Session(Iterator[Block]):
                     self.rollout.check()
                 except FloatingPointError:  # as if it had never begun
                     self._begun.remove(made)
-                    self.made, self.index = made.before
-                    self.finished.pop()
+                    self.made, self.index, self.finished = made.before
                     raise
             made.seconds = time.perf_counter() - made.started
         if made.decoding is None:
@@ -320,9 +326,11 @@ class Session(Iterator[Block]):
         start = self.rollout.next_frame - count
         frames = 4 * count - (3 if start == 0 else 0)  # of a video's first latent frame comes one
         seconds = time.perf_counter() - started if done else None
-        made = _Begun(self.index, latents, self._prompt, given, frames, started, (self.made, self.index), seconds)
-        self.finished.append((start, latents))
-        self.finished = [part for part in self.finished if part[0] + part[1].shape[2] > self._since]
+        before = self.made, self.index, self.finished
+        made = _Begun(self.index, latents, self._prompt, given, frames, started, before, seconds)
+        self.finished = [
+            part for part in (*self.finished, (start, latents)) if part[0] + part[1].shape[2] > self._since
+        ]
         self.made += count
         self.index += 1
         return made
@@ -355,7 +363,7 @@ class Session(Iterator[Block]):
             self._drop_given()
             self.rollout.restart()
             self.decoder.restart()
-            self.finished.clear()
+            self.finished = []
         elif how == "recache" and self.finished:
             latents = np.concatenate([part for _, part in self.finished], axis=2)
             self.rollout.recache(latents, self.finished[0][0])

@@ -27,8 +27,14 @@ def device_bytes(mesh: Mesh) -> int | None:
     if here and here[0].platform == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE") // len(here)
-    limits = ((device.memory_stats() or {}).get("bytes_limit") for device in here)
-    return min((limit for limit in limits if limit), default=None)
+    return min((limit for limit in map(_limit, here) if limit), default=None)
+
+
+def _limit(device: Any) -> int | None:
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except RuntimeError:  # an allocator that keeps no count
+        return None
 
 
 def check_memory(setup: Setup) -> None:

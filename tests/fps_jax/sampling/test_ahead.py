@@ -1,5 +1,7 @@
 """Blocks that begin while the one before is decoded: the same ones, in whatever way the loop is left."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -93,8 +95,11 @@ def test_what_is_broken_off_leaves_no_gap(pipe, boat, monkeypatch, where, on):
         assert_same(got, want)
 
 
-def test_a_nan_is_told_when_its_block_is_asked_for_and_a_cut_goes_on(pipe, boat, monkeypatch):
-    real = session_module.block_noise
+@pytest.mark.parametrize("window", [4, 2])
+def test_a_nan_is_told_when_its_block_is_asked_for_and_a_cut_goes_on(pipe, monkeypatch, window):
+    """Also where the window is one block, and none is kept for the next."""
+    pipe = dataclasses.replace(pipe, causal=dataclasses.replace(pipe.causal, window=window))
+    first, real = next(pipe.session(BOAT, seed=3, blocks=4, **SIZE)), session_module.block_noise
     monkeypatch.setattr(
         session_module,
         "block_noise",
@@ -102,15 +107,40 @@ def test_a_nan_is_told_when_its_block_is_asked_for_and_a_cut_goes_on(pipe, boat,
     )
     session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
     blocks = session.ahead()
-    assert_same(next(blocks), boat[0])
+    assert_same(next(blocks), first)
+    before = session.finished
     with pytest.raises(FloatingPointError, match="NaN or inf in the block of latent frames 2 to 3, in step 1 of 2"):
         next(blocks)
     assert (session.index, session.made, session.rollout.next_frame) == (1, 2, 2)
+    assert len(session.finished) <= len(before)
     monkeypatch.setattr(session_module, "block_noise", real)
     session.switch(STORM, "cut")
     block = next(session)
     assert (block.index, len(block.frames)) == (1, 5)
     assert np.isfinite(block.latents).all()
+
+
+def test_a_block_that_is_made_is_handed_out_before_the_error_of_the_next(pipe, boat, monkeypatch):
+    session = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    real = rollout._keep_block
+
+    def no_room(*args, **kwargs):
+        raise MemoryError("no room for a recache")
+
+    monkeypatch.setattr(rollout, "_keep_block", no_room)
+    got, before = [], lambda: session.switch(STORM, "recache") if session.index == 2 else None
+    with pytest.raises(MemoryError, match="no room"):
+        got.extend(session.ahead(before))
+    for _ in range(2):  # block by block though it goes on
+        with pytest.raises(MemoryError, match="no room"):
+            next(session.ahead())
+    monkeypatch.setattr(rollout, "_keep_block", real)
+    turn = pipe.session(BOAT, seed=3, blocks=4, **SIZE)
+    want = [next(turn), next(turn)]
+    turn.switch(STORM, "recache")
+    got2 = [*session.ahead()]
+    for a, b in zip([*got, *got2], [*want, *turn], strict=True):
+        assert_same(a, b)
 
 
 def test_a_session_is_saved_once_what_is_begun_is_handed_out(pipe, boat, tmp_path):
