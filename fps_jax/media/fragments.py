@@ -167,9 +167,15 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
     with ExitStack() as files:
         writer = FragmentWriter(lambda: path.open("wb", buffering=0), files, _rate(fps), crf, codec)
         try:
-            yield writer
-        finally:
-            writer.close()
+            try:
+                yield writer
+            finally:
+                writer.close()
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            # Of a write that PyAV asked for: it knows no names. What is there plays to its last whole frame.
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check(fps: float, crf: int, codec: Codec) -> None:

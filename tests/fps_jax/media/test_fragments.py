@@ -2,6 +2,8 @@
 
 import io
 import re
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -109,3 +111,27 @@ def test_what_is_written_in_memory_is_what_is_written_to_a_file(tmp_path):
             writer.push(part)
             parts.append(packed.push(part))
     assert b"".join([*parts, packed.close()]) == (tmp_path / "out.mp4").read_bytes()
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_which_plays_to_there(tmp_path):
+    code = """if True:
+        import resource, signal, sys
+        import numpy as np
+        from fps_jax.media.fragments import fragmented_mp4
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        noise = np.random.default_rng(0).integers(0, 255, (12, 64, 96, 3), np.uint8)
+        try:
+            with fragmented_mp4(sys.argv[1]) as writer:
+                for _ in range(6):
+                    writer.push(noise)
+        except OSError as error:
+            print(error)
+    """
+    path = tmp_path / "noise.mp4"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"[Errno 27] File too large: '{path}'\n", done.stderr
+    with av.open(str(path)) as file:
+        packets = [packet for packet in file.demux(video=0) if packet.size]
+    assert len(packets) >= 2
