@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from fps_jax.sampling.flow import VALID_PAIRS, sigma_grid
+from fps_jax.config import MAX_SHIFT
+from fps_jax.sampling.flow import MAX_STEPS, VALID_PAIRS, explicit_grid, sigma_grid
 from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step, solver_table
 from tests.reference import golden, rel_l2
 
@@ -103,3 +104,20 @@ def test_other_pairs_are_refused_with_the_valid_ones(solver, grid):
 def test_bad_steps_and_shift_are_named(steps, shift, message):
     with pytest.raises(ValueError, match=message):
         solver_table("unipc", "wan", steps, shift)
+
+
+def test_the_most_steps_and_the_largest_shift_are_taken():
+    levels = np.linspace(1, 0.001, MAX_STEPS)
+    for grid in (sigma_grid("euler", "wan", MAX_STEPS, MAX_SHIFT), explicit_grid("euler", MAX_SHIFT, sigmas=levels)):
+        assert grid.timesteps.shape == (MAX_STEPS,)
+
+
+def test_lcm_noises_its_prediction_again_to_the_next_level():
+    table, (x, velocity, noise) = solver_table("lcm", "wan", 3, 5.0), np.random.default_rng(0).normal(size=(3, 8))
+    row = SolverTable(*(column[0] for column in table))
+    after = solver_step(SolverState(x, x, x, x), row, velocity, noise)
+    level = table.sigma[1]
+    # float32 coefficients
+    np.testing.assert_allclose(
+        after.x, (1 - level) * (x - table.sigma[0] * velocity) + level * noise, rtol=1e-6, atol=1e-6
+    )
