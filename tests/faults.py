@@ -18,9 +18,10 @@ _MEMBERS = {ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: 
 
 
 class Mutant(NamedTuple):
-    """line: of the fault. change: what was, and what is. text: the whole file with it."""
+    """line, shown: of the fault, and its text. change: what was, and what is. text: the whole file with it."""
 
     line: int
+    shown: str
     change: str
     text: str
 
@@ -55,7 +56,7 @@ def _changed(node: ast.AST) -> Iterator[ast.AST]:
 
 def mutants(source: str) -> Iterator[Mutant]:
     """One for every fault; annotations and f-strings are left alone."""
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     parents = {child: (node, name) for node in ast.walk(tree) for name, value in ast.iter_fields(node)
                for child in (value if isinstance(value, list) else [value]) if isinstance(child, ast.AST)}  # fmt: skip
     for node in list(ast.walk(tree)):
@@ -76,5 +77,6 @@ def mutants(source: str) -> Iterator[Mutant]:
                 parent, field, [new if item is node else item for item in value] if isinstance(value, list) else new
             )
             change = " -> ".join(ast.unparse(each).splitlines()[0][:90] for each in (node, new))
-            yield Mutant(node.lineno, change, ast.unparse(ast.fix_missing_locations(tree)))  # pyright: ignore[reportAttributeAccessIssue]
+            line = node.lineno  # pyright: ignore[reportAttributeAccessIssue]
+            yield Mutant(line, lines[line - 1].strip(), change, ast.unparse(ast.fix_missing_locations(tree)))
             setattr(parent, field, old)

@@ -48,7 +48,7 @@ TARGETS = {
     "tests/fps_jax/sampling/test_few_step.py tests/fps_jax/test_causal.py",
     "fps_jax/sampling/request.py": "tests/fps_jax/sampling/test_request.py",
     "fps_jax/sampling/request_fields.py": "tests/fps_jax/sampling/test_request.py",
-    "fps_jax/config.py": "tests/fps_jax/test_config.py",
+    "fps_jax/config.py": "tests/fps_jax/test_config.py tests/fps_convert/test_mapping.py",
     "fps_jax/sizes.py": "tests/fps_jax/test_sizes.py tests/fps_jax/sampling/test_request.py",
 }
 # What the tests import that isn't the project's. None of it starts a thread or a jax backend, which a fork would break.
@@ -201,9 +201,8 @@ def written(rows: dict[str, tuple[int, list[Mutant]]]) -> None:
     path = record.RESULTS / "mutants.json"
     files = json.loads(path.read_text())["files"] if path.exists() else {}
     for file, (count, left) in rows.items():
-        lines = (ROOT / file).read_text().splitlines()
         known = {(s["text"], s["change"]): s["why"] for s in files.get(file, {}).get("survivors", [])}
-        faults = [{"line": m.line, "text": lines[m.line - 1].strip(), "change": m.change} for m in left]
+        faults = [{"line": mutant.line, "text": mutant.shown, "change": mutant.change} for mutant in left]
         files[file] = {
             "mutants": count,
             "found": count - len(left),

@@ -84,8 +84,7 @@ def _unipc(levels: Grid) -> list[tuple]:
     for i in range(n):
         corrector = _NO_CORRECTION
         if i > 0:  # of the step from i - 1 to i, with the order that step was predicted with
-            a, b, x0_last, x0_before, x0_now = sigma[i] / sigma[i - 1], 1 - sigma[i], 0.0, 0.0, 0.0
-            h = snr[i] - snr[i - 1]
+            a, b, h = sigma[i] / sigma[i - 1], 1 - sigma[i], snr[i] - snr[i - 1]
             e = np.expm1(-h)
             if order[i - 1] == 1:
                 rho_now, weights = 0.5, ()

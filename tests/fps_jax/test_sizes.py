@@ -1,8 +1,18 @@
 """Pixels, latents and tokens: Wan's VAE takes 4k + 1 frames, of 8 x 8 pixels a latent; the DiT's patches are 1 x 2 x 2."""
 
+import math
+
 import pytest
 
-from fps_jax.sizes import check_frame, latent_grid, most_frames, token_grid, video_size
+from fps_jax.sizes import (
+    MAX_LATENTS,
+    check_frame,
+    check_integer_up_to,
+    latent_grid,
+    most_frames,
+    token_grid,
+    video_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,3 +48,17 @@ def test_the_most_frames_are_the_last_number_that_the_vae_takes():
 def test_a_frame_that_cant_be_says_the_nearest(frame, message):
     with pytest.raises(ValueError, match=message):
         check_frame(*frame)
+
+
+def test_the_smallest_frame_and_the_most_latents_are_taken():
+    check_frame(16, 16, 1)
+    side = 8 * math.isqrt(MAX_LATENTS)
+    check_frame(side, side, 1)
+    with pytest.raises(ValueError, match="latents, more than 16,777,216"):
+        check_frame(side, side + 16, 1)
+
+
+def test_a_bound_is_itself_allowed():
+    check_integer_up_to("num_frames", 5, 5, "a bound")
+    with pytest.raises(ValueError, match="num_frames=6 is above 5, a bound; use fewer"):
+        check_integer_up_to("num_frames", 6, 5, "a bound")

@@ -5,7 +5,7 @@ import pytest
 
 from fps_jax.config import MAX_SHIFT
 from fps_jax.sampling.flow import MAX_STEPS, VALID_PAIRS, explicit_grid, sigma_grid
-from fps_jax.sampling.solvers import SolverState, SolverTable, solver_step, solver_table
+from fps_jax.sampling.solvers import SolverState, SolverTable, coefficients, solver_step, solver_table
 from tests.reference import golden, rel_l2
 
 ORIGINALS = {
@@ -121,3 +121,16 @@ def test_lcm_noises_its_prediction_again_to_the_next_level():
     np.testing.assert_allclose(
         after.x, (1 - level) * (x - table.sigma[0] * velocity) + level * noise, rtol=1e-6, atol=1e-6
     )
+
+
+def test_dpmpp_between_first_and_last_step_has_the_order_of_two_predictions():
+    """Algorithm 2 of arXiv 2211.01095, on levels below 1, where the first step's slope is no infinity."""
+    sigmas = np.float64([0.9, 0.6, 0.3, 0.1])
+    rows = coefficients("dpm++", explicit_grid("dpm++", 1.0, sigmas=sigmas.tolist())).predictor
+    h = np.diff(np.log((1 - sigmas) / sigmas))
+    for i in (1, 2):
+        half = h[i] / h[i - 1] / 2
+        scale = -(1 - sigmas[i + 1]) * np.expm1(-h[i])
+        np.testing.assert_allclose(rows[i], [sigmas[i + 1] / sigmas[i], scale * (1 + half), -scale * half], rtol=1e-6)
+    for i in (0, 3):
+        assert rows[i][2] == 0
