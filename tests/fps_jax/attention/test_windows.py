@@ -91,6 +91,16 @@ def test_a_proposed_window_may_be_any_size():
     assert propose_window(layout, window_density(layout, (1, 1, 1))) == (1, 1, 1)
 
 
+def test_of_windows_of_one_density_the_most_even_is_proposed():
+    even = TileLayout((8, 8, 8), (2, 2, 2))
+    assert window_density(even, (2, 2, 2)) == window_density(even, (1, 2, 4))
+    assert propose_window(even, 1 / 8) == (2, 2, 2)
+    # An axis that is open to its end counts as long as the longest: 6 frames, all that there are, beside 8 rows and columns.
+    short = TileLayout((6, 16, 16), (2, 2, 2))
+    assert window_density(short, (3, 4, 4)) == window_density(short, (2, 4, 6)) == 1 / 4
+    assert propose_window(short, 1 / 4) == (3, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

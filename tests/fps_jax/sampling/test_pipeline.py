@@ -201,31 +201,11 @@ def test_the_text_encoder_is_on_the_device_for_its_own_call_only(t2v, tmp_path, 
 
 BAD = [
     ({"num_frames": 10}, r"num_frames=10 is not 4k\+1 .*; use 9"),
-    ({"num_frames": 0}, r"num_frames=0 is not 4k\+1 .*; use 1"),
-    ({"height": 40}, r"height=40 is not a positive multiple of 16 .*; use 32"),
-    ({"width": 50}, r"width=50 is not a positive multiple of 16 .*; use 48"),
-    ({"num_inference_steps": 0}, "num_inference_steps=0 is less than 1"),
-    ({"solver": "dpm++", "sigma_grid": "diffusers"}, "use one of unipc/wan, unipc/diffusers"),
-    ({"output_type": "gif"}, "output_type='gif' is not one of 'np', 'latent', 'pil'"),
     (
         {"latents": np.zeros((1, 16, 3, 4, 7), np.float32)},
         r"latents has shape \(1, 16, 3, 4, 7\); .* need \(1, 16, 3, 4, 6\)",
     ),
     ({"latents": np.zeros((1, 16, 3, 4, 6), np.int32)}, "latents has dtype int32"),
-    ({"seed": [1, 2]}, "seed has 2 values for 1 prompts"),
-    ({"seed": None}, "seed=None is not a whole number or a list of them"),
-    ({"seed": [1.5]}, "seed=1.5 is not a whole number"),
-    ({"seed": -1}, r"seed=-1 is not in \[0, 2\*\*32\)"),
-    ({"seed": 2**32}, r"seed=4294967296 is not in"),
-    ({"prompt": 3}, "prompt=3 is not a text or a non-empty list"),
-    ({"negative_prompt": 3}, "negative_prompt=3 is not None, a text or a list"),
-    ({"height": 32.0}, "height=32.0 is not a whole number"),
-    ({"num_frames": "5"}, "num_frames='5' is not a whole number"),
-    ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not a whole number"),
-    ({"guidance_scale": float("nan")}, "guidance_scale=nan is not a finite number"),
-    ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
-    ({"prompt": []}, "prompt=.* is not a text or a non-empty list"),
-    ({"flow_shift": -1.0}, "flow_shift=-1.0 is not a positive number"),
     ({"image": np.zeros((32, 48, 3), np.uint8)}, "image was given, but this is a t2v model"),
     ({"image_embeds": np.zeros((1, 257, 80), np.float32)}, "image_embeds was given, but this is a t2v model"),
 ]
@@ -237,27 +217,12 @@ def test_bad_requests_are_named_with_rule_and_fix(t2v, changes, message):
         quick(t2v, **changes)
 
 
-def test_i2v_requests_need_their_image(i2v, flf2v):
+def test_i2v_requests_need_their_image(i2v):
     frame, embeds = np.zeros((32, 48, 3), np.uint8), np.zeros((1, 257, 80), np.float32)
     with pytest.raises(ValueError, match="image is missing, and a i2v model needs it"):
         quick(i2v, image_embeds=embeds)
     with pytest.raises(ValueError, match=r"this checkpoint has no image tower; pass image_embeds"):
         quick(i2v, image=frame)
-    with pytest.raises(ValueError, match=r"image_embeds has shape \(1, 257, 8\); .* need \(1, 257, 80\)"):
-        quick(i2v, image=frame, image_embeds=embeds[..., :8])
-    with pytest.raises(ValueError, match="last_image was given, but this is an i2v model"):
-        quick(i2v, image=frame, last_image=frame, image_embeds=embeds)
-    with pytest.raises(ValueError, match="last_image is missing, and a flf2v model needs it"):
-        quick(flf2v, image=frame, image_embeds=np.zeros((1, 514, 80), np.float32))
-    with pytest.raises(ValueError, match="num_frames=1 leaves nothing between"):
-        quick(flf2v, image=frame, last_image=frame, num_frames=1)
-
-
-def test_nan_in_the_noise_is_refused(t2v):
-    noise = np.zeros((1, 16, 3, 4, 6), np.float32)
-    noise[0, 0, 0, 0, 0] = np.nan
-    with pytest.raises(ValueError, match="latents holds NaN or inf; pass finite noise"):
-        quick(t2v, latents=noise)
 
 
 def test_a_damaged_checkpoint_of_ours_is_named(t2v, tmp_path):

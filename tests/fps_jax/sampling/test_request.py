@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fps_jax import FPSSchedule, Regime, WanPipeline
+from fps_jax.causal import CausalConfig
 from fps_jax.commands.calibrate import Calibrate
 from fps_jax.commands.compare import Compare
 from fps_jax.commands.options import VideoOptions, read_request
@@ -177,7 +178,24 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
     ("arguments", "message"),
     [
         ({"output_type": "gif"}, "output_type='gif' is not one of 'np', 'latent', 'pil'"),
-        ({"prompt": []}, "prompt=.* is not a text"),
+        ({"prompt": []}, "prompt=.* is not a text or a non-empty list of texts"),
+        ({"prompt": 3}, "prompt=3 is not a text or a non-empty list of texts"),
+        ({"prompt": ["a", 3]}, r"prompt=\['a', 3\] is not a text or a non-empty list of texts"),
+        ({"negative_prompt": 3}, "negative_prompt=3 is not None, a text or a list of texts"),
+        ({"negative_prompt": [3]}, "negative_prompt has 1 texts for 1 prompts; pass one text, or as many"),
+        ({"negative_prompt": ["caf\udce9"]}, "negative_prompt='caf.udce9' is not valid text"),
+        ({"height": 32.0}, "height=32.0 is not a whole number"),
+        ({"num_frames": "5"}, "num_frames='5' is not a whole number"),
+        ({"num_frames": 0}, r"num_frames=0 is not 4k\+1 .*; use 1"),
+        ({"height": 40}, r"height=40 is not a positive multiple of 16 .*; use 32"),
+        ({"width": 50}, r"width=50 is not a positive multiple of 16 .*; use 48"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan is not a finite number"),
+        ({"guidance_scale": -1e3}, "guidance_scale=-1000.0 is not a finite number below 1000"),
+        ({"guidance_scale": "5"}, "guidance_scale='5' is not a finite number"),
+        ({"seed": None}, "seed=None is not a whole number or a list of them"),
+        ({"seed": [1.5]}, "seed=1.5 is not a whole number"),
+        ({"seed": 2**32}, r"seed=4294967296 is not in \[0, 2\*\*32\)"),
+        ({"schedule": 3}, "schedule=3 is not an FPSSchedule, the path of its JSON file or None"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts for 1 prompts"),
         ({"num_frames": 10}, r"num_frames=10 is not 4k\+1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not a whole number"),
@@ -338,6 +356,9 @@ def test_a_model_refuses_what_others_could_do():
             {"image": ["a.png", "b.png"], "prompt": list("xyz")},
             "image has 2 images for 3 prompts; pass one, or as",
         ),
+        (WAN_I2V_14B, {"image": image, "last_image": image}, "last_image was given, but this is an i2v model"),
+        (WAN_FLF2V_14B, {"image": image}, "last_image is missing, and a flf2v model needs it"),
+        (dataclasses.replace(WAN_T2V_14B, causal=CausalConfig()), {}, r"block after block .*; use fps-stream"),
         (WAN_FLF2V_14B, {"image": image, "last_image": [image] * 2}, "last_image has 2 images for 1 prompts"),
         (WAN_FLF2V_14B, {"num_frames": 1}, "num_frames=1 leaves nothing between"),
         (WAN_T2V_14B, {"latents": np.zeros((1, 16, 21, 60, 100))}, "latents has shape"),
@@ -355,6 +376,62 @@ def test_a_model_refuses_what_others_could_do():
         request = Request(**{"prompt": "x", **arguments})
         with pytest.raises(ValueError, match=message):
             request.resolve(config)
+
+
+def test_arrays_that_are_given_are_of_the_models_shape_and_finite():
+    size = {"prompt": "x", "height": 32, "width": 48, "num_frames": 5}
+    noise, image = np.zeros((1, 16, 2, 4, 6), np.float32), pathlib.Path("a.png")
+    of_i2v, of_flf2v = np.zeros((1, 257, 1280), np.float16), np.zeros((1, 514, 1280), np.float32)
+    images = {"image": image, "last_image": image}
+    no_tower = dataclasses.replace(WAN_I2V_14B, image_encoder=None)
+    for config, arguments in (
+        (WAN_T2V_14B, {"latents": noise}),
+        (WAN_I2V_14B, {"image": image, "image_embeds": of_i2v}),
+        (no_tower, {"image": image, "image_embeds": of_i2v}),
+        (WAN_FLF2V_14B, {**images, "image_embeds": of_flf2v}),
+    ):
+        Request(**size, **arguments).resolve(config)
+    for config, arguments, message in (
+        (WAN_T2V_14B, {"latents": noise[..., :5]}, r"latents has shape \(1, 16, 2, 4, 5\); .* need \(1, 16, 2, 4, 6\)"),
+        (WAN_T2V_14B, {"latents": noise.astype(int)}, "latents has dtype int64; pass floating point noise"),
+        (WAN_T2V_14B, {"latents": noise + np.inf}, "latents holds NaN or inf; pass finite noise"),
+        (WAN_T2V_14B, {"image_embeds": of_i2v}, "image_embeds was given, but this is a t2v model"),
+        (
+            WAN_I2V_14B,
+            {"image": image, "image_embeds": of_flf2v},
+            r"image_embeds has shape \(1, 514, 1280\); .* need \(1, 257, 1280\)",
+        ),
+        (WAN_FLF2V_14B, {**images, "image_embeds": of_i2v}, r"need \(1, 514, 1280\)"),
+        (
+            WAN_I2V_14B,
+            {"image": image, "image_embeds": of_i2v.astype(int)},
+            "image_embeds has dtype int64 or NaN or inf",
+        ),
+        (
+            WAN_I2V_14B,
+            {"image": image, "image_embeds": of_i2v + np.nan},
+            "image_embeds has dtype float16 or NaN or inf",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Request(**size, **arguments).resolve(config)
+
+
+def test_the_image_towers_tokens_are_given_where_there_is_no_tower():
+    plain, given = (Request(prompt="x", image="a.png", image_embeds=embeds) for embeds in (None, np.zeros(1)))
+    for request, config, has_tower in (
+        (plain, WAN_I2V_14B, True),
+        (given, WAN_I2V_14B, False),
+        (plain, WAN_T2V_14B, False),
+    ):
+        request.check_tower(config, has_tower)
+    with pytest.raises(ValueError, match="this checkpoint has no image tower; pass image_embeds="):
+        plain.check_tower(WAN_I2V_14B, False)
+
+
+def test_seeds_are_one_for_each_video_or_count_up():
+    assert Request(prompt=["a", "b"], seed=np.array([2**32 - 1, 0])).seed == [2**32 - 1, 0]
+    assert Request(prompt=["a", "b"], seed=7)._seeds() == [7, 8]
 
 
 def test_attention_that_is_left_out_is_what_a_schedule_means():
