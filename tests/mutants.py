@@ -39,7 +39,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # File -> the tests that mirror it.
 TARGETS = {
     "convert/fps_convert/formats/pth.py": "tests/fps_convert/test_pth.py",
-    "convert/fps_convert/formats/readers.py": "tests/fps_convert/test_bad_input.py tests/fps_convert/test_fuzz.py",
+    "convert/fps_convert/formats/readers.py": "tests/fps_convert/test_readers.py tests/fps_convert/test_bad_input.py",
     "fps_jax/attention/windows.py": "tests/fps_jax/attention/test_windows.py tests/fps_jax/attention/test_cache.py "
     "tests/fps_jax/attention/test_block_causal.py",
     "fps_jax/attention/schedule.py": "tests/fps_jax/attention/test_schedule.py",

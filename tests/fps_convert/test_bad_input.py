@@ -279,7 +279,10 @@ def test_two_files_of_one_component(refused, source):
         ('{"a":{"dtype":"F32","shape":[1' + "0" * 5000 + '],"data_offsets":[0,4]}}', "its header is not JSON"),
         ('{"__metadata__":{"num_heads":3}}', "its __metadata__ is not a JSON object of texts"),
         ("[" * 100_000, "its header is not JSON"),
-        ('{"a":1,"b":' + '"' + "x" * 16_000_000 + '"}', "its header has 16,000,014 bytes, metadata included, more"),
+        (
+            '{"a":1,"b":' + '"' + "x" * 16_000_000 + '"}',
+            "its header has 16,000,014 bytes, metadata included, more than the 16,000,000 that are read",
+        ),
     ],
 )
 def test_headers_beyond_what_names_of_tensors_take(refused, source, text, part):
