@@ -123,6 +123,75 @@ def test_parameters_ordered_dicts_metadata_and_one_wrapper(tmp_path):
         PthFile(pth(tmp_path / "c.pth", body))
 
 
+def roots(path, *names, beside=(), **arguments):
+    """Opens a file with a state dict of its own under each name, `x` of each of one value."""
+    records = {str(i): np.float32(i).tobytes() for i in range(len(names))}
+    content = {name: {"x": tensor(storage("FloatStorage", str(i), 1), 0, (), ())} for i, name in enumerate(names)}
+    return PthFile(pth(path / "r.pt", content | dict(beside), records), **arguments)
+
+
+def test_of_several_state_dicts_one_is_read(tmp_path):
+    for names, asked, read in (
+        (("other",), None, "other"),
+        (("other", "generator"), None, "generator"),
+        (("model", "generator", "generator_ema"), None, "generator_ema"),
+        (("model", "generator", "generator_ema"), "model", "model"),
+        (("a", "b"), "b", "b"),
+    ):
+        reader = roots(
+            tmp_path, *names, root=asked, beside={"step": 3, "lr": 0.1, "none": None, "list": [1], "dict": {}}
+        )
+        assert (reader.root, reader.roots) == (read, names)
+        assert reader.read("x") == names.index(read)
+    plain = PthFile(pth(tmp_path / "p.pth", {"x": tensor(storage())}, {"0": SIX.tobytes()}))
+    assert (plain.root, plain.roots) == ("", ("",))
+
+
+def test_a_root_that_cant_be_read_is_told_with_those_there_are(tmp_path):
+    for names, asked, message in (
+        (("a", "b"), None, r"r.pt holds several state dicts: a, b; say which with --root"),
+        (("b", "a"), "c", r"root='c' is not in .*r.pt, which has a, b; give one of these"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            roots(tmp_path, *names, root=asked)
+    plain = pth(tmp_path / "p.pth", {"x": tensor(storage())}, {"0": SIX.tobytes()})
+    with pytest.raises(ValueError, match=r"root='x': .*p.pth is one state dict, without roots; leave it out"):
+        PthFile(plain, "x")
+    for names, beside in (((), {"step": 1}), (("",), {}), (("a", 1), {}), (("a",), {"tuple": (1, 2)})):
+        with pytest.raises(ValueError, match="doesn't hold a state dict"):
+            roots(tmp_path, *names, beside=beside)
+
+
+def test_bounds_of_tensors_are_themselves_allowed(tmp_path):
+    hooks, rebuild = _Call(Fake("collections", "OrderedDict"), ()), Fake("torch._utils", "_rebuild_tensor_v2")
+    content = {
+        "last": tensor(storage(), 5, (1,), (1,)),
+        "deep": tensor(storage(), 0, (1,) * 32, (1,) * 32),
+        "long": tensor(storage(), 0, (0, 2**48 - 1), (1, 1)),
+        "none": tensor(storage("FloatStorage", "none", 0), 0, (0,), (1,)),
+        "metadata": _Call(rebuild, (storage(), 0, (2,), (1,), False, hooks, {})),
+    }
+    reader = PthFile(pth(tmp_path / "a.pth", content, {"0": SIX.tobytes(), "none": b""}))
+    assert reader.read("last").tolist() == [5]
+    assert reader.read("deep").shape == (1,) * 32
+    assert reader.read("long").shape == (0, 2**48 - 1)
+    assert reader.read("none").shape == (0,)
+    assert reader.read("metadata").tolist() == [0, 1]
+
+
+def test_a_record_that_isnt_where_the_directory_says(tmp_path):
+    whole = pth(tmp_path / "a.pth", {"x": tensor(storage())}, {"0": SIX.tobytes()}).read_bytes()
+    at = whole.rindex(b"PK\1\2")  # the last entry is the record's
+    (header,) = struct.unpack_from("<I", whole, at + 42)
+    for place, changed, message in (
+        (at + 42, struct.pack("<I", header + 1), "has no local header where the directory says"),
+        (header + 28, b"\xff\xff", "should have 24 bytes and has 24"),  # an extra field that leads out of the file
+    ):
+        (tmp_path / "b.pth").write_bytes(whole[:place] + changed + whole[place + len(changed) :])
+        with pytest.raises(ValueError, match=f"b.pth is refused: its record archive/data/0 {message}"):
+            PthFile(tmp_path / "b.pth")
+
+
 class Payload:
     def __init__(self, function, *args):
         self.call = function, args
@@ -169,6 +238,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, prot
         ({"x": tensor(storage("FloatStorage", "0", 7), 0)}, "record archive/data/0 should have 28 bytes and has 24"),
         ({"x": tensor(storage("FloatStorage", "9"))}, "names the record archive/data/9, which the archive lacks"),
         ({"x": tensor(storage("QInt8Storage"))}, "asks to import torch.QInt8Storage"),
+        ({"x": tensor(storage("FloatStorage", "0", -1), 0, (0,), (1,))}, "a persistent id that is not a tensor's storage"),
+        ({"x": tensor(storage(), 0, (2**48,), (0,))}, "arguments that no state dict has"),
+        ({"x": tensor(storage(), 0, (1,) * 33, (1,) * 33)}, "arguments that no state dict has"),
+        ({"x": tensor(storage(), 6, (1,), (1,))}, "reaches past its storage of 6 elements"),
+        ({"x": _Call(Fake("torch._utils", "_rebuild_tensor_v2"), (storage(), 0, (2,), (1,), False, {}, {}, 1))}, "calls torch"),
+        (_Call(Fake("collections", "OrderedDict"), (), [1]), "sets the state of an object"),
+        (b"\x80\x02K\x01(K\x01K\x02u.", "sets items of something that is not a dict"),
+        (b"\x80\x02}(K\x01u.", "sets items of something that is not a dict"),
+        (b"\x80\x02}K\x01a.", "appends to something that is not a list"),
+        (b"\x80\x02K\x01}b.", "sets the state of an object"),
         ({"x": 1, "y": "z"}, "doesn't hold a state dict"),
         ([1, 2], "doesn't hold a state dict"),
         ({(1, 2): 3}, "dict key of type tuple"),

@@ -99,6 +99,10 @@ def test_of_windows_of_one_density_the_most_even_is_proposed():
     short = TileLayout((6, 16, 16), (2, 2, 2))
     assert window_density(short, (3, 4, 4)) == window_density(short, (2, 4, 6)) == 1 / 4
     assert propose_window(short, 1 / 4) == (3, 4, 4)
+    # Even in tokens: 12 along each axis, though tiles have 6, 1 and 1.
+    long = TileLayout((48, 16, 16), (6, 1, 1))
+    assert window_density(long, (2, 12, 12)) == window_density(long, (4, 9, 8))
+    assert propose_window(long, window_density(long, (2, 12, 12))) == (2, 12, 12)
 
 
 @pytest.mark.parametrize(
