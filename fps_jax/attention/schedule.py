@@ -5,7 +5,6 @@ Source: FPSAttention (arXiv 2506.04648) section 3.4. Progress, the default and t
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from dataclasses import dataclass
@@ -47,7 +46,8 @@ class Regime:
     center_k: bool = False
 
     def __post_init__(self):
-        if not _is_number(self.until) or not 0 < self.until <= 1:
+        # compared, not converted: JSON may hold an int that no float can
+        if not isinstance(self.until, int | float) or isinstance(self.until, bool) or not 0 < self.until <= 1:
             raise ValueError(
                 f"until={self.until!r} is not a number in (0, 1]; it is the progress at which a regime ends"
             )
@@ -261,11 +261,6 @@ def progress(sigma: Any, shift: float) -> Any:
 
 def _proposed_layout(grid: Shape3) -> TileLayout:
     return TileLayout(grid, propose_tiles(grid)[0].tile)
-
-
-def _is_number(value: Any) -> bool:
-    # compared, not converted: JSON may hold an int that no float can
-    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_count(value: Any) -> bool:

@@ -71,9 +71,6 @@ class RequestFields:
         for name in ("vae_tiling", "batch_guidance"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not True or False")
-        for name in ("height", "width", "num_frames"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name))
         self._texts(default_negative="")
         check_frame(*self._asked(SamplingDefaults()))  # a size that is left out can't be wrong
         for name, kind in (("preset", Preset), ("solver", Solver), ("sigma_grid", SigmaGrid), ("attention", Setting)):

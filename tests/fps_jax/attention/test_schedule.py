@@ -160,6 +160,8 @@ def test_dense_steps_and_layers():
     assert isinstance(second, PlannedAttention)
     assert first.plan == DEFAULT.plans(GRID)[0].dense()
     assert second.dense_layers == (0, 29)
+    ((all_steps, only),) = FPSSchedule(regimes=(Regime(until=1.0),), dense_steps=8).segments(sigma, 5.0, GRID, 30)
+    assert (all_steps, only.plan) == (8, first.plan)
     with pytest.raises(ValueError, match=r"dense_layers=\[0, 29\] names layer 29; the model has layers 0 to 28"):
         schedule.segments(sigma, 5.0, GRID, 29)
 
@@ -174,6 +176,9 @@ WHOLE = Regime(until=1.0)
         (lambda: FPSSchedule(regimes=(Regime(until=0.5),)), r"regimes end at \[0.5\]; .* the last must be exactly 1"),
         (lambda: FPSSchedule(regimes=(Regime(until=0.5), Regime(until=0.5), WHOLE)), "until must rise"),
         (lambda: FPSSchedule(regimes=(Regime(until=0.7), Regime(until=0.5), WHOLE)), "until must rise"),
+        (lambda: Regime(until=0), "until=0 is not a number in"),
+        (lambda: Regime(until=True), "until=True is not a number in"),
+        (lambda: Regime(until=float("nan")), "until=nan is not a number in"),
         (lambda: Regime(until=1.1), "until=1.1 is not a number in"),
         (lambda: Regime(until="1"), "until='1' is not a number in"),
         (lambda: Regime(until=1.0, window=(0, 1, 1)), r"window=\(0, 1, 1\) is not three positive"),
@@ -187,6 +192,7 @@ WHOLE = Regime(until=1.0)
         (lambda: FPSSchedule(regimes=(WHOLE,), grid=(5, 5, 5), tile=(6, 1, 1)), "larger than the grid .*good tiles"),
         (lambda: DEFAULT.resolve((21, 45, 80)), r"is for a grid of \(21, 30, 52\).*this video has \(21, 45, 80\)"),
         (lambda: FPSSchedule(regimes=(Regime(until=1.0, scales_per_tile=3),)).plans(GRID), "scales_per_tile=3 .*allowed: 1, 2, 4"),
+        (lambda: FPSSchedule(regimes=(Regime(until=1.0, scales_per_tile=3),)).resolve(GRID), "scales_per_tile=3 .*allowed"),
         (lambda: FPSSchedule(regimes=({"until": 1},)), "are not all Regime"),
         (lambda: Regime(until=10**400), "until=1000.* is not a number in"),
         (lambda: DEFAULT.setting("flash"), "attention='flash' is not one of 'dense', 'fp8', 'sparse', 'fps'"),
