@@ -34,8 +34,12 @@ def test_several_videos_of_a_prompt_are_prompts_of_their_own():
         assert request.negative_prompt == ["c", "c", "d", "d"]
         frames = request.frames(WAN_I2V_14B)[0]
         np.testing.assert_array_equal(frames.mean((1, 2, 3)), [0, 0, 1, 1])
-    assert asked(prompt="a", image="a.png", num_videos_per_prompt=2).image == "a.png"  # one for all
+    two = asked(prompt="a", image="a.png", num_videos_per_prompt=2)
+    assert (two.prompt, two.image) == (["a", "a"], "a.png")  # an image for all
+    assert asked(prompt="a", num_videos_per_prompt=1).prompt == "a"  # as it was given
+    assert len(asked(prompt="a", num_videos_per_prompt=1000).prompt) == 1000
     for count, message in (
+        (1001, "num_videos_per_prompt=1001 is above 1,000, more than a call is made for"),
         (0, "num_videos_per_prompt=0 is less than 1"),
         (2.0, "num_videos_per_prompt=2.0 is not a whole"),
     ):

@@ -190,6 +190,7 @@ def test_an_option_added_to_the_request_alone_reaches_who_prepares_it(monkeypatc
         ({"height": 40}, r"height=40 is not a positive multiple of 16 .*; use 32"),
         ({"width": 50}, r"width=50 is not a positive multiple of 16 .*; use 48"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not a finite number"),
+        ({"guidance_scale": 1e3}, "guidance_scale=1000.0 is not a finite number below 1000"),
         ({"guidance_scale": -1e3}, "guidance_scale=-1000.0 is not a finite number below 1000"),
         ({"guidance_scale": "5"}, "guidance_scale='5' is not a finite number"),
         ({"seed": None}, "seed=None is not a whole number or a list of them"),
@@ -314,6 +315,7 @@ def test_a_model_fills_in_what_the_request_leaves_open():
     image = pathlib.Path("a.png")
     # wan/image2video.py: the lower shift up to 480 x 832 pixels, this size included, in either orientation
     sizes = ((480, 832), 3.0), ((832, 480), 3.0), ((496, 832), 5.0), ((480, 848), 5.0), ((720, 1280), 5.0)
+    sizes += (((112, 3568), 5.0),)  # the next larger area
     for size, shift in sizes:
         request = Request(prompt="a", image=image, height=size[0], width=size[1])
         assert request.resolve(WAN_I2V_14B).flow_shift == shift
@@ -376,6 +378,14 @@ def test_a_model_refuses_what_others_could_do():
         request = Request(**{"prompt": "x", **arguments})
         with pytest.raises(ValueError, match=message):
             request.resolve(config)
+
+
+def test_timesteps_are_levels_of_the_checkpoints_shift_where_none_is_given():
+    request = Request(prompt="x", timesteps=[1000, 3, 2])
+    table = request.resolve(dataclasses.replace(WAN_T2V_14B, flow_shift=1.0)).table
+    np.testing.assert_allclose(table.sigma[1:], [0.003, 0.002], rtol=1e-6)
+    with pytest.raises(ValueError, match="3 and 2 are the same noise level at flow_shift=5"):
+        request.resolve(WAN_T2V_14B)
 
 
 def test_arrays_that_are_given_are_of_the_models_shape_and_finite():
