@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fps_convert.formats import pth as pth_module
 from fps_convert.formats import writers
 from fps_convert.formats.pth import PthFile, interpret
 from fps_convert.formats.writers import Output, write_pth
@@ -179,13 +180,45 @@ def test_bounds_of_tensors_are_themselves_allowed(tmp_path):
     assert reader.read("metadata").tolist() == [0, 1]
 
 
+WIDTHS = {
+    "FloatStorage": "f", "HalfStorage": "e", "BFloat16Storage": "e", "DoubleStorage": "d", "LongStorage": "q", "IntStorage": "i",
+    "ShortStorage": "h", "CharStorage": "b", "ByteStorage": "B", "BoolStorage": "?",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_a_record_has_the_bytes_of_its_storage(tmp_path, kind):
+    size = 3 * struct.calcsize(WIDTHS[kind])
+    content = {"x": tensor(storage(kind, "0", 3), 0, (3,), (1,))}
+    assert list(PthFile(pth(tmp_path / "a.pth", content, {"0": bytes(size)})).tensors) == ["x"]
+    with pytest.raises(ValueError, match=f"should have {size} bytes and has {size - 1}"):
+        PthFile(pth(tmp_path / "b.pth", content, {"0": bytes(size - 1)}))
+
+
+def test_a_pickle_may_have_as_many_bytes_as_are_read(tmp_path, monkeypatch):
+    content = {"x": tensor(storage())}
+    path = pth(tmp_path / "a.pth", content, {"0": SIX.tobytes()})
+    monkeypatch.setattr(pth_module, "_MAX_PICKLE", len(pickled(content)))
+    assert list(PthFile(path).tensors) == ["x"]
+    monkeypatch.setattr(pth_module, "_MAX_PICKLE", len(pickled(content)) - 1)
+    with pytest.raises(ValueError, match="more than the"):
+        PthFile(path)
+
+
 def test_a_record_that_isnt_where_the_directory_says(tmp_path):
     whole = pth(tmp_path / "a.pth", {"x": tensor(storage())}, {"0": SIX.tobytes()}).read_bytes()
     at = whole.rindex(b"PK\1\2")  # the last entry is the record's
     (header,) = struct.unpack_from("<I", whole, at + 42)
     for place, changed, message in (
         (at + 42, struct.pack("<I", header + 1), "has no local header where the directory says"),
-        (header + 28, b"\xff\xff", "should have 24 bytes and has 24"),  # an extra field that leads out of the file
+        (at + 24, struct.pack("<I", 25), "is compressed"),
+        # extra fields that lead out of the file, and to its last ten bytes
+        (header + 28, b"\xff\xff", "should have 24 bytes and has 24"),
+        (
+            header + 28,
+            struct.pack("<H", len(whole) - 10 - header - 30 - len("archive/data/0")),
+            "should have 24 bytes and has 24",
+        ),
     ):
         (tmp_path / "b.pth").write_bytes(whole[:place] + changed + whole[place + len(changed) :])
         with pytest.raises(ValueError, match=f"b.pth is refused: its record archive/data/0 {message}"):
@@ -253,6 +286,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, prot
         ({(1, 2): 3}, "dict key of type tuple"),
         (b"\x80\x02}0.", "uses the opcode POP"),
         (b"\x80\x02cos\nsystem\n.", "asks to import os.system"),
+        (b"\x80\x02ctorch\n_utils _rebuild_tensor_v2\n.", "asks to import torch._utils _rebuild_tensor_v2"),
         (b"\x80\x02(S'x'\nios\nsystem\n.", "uses the opcode"),
         (b"\x80\x02\x82\x01.", "uses the opcode EXT1"),
     ],

@@ -56,12 +56,13 @@ def test_each_dtype_is_a_view_of_the_file(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", readers._BITS)
 def test_a_tensor_takes_the_bits_that_its_dtypes_name_says(tmp_path, dtype):
     bits = 8 if dtype == "BOOL" else int(re.findall(r"\d+", dtype)[0])
-    size = -(-3 * bits // 8)  # three of them, in whole bytes
     path = tmp_path / "a.safetensors"
-    assert list(SafetensorsFile(write(path, {"x": entry(dtype, [3], 0, size)}, bytes(size))).tensors) == ["x"]
-    for wrong in (size - 1, size + 1):
-        with pytest.raises(ValueError, match=f"tensor 'x' of shape .* and dtype {dtype} can't have {wrong} bytes"):
-            SafetensorsFile(write(path, {"x": entry(dtype, [3], 0, wrong)}, bytes(wrong)))
+    for count in (3, 8):
+        size = -(-count * bits // 8)  # whole bytes
+        assert list(SafetensorsFile(write(path, {"x": entry(dtype, [count], 0, size)}, bytes(size))).tensors) == ["x"]
+        for wrong in (size - 1, size + 1):
+            with pytest.raises(ValueError, match=f"tensor 'x' of shape .* and dtype {dtype} can't have {wrong} bytes"):
+                SafetensorsFile(write(path, {"x": entry(dtype, [count], 0, wrong)}, bytes(wrong)))
 
 
 def test_one_number_may_be_whole_or_double(tmp_path):

@@ -260,8 +260,7 @@ class PthFile:
         self._path = path
         self._bytes = map_file(path)
         self.metadata: dict[str, str] = {}
-        magic = self._bytes[:4].tobytes()
-        if magic[:2] != b"PK":
+        if self._bytes[:2].tobytes() != b"PK":
             raise ValueError(
                 f"{path} is not a zip-format .pth; it may be truncated, corrupt or in the format of before PyTorch "
                 "1.6. Re-save it there: torch.save(torch.load(path, weights_only=True), path)"
@@ -309,7 +308,7 @@ class PthFile:
         head = self._bytes[entry.header_offset : entry.header_offset + 30].tobytes()
         if len(head) < 30 or head[:4] != b"PK\3\4":
             raise _RefusedError(f"its record {name} has no local header where the directory says")
-        name_length, extra_length = struct.unpack("<HH", head[26:30])
+        name_length, extra_length = struct.unpack_from("<HH", head, 26)
         start = entry.header_offset + 30 + name_length + extra_length
         if entry.file_size < size or start + size > len(self._bytes):
             raise _RefusedError(f"its record {name} should have {size} bytes and has {entry.file_size}")
