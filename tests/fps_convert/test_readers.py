@@ -201,7 +201,7 @@ def folder(path: pathlib.Path, *names: str, **weight_maps: str) -> pathlib.Path:
     return path
 
 
-ONE = "m-00001-of-00001"
+ONE, HALF = "m-00001-of-00001", "m.fp16-00001-of-00001.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -212,13 +212,10 @@ ONE = "m-00001-of-00001"
         (["m.fp16.safetensors"], {}, "m.fp16.safetensors"),
         (["m.fp16.safetensors", "m.safetensors"], {}, "m.safetensors"),
         (["m.fp16.safetensors", "m.bf16.safetensors", "m.safetensors"], {}, "m.safetensors"),
+        (["m.safetensors", HALF], {"m.fp16.safetensors.index.json": HALF}, "m.safetensors"),
         ([f"{ONE}.safetensors"], {"m.safetensors.index.json": f"{ONE}.safetensors"}, f"{ONE}.safetensors"),
         ([f"{ONE}.fp16.safetensors"], {"m.safetensors.index.fp16.json": f"{ONE}.fp16.safetensors"}, f"{ONE}.fp16.safetensors"),
-        (
-            ["m.fp16-00001-of-00001.safetensors"],
-            {"m.fp16.safetensors.index.json": "m.fp16-00001-of-00001.safetensors"},
-            "m.fp16-00001-of-00001.safetensors",
-        ),
+        ([HALF], {"m.fp16.safetensors.index.json": HALF}, HALF),
     ],
 )  # fmt: skip
 def test_the_files_of_a_component_are_found_by_stem_and_variant(tmp_path, names, indexes, taken):
