@@ -32,7 +32,7 @@ unit: $(STAMP)
 
 # Faults planted one at a time in ten files: do the tests notice? Half an hour; ARGS="--most 20" for less.
 mutants: $(STAMP)
-	$(BIN)/python -m tests.mutants $(ARGS)
+	$(BIN)/python -m benchmarks.mutants $(ARGS)
 
 # The newest jax that pyproject.toml allows, in an environment of its own: imports, lowering and a parity smoke.
 newest:

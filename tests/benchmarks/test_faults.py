@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.faults import mutants
+from benchmarks.mutants.faults import mutants
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # What the tests import that isn't the project's. None of it starts a thread or a jax backend, which a fork would break.
 _FOREIGN = ("jax.experimental.pallas", "flax.nnx", "orbax.checkpoint", "scipy.stats", "hypothesis.strategies", "PIL.Image",
             "safetensors.numpy", "einops", "jaxtyping", "tyro")  # fmt: skip

@@ -1,11 +1,12 @@
 """`make mutants`: small faults planted one at a time, to see whether the tests of a file notice. Not in CI; it takes half an hour.
 
-    python -m tests.mutants --only fps_jax/sampling/flow.py --most 20
+    python -m benchmarks.mutants --only fps_jax/sampling/flow.py --most 20
 
-Each mutant (`tests/faults.py`) is planted in a copy of the tree, and the tests that mirror the file are run (`tests/forks.py`)
-until one fails: those that found an earlier mutant first, slow ones last.
+Each mutant (`faults.py`) is planted in a copy of the tree, and the tests that mirror the file are run (`forks.py`) until one fails:
+those that found an earlier mutant first, slow ones last.
 
-Those that survive are listed; whole runs go into benchmarks/results/mutants.json, where a person says of each survivor why.
+Those that survive are listed; whole runs go into benchmarks/results/mutants.json. What a survivor is excused by is written there by
+hand, and kept while its line and fault are.
 """
 
 import argparse
@@ -17,10 +18,9 @@ import shutil
 import tempfile
 
 from benchmarks import record
-from tests.faults import Mutant, mutants
-from tests.forks import Runs, import_what_is_foreign
+from benchmarks.mutants.faults import Mutant, mutants
+from benchmarks.mutants.forks import ROOT, Runs, import_what_is_foreign
 
-ROOT = pathlib.Path(__file__).parents[1]
 # File -> the tests that mirror it.
 TARGETS = {
     "convert/fps_convert/formats/pth.py": "tests/fps_convert/test_pth.py",
@@ -87,9 +87,7 @@ def written(file: str, count: int, left: list[Mutant]) -> None:
         ],
     }
     files = {file: files[file] for file in TARGETS if file in files}
-    record.write(
-        "mutants", {"environment": record.environment() | {"command": "python -m tests.mutants"}, "files": files}
-    )
+    record.write("mutants", {"files": files})
 
 
 def main() -> None:
