@@ -30,7 +30,7 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# Faults planted one at a time in ten files: do the tests notice? Half an hour; ARGS="--most 20" for less.
+# Faults planted one at a time in ten files: do the tests notice? A quarter of an hour; ARGS="--most 20" for less.
 mutants: $(STAMP)
 	$(BIN)/python -m benchmarks.mutants $(ARGS)
 

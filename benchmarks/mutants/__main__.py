@@ -1,4 +1,4 @@
-"""`make mutants`: small faults planted one at a time, to see whether the tests of a file notice. Not in CI; it takes half an hour.
+"""`make mutants`: small faults planted one at a time, to see whether the tests of a file notice. Not in CI: a quarter of an hour.
 
     python -m benchmarks.mutants --only fps_jax/sampling/flow.py --most 20
 

@@ -78,7 +78,8 @@ def test_a_bound_is_itself_allowed():
     deep = {"dim_mult": (1,) * 1000, "temporal_downsample": (True,) * 999}
     assert len(dataclasses.replace(one, **deep).dim_mult) == 1000
     assert TextEncoderConfig(num_layers=MAX_LAYERS, vocab_size=MAX_SIZE, dim=1, eps=0.1).dim == 1
-    assert dataclasses.replace(WAN_T2V_14B, flow_shift=MAX_SHIFT).flow_shift == MAX_SHIFT
+    for shift in (0.5, MAX_SHIFT):  # above 0, below 1 too
+        assert dataclasses.replace(WAN_T2V_14B, flow_shift=shift).flow_shift == shift
 
 
 @pytest.mark.parametrize(
