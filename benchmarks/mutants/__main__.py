@@ -33,7 +33,7 @@ TARGETS = {
     "tests/fps_jax/sampling/test_few_step.py tests/fps_jax/test_causal.py",
     "fps_jax/sampling/request.py": "tests/fps_jax/sampling/test_request.py tests/fps_jax/sampling/test_call.py "
     "tests/fps_jax/sampling/test_few_step.py",
-    "fps_jax/sampling/request_fields.py": "tests/fps_jax/sampling/test_request.py",
+    "fps_jax/sampling/request_fields.py": "tests/fps_jax/sampling/test_request.py tests/fps_jax/sampling/test_request_fields.py",
     "fps_jax/config.py": "tests/fps_jax/test_config.py tests/fps_convert/test_mapping.py",
     "fps_jax/sizes.py": "tests/fps_jax/test_sizes.py tests/fps_jax/sampling/test_request.py",
 }
