@@ -22,6 +22,7 @@ from fps_jax.models.params import Params, bind
 from fps_jax.models.rope import rope_table
 from fps_jax.sampling.flow import block_levels
 from fps_jax.sampling.guidance import Inputs, guided_velocity
+from fps_jax.sampling.room import memory_limit, memory_used
 from fps_jax.sampling.solvers import SolverState, SolverTable, coefficients, solver_step
 from fps_jax.sizes import token_grid
 
@@ -156,13 +157,32 @@ class Rollout:
         self.dtype, self.implementation = jnp.dtype(dtype), implementation
         self.table = jax.tree.map(jnp.asarray, coefficients("lcm", block_levels(layout.causal)))
         self.next_frame = 0
+        self._check_room()
         self.cache, self._finite = self._empty(), True
         self._unchecked: tuple[Array, int] | None = None
 
     def _empty(self) -> KVCache:
+        return self.on_device(self._zeros())
+
+    def _zeros(self) -> KVCache:
         heads, size = self.config.num_heads, self.config.head_dim
-        zeros = self.layout.zeros(self.config.num_layers, self.text.k.shape[1], heads, size, self.dtype)
-        return self.on_device(zeros)
+        return self.layout.zeros(self.config.num_layers, self.text.k.shape[1], heads, size, self.dtype)
+
+    def _check_room(self) -> None:
+        """Raises ValueError where the device can't hold the cache beside the weights."""
+        leaf = jax.tree.leaves(self.params)[0]
+        device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.local_devices()[0]
+        limit = memory_limit(device)
+        need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self._zeros)))
+        if limit is None or need <= (left := limit - memory_used(device)):
+            return
+        n, frames = self.causal.frames_per_block, self.layout.frames
+        fit = max(0, left) * frames // need // n
+        instead = f"a window, of {fit * n} frames or less" if fit else "a smaller height and width"
+        raise ValueError(
+            f"the cache of {frames} latent frames takes {need / 1e9:.1f} GB and the device has {max(0, left) / 1e9:.1f} GB left, "
+            f"which {fit} blocks of {n} fit into; give {instead}"
+        )
 
     def on_device(self, cache: KVCache) -> KVCache:
         """The cache where the weights are, and bound to that device as a block's results are: else the second block's program is

@@ -1,12 +1,12 @@
 """What a run keeps on each device, held against what a device has, before weights are read."""
 
 import math
-import os
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from fps_jax.sampling.room import memory_limit
 from fps_train.setup import Setup, Start, abstract_start
 
 
@@ -21,20 +21,9 @@ def kept_bytes(begun: Start) -> int:
 
 
 def device_bytes(mesh: Mesh) -> int | None:
-    """What programs may take of one of this process's devices, the smallest; of a share of the machine's memory where these are
-    its CPU. None where nothing tells."""
+    """What programs may take of one of this process's devices, the smallest. None where nothing tells."""
     here = mesh.local_devices
-    if here and here[0].platform == "cpu":
-        pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-        return None if pages is None else pages * os.sysconf("SC_PAGE_SIZE") // len(here)
-    return min((limit for limit in map(_limit, here) if limit), default=None)
-
-
-def _limit(device: Any) -> int | None:
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except RuntimeError:  # an allocator that keeps no count
-        return None
+    return min((limit for device in here if (limit := memory_limit(device, len(here)))), default=None)
 
 
 def check_memory(setup: Setup) -> None:
