@@ -12,7 +12,7 @@ import pytest
 from fps_jax import AttentionPlan
 from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.cache import CacheLayout
-from fps_jax.causal import CausalConfig
+from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
 from fps_jax.config import DiTConfig
 from fps_jax.models.dit import build_dit, dit
 from fps_jax.models.dit_layers import TextKV
@@ -109,30 +109,77 @@ def rolled():
     return made, latents
 
 
-def test_the_cache_holds_what_the_masked_forward_of_the_video_computes(rolled):
-    """Keys and values of the whole video at once, each block told the time of the pass that filled the cache."""
-    made, latents = rolled
-    plan = AttentionPlan.build((20, *SPACE), (2, 2, 3), quantize=False, causal=made.causal)
+def masked_keys(made, latents, text, earlier=None, since=0):
+    """Keys and values `[L, 1, F, tokens, N, H]` of a whole video at once, each block told the time of the pass that filled the
+    cache; and as they are stored.
 
-    @dataclasses.dataclass(frozen=True)
+    earlier: of another such forward, those of the frames before `since`, which the others attend in place of their own.
+    """
+    causal, frames = made.causal, latents.shape[2]
+    plan = AttentionPlan.build((frames, *SPACE), (causal.slot_frames, 2, 3), quantize=False, causal=causal)
+    before = plan.layout.to_tiles(jnp.repeat(jnp.arange(frames) < since, SPACE[0] * SPACE[1])[None, :, None])[..., None]
+
     class Seen(PlannedAttention):
         def __call__(self, q, k, v, /, *, layer, taps):
+            if earlier is not None:
+                k, v = (jnp.where(before, whole[layer], own) for whole, own in zip(earlier, (k, v), strict=True))
             taps["k"], taps["v"] = k, v
             return super().__call__(q, k, v, layer=layer, taps=taps)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def masked(attention, latents):
-        taps = {}
-        dit(TINY, tiny_dit(), latents, jnp.full((1, 20), 20.0), some_text(), attention=attention, attention_taps=taps)
-        return taps
+    @jax.jit
+    def masked(latents):
+        taps, attention = {}, Seen(plan, implementation="portable")
+        time = jnp.full((1, frames), float(causal.context_noise))
+        dit(TINY, tiny_dit(), latents, time, text, attention=attention, attention_taps=taps)
+        return taps["k"], taps["v"]
 
-    taps = masked(Seen(plan, implementation="portable"), jnp.concatenate(latents, axis=2))
-    frames = list(made.causal.attended(20))
-    assert frames == [0, 1, 16, 17, 18, 19]
-    for part, x in (("k", made.cache.k), ("v", made.cache.v)):
-        whole = jax.vmap(plan.from_tiles)(taps[part]).reshape(3, 1, 20, 6, 2, 32)
-        want = whole[:, :, np.array(frames)].reshape(3, 1, 36, 2, 32)
-        assert rel_l2(made.layout.read(x, 20), want) <= 2e-6
+    stored = masked(latents)
+    return stored, [jax.vmap(plan.from_tiles)(x).reshape(3, 1, frames, 6, 2, 32) for x in stored]
+
+
+def assert_cached(made, keys, frames):
+    attended = np.array(made.causal.attended(frames))
+    for x, whole in zip((made.cache.k, made.cache.v), keys, strict=True):
+        want = whole[:, :, attended].reshape(3, 1, -1, 2, 32)
+        assert rel_l2(made.layout.read(x, frames), want) <= 2e-6
+
+
+def test_the_cache_holds_what_the_masked_forward_of_the_video_computes(rolled):
+    made, latents = rolled
+    assert list(made.causal.attended(20)) == [0, 1, 16, 17, 18, 19]
+    assert_cached(made, masked_keys(made, jnp.concatenate(latents, axis=2), some_text())[1], 20)
+
+
+@pytest.mark.parametrize(
+    ("causal", "blocks", "frames"),
+    [
+        (CausalConfig(frames_per_block=1, window=4, sink=1, steps=(1000,)), 60, 60),
+        (CausalConfig(frames_per_block=3, window=7, sink=1, steps=(1000, 500), first_frame_alone=True), 5, 13),
+        (dataclasses.replace(CAUSAL_PRESETS["causvid-3"], window=6), 4, 12),
+    ],
+    ids=["60 blocks", "a first frame alone", "causvid-3"],
+)
+def test_so_it_does_after_many_blocks_behind_a_first_frame_and_at_causvid_s_steps(causal, blocks, frames):
+    made, steps = begin(causal, some_text()), len(causal.steps)
+    latents = [made.block(*draws(i, made.next_shape(), steps)) for i in range(blocks)]
+    assert_cached(made, masked_keys(made, jnp.concatenate(latents, axis=2), some_text())[1], frames)
+
+
+def test_a_prompt_that_changes_is_a_splice_of_two_masked_forwards():
+    """Frames before the change are the first prompt's; those behind it are the second's, and attend the first's keys."""
+    causal = CausalConfig(frames_per_block=2, window=6, sink=2, steps=(1000, 500))
+    one, other = some_text(), some_text(2)
+    made, second = begin(causal, one), begin(causal, other)
+    latents = []
+    for i in range(6):
+        made.text = made.text if i < 4 else second.text
+        latents.append(made.block(*draws(i, made.next_shape(), 2)))
+    whole = jnp.concatenate(latents, axis=2)
+    first, _ = masked_keys(made, whole, one)
+    _, spliced = masked_keys(made, whole, other, earlier=first, since=8)
+    assert_cached(made, spliced, 12)
+    _, alone = masked_keys(made, whole, other)
+    assert rel_l2(spliced[0][:, :, 8:], alone[0][:, :, 8:]) > 1e-4
 
 
 def test_one_program_makes_every_block_whatever_the_ring_and_the_fill():
