@@ -36,10 +36,10 @@ def test_a_session_is_not_saved_beside_a_block_that_another_thread_makes(pipe, b
     session, begun, going = pipe.session(BOAT, seed=3, blocks=4, **SIZE), threading.Event(), threading.Event()
     real = session.rollout.block
 
-    def block(*args):
+    def block(*args, **kwargs):
         begun.set()
         assert going.wait(60)
-        return real(*args)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(session.rollout, "block", block)
     maker = threading.Thread(target=lambda: next(session), daemon=True)
