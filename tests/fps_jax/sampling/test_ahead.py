@@ -9,6 +9,7 @@ from fps_jax.models import vae
 from fps_jax.sampling import rollout
 from fps_jax.sampling import session as session_module
 from tests.fps_jax.sampling.boat import BOAT, SIZE, STORM
+from tests.fps_jax.sampling.broken import break_off
 
 
 def assert_same(got, want):
@@ -80,15 +81,7 @@ def test_what_is_broken_off_leaves_no_gap(pipe, boat, monkeypatch, where, on):
         "second latent frame": (vae, "_decode_chunk"),
         "bytes": (session_module, "video_to_uint8"),
     }[where]
-    real, calls = getattr(module, name), []
-
-    def broken_off(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == (2 if where == "second latent frame" else 1):
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, broken_off)
+    break_off(monkeypatch, module, name, 2 if where == "second latent frame" else 1)
     with pytest.raises(KeyboardInterrupt):
         next(blocks)
     for got, want in zip(session if on == "next" else session.ahead(), boat[1:], strict=True):

@@ -26,6 +26,7 @@ from fps_jax.sampling.stream_plan import causal_of
 from tests.checkpoints import T2V, TINY_I2V
 from tests.fps_jax.attention.test_block_causal import case
 from tests.fps_jax.sampling.boat import BOAT, CAUSAL, SIZE, STORM
+from tests.fps_jax.sampling.broken import break_off
 from tests.reference import rel_l2
 
 
@@ -272,15 +273,7 @@ def test_a_block_that_is_broken_off_leaves_no_gap(pipe, boat, tmp_path, monkeypa
         "second latent frame": (vae, "_decode_chunk"),
         "bytes": (session_module, "video_to_uint8"),
     }[where]
-    real, calls = getattr(module, name), []
-
-    def broken_off(*args, **kwargs):
-        calls.append(None)
-        if len(calls) == (2 if where == "second latent frame" else 1):
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(module, name, broken_off)
+    break_off(monkeypatch, module, name, 2 if where == "second latent frame" else 1)
     with pytest.raises(KeyboardInterrupt):
         next(session)
     if where != "denoise":
