@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,7 +45,8 @@ class Ended:
 
 def say(result: Mapping[str, Any]) -> None:
     """What a command that `run` started has to tell it."""
-    print(_MARK + json.dumps(_plain(result)), flush=True)
+    sys.stdout.write(_MARK + json.dumps(_plain(result)) + "\n")  # in one call: two threads may have something to say
+    sys.stdout.flush()
 
 
 class Running:

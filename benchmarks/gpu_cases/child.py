@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from typing import Any
 from fps_jax.processes import say
 
 _TAIL = 1500  # characters of an error that are kept
+_COMPILER = os.path.join("jax", "_src", "compiler.py")
+_WORD = 2.0  # seconds between two words of a process that compiles
 
 
 def _prepared(case: dict[str, Any], toy: bool) -> Iterator[dict[str, Any]]:
@@ -21,6 +24,31 @@ def _prepared(case: dict[str, Any], toy: bool) -> Iterator[dict[str, Any]]:
     first = next(parts)
     assert first is None, f"{case['function']} said {first} before its turn"
     return parts
+
+
+def _speak_while_compiling() -> None:
+    """Starts a thread that says so, word after word, as long as XLA compiles for the cases: a minute and more for a whole model.
+
+    A hang of the GPU is silence then, however large the model.
+    """
+    cases = threading.main_thread().ident
+
+    def compiling() -> bool:
+        frame = sys._current_frames().get(cases)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "backend_compile_and_load" and code.co_filename.endswith(_COMPILER):
+                return True
+            frame = frame.f_back
+        return False
+
+    def watch() -> None:
+        while True:
+            time.sleep(_WORD)
+            if compiling():
+                say({"compiling": True})
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _alive(toy: bool) -> bool:
@@ -51,6 +79,7 @@ def main() -> None:
     toy = asked["toy"]
     if toy:
         os.environ.setdefault("NPROC", "12")  # interpret mode runs a warpgroup a thread of XLA's pool
+    _speak_while_compiling()
     waiting: list[tuple[str, Iterator[dict[str, Any]] | Exception, float]] = []
     for case in asked["cases"]:
         start = time.monotonic()

@@ -25,6 +25,22 @@ def hang(toy: bool):
     time.sleep(100)
 
 
+def compile_long(toy: bool):
+    """XLA takes six seconds."""
+    import jax
+    from jax._src import compiler
+    from jax._src.lib import xla_client
+
+    def compile_and_load(*_, **__):
+        time.sleep(6)
+
+    yield None
+    module = jax.jit(lambda x: x).lower(1.0).compiler_ir()
+    slow = types.SimpleNamespace(compile_and_load=compile_and_load)
+    compiler.backend_compile_and_load(slow, module, None, xla_client.CompileOptions(), [])  # pyright: ignore
+    yield {"part": "compiled", "ok": True}
+
+
 def fail(toy: bool):
     yield None
     yield {"part": "before"}

@@ -57,6 +57,12 @@ def test_a_case_that_hangs_is_ended_with_all_it_started_and_the_rest_starts_agai
     pytest.fail("what the case started still runs")
 
 
+def test_a_case_that_compiles_for_long_is_no_hang(results):
+    found = call(results, odd("large model", "compile_long", silence=4))
+    assert "failed" not in found["large model"]
+    assert parts(found["large model"])[0] == "compiled"
+
+
 def test_no_further_case_of_a_kernel_that_hung(results):
     cases = [
         odd("first", kernels=("base",)),
