@@ -23,7 +23,8 @@ from benchmarks.mutants.forks import ROOT, Runs, import_what_is_foreign
 
 # File -> the tests that mirror it.
 TARGETS = {
-    "convert/fps_convert/formats/pth.py": "tests/fps_convert/test_pth.py",
+    "convert/fps_convert/formats/pth.py": "tests/fps_convert/test_pth.py tests/fps_convert/test_pth_refused.py "
+    "tests/fps_convert/test_pth_written.py",
     "convert/fps_convert/formats/readers.py": "tests/fps_convert/test_readers.py tests/fps_convert/test_bad_input.py",
     "fps_jax/attention/windows.py": "tests/fps_jax/attention/test_windows.py tests/fps_jax/attention/test_cache.py "
     "tests/fps_jax/attention/test_block_causal.py",

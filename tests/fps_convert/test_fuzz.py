@@ -22,7 +22,7 @@ from fps_convert.synthetic import tiny_config
 from fps_jax import FPSSchedule, Regime
 from fps_jax.checkpoints.format import is_checkpoint, read_config, write_config
 from fps_jax.files import read_json
-from tests.fps_convert.test_pth import SIX, pickled, storage, tensor
+from tests.fps_convert.pth_files import SIX, pickled, storage, tensor
 
 TOLD = (ValueError, NotImplementedError, FileNotFoundError)
 FEW, MANY = (

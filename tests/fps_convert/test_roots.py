@@ -22,7 +22,7 @@ from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
 from fps_jax.checkpoints.format import load_component, read_config, read_manifest
 from fps_jax.checkpoints.open import open_model_files
 from tests.fps_convert.failing import fails, snapshot
-from tests.fps_convert.test_pth import pth, storage, tensor
+from tests.fps_convert.pth_files import pth, storage, tensor
 from tests.fps_convert.test_round_trips import same_arrays
 from tests.fps_convert.test_single_files import DIT
 
