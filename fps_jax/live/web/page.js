@@ -173,12 +173,14 @@ function fail(text) {
 
 function buttons() {
   const open = socket && socket.readyState === WebSocket.OPEN;
+  const focused = document.querySelector(".bar :focus-visible"); // of a keyboard
   $("send").disabled = !open || !ready;
   $("send").textContent = running ? "Send" : "Start";
   $("pause").disabled = $("stop").disabled = !running;
   $("pause").textContent = paused ? "Resume" : "Pause";
   $("how").disabled = !running;
   $("save").disabled = !recording || !recording.parts.length;
+  if (focused && focused.disabled) ($("send").disabled ? $("prompt") : $("send")).focus(); // else it would be nowhere
 }
 
 const clock = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
@@ -354,12 +356,14 @@ function send() {
   say({ type: "prompt", prompt, how });
   if (prompt && asked[asked.length - 1] !== prompt) asked.push(prompt);
   asked = asked.slice(-100);
-  place = asked.length;
+  place = asked.length - (prompt ? 1 : 0); // where the box is: the one before is a step away
 }
 
 function recall(step) {
   place = Math.min(asked.length, Math.max(0, place + step));
   $("prompt").value = asked[place] || "";
+  const caret = step < 0 ? 0 : $("prompt").value.length; // where the same key goes on
+  $("prompt").setSelectionRange(caret, caret);
 }
 
 $("form").addEventListener("submit", (event) => {

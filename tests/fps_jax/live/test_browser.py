@@ -1,121 +1,32 @@
 """The page in a real browser, headless, over its DevTools port: it plays, follows a prompt, pauses, saves, and leaves."""
 
 import base64
-import itertools
-import json
 import pathlib
-import shutil
-import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
-from websockets.sync.client import ClientConnection, connect
 
 from fps_jax import CausalConfig, CausalPipeline
 from fps_jax.live.server import Live
 from fps_jax.media.fragments import fragmented_mp4
+from tests import live_browser
 from tests.checkpoints import T2V
-from tests.live_server import WAIT, Site, decoded, site
+from tests.live_browser import CHROMIUM, Tab
+from tests.live_server import Site, decoded, site
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    *(
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--remote-debugging-port=0",
-    ),
-    *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 BOAT, STORM = "A boat sails.", "The storm clears."
 SIZE = {"height": 32, "width": 48}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
 
 
-class Tab:
-    """A tab, by the DevTools protocol. wrong: exceptions and errors of the page."""
-
-    def __init__(self, socket: ClientConnection):
-        self._socket, self._numbers = socket, itertools.count(1)
-        self.wrong: list[Any] = []
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-
-    def call(self, method: str, **parameters: Any) -> Any:
-        number = next(self._numbers)
-        self._socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
-        while True:
-            got = json.loads(self._socket.recv(timeout=WAIT))
-            if got.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
-                self.wrong.append(got["params"])
-            if got.get("id") == number:
-                assert "error" not in got, got["error"]
-                return got["result"]
-
-    def eval(self, code: str) -> Any:
-        got = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in got, got["exceptionDetails"]
-        return got["result"].get("value")
-
-    def until(self, code: str) -> Any:
-        """Waits until the page says something true."""
-        end = time.monotonic() + WAIT
-        while time.monotonic() < end:
-            value = self.eval(code)
-            if value:
-                return value
-            time.sleep(0.05)
-        raise TimeoutError(f"{code}: not in {WAIT:g} s; {self.eval(SEEN)}, {self.wrong}")
-
-
-SEEN = "[$('state').textContent, $('error').textContent, video.currentTime, video.readyState, player && player.blocks]"
-
-
 @pytest.fixture
 def browser(tmp_path) -> Iterator[Callable[..., Tab]]:
-    """Opens tabs: a function of an address, and of code that runs in them first."""
-    assert CHROMIUM is not None
-    folder = tmp_path / "profile"
-    arguments = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "about:blank"]
-    with (
-        subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process,
-        ExitStack() as open_sockets,
-    ):
-
-        def open_tab(url: str, first: str = "") -> Tab:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/json/new?about:blank", method="PUT")
-            with urllib.request.urlopen(request, timeout=WAIT) as answer:
-                address = json.load(answer)["webSocketDebuggerUrl"]
-            tab = Tab(open_sockets.enter_context(connect(address, max_size=None)))
-            tab.call("Page.addScriptToEvaluateOnNewDocument", source=first)
-            tab.call("Page.navigate", url=url)
-            tab.until("document.readyState === 'complete' && typeof player !== 'undefined'")
-            return tab
-
-        try:
-            port = _port(folder / "DevToolsActivePort", process)
-            yield open_tab
-        finally:
-            open_sockets.close()
-            process.terminate()
-            process.wait(WAIT)
-
-
-def _port(file: pathlib.Path, process: subprocess.Popen) -> int:
-    end = time.monotonic() + WAIT
-    while time.monotonic() < end and process.poll() is None:
-        if file.exists() and file.read_text().count("\n"):
-            return int(file.read_text().split("\n")[0])
-        time.sleep(0.05)
-    raise TimeoutError(f"chromium opened no DevTools port (status {process.poll()})")
+    with live_browser.browser(tmp_path / "profile") as open_tab:
+        yield open_tab
 
 
 @pytest.fixture(scope="module")
@@ -291,4 +202,106 @@ def test_a_browser_that_cannot_play_is_told(browser, running):
     tab.eval("$('stop').click()")
     tab.until("heard.at(-1).type === 'ended'")
     assert len(decoded(base64.b64decode(tab.eval(FILE)))) == tab.eval("heard.at(-1).frames")
+    assert not tab.wrong
+
+
+# The control that has the focus, if all of a ring around it can be seen.
+FOCUS = """
+(() => {
+  const element = document.activeElement, style = getComputedStyle(element);
+  if (style.outlineStyle === 'none' || !(parseFloat(style.outlineWidth) >= 2)) return `${element.tagName} has no ring`;
+  const out = parseFloat(style.outlineOffset) + parseFloat(style.outlineWidth), box = element.getBoundingClientRect();
+  for (let up = element.parentElement; up; up = up.parentElement) {
+    if (getComputedStyle(up).overflow === 'visible') continue;
+    const edge = up.getBoundingClientRect();
+    if (box.left - out < edge.left || box.right + out > edge.right) return `the ring of ${element.textContent} is cut`;
+  }
+  return element.id || element.value || element.textContent;
+})()
+"""
+
+
+def test_the_keyboard_alone_does_it_all(browser, running):
+    tab = browser(running.url, HEAR)
+    tab.until("!$('send').disabled")
+
+    def press(*keys: str, to: str) -> None:
+        tab.keys(*keys)
+        assert tab.eval(FOCUS) == to
+
+    press("Tab", to="prompt")
+    press("Enter", to="prompt")  # the prompt that the box begins with
+    tab.until("player && player.blocks > 0")
+    press("All", STORM, "Tab", to="continue")
+    press("Right", to="recache")
+    press("Tab", to="send")
+    press("Enter", to="send")
+    tab.until(f"heard.some((m) => m.type === 'switching' && m.prompt === '{STORM}' && m.how === 'recache')")
+    press("Shift+Tab", "Shift+Tab", "Up", "Up", to="prompt")  # to the text's beginning, and then to the prompt before
+    assert tab.eval("$('prompt').value") == BOAT
+    press("Enter", to="prompt")
+    tab.until(f"heard.findLast((m) => m.type === 'switching').prompt === '{BOAT}'")
+    tab.until("!$('save').disabled")
+    press("Shift+Tab", to="save")
+    press("Shift+Tab", "Shift+Tab", to="pause")
+    press("Space", to="pause")
+    tab.until("paused && video.paused")
+    for name in ("stop", "save", "prompt", "recache", "send"):
+        press("Tab", to=name)
+    press("Tab", to=tab.eval("$('history').firstChild.textContent"))
+    press("Enter", to="prompt")
+    press("Shift+Tab", "Shift+Tab", "Shift+Tab", "Enter", to="pause")
+    tab.until("!paused && !video.paused")
+    press("Tab", "Space", to="stop")
+    tab.until("heard.at(-1).type === 'ended' && $('stop').disabled")
+    assert tab.eval(FOCUS) == "send", "what had the focus is disabled: the next thing to do has it"
+    assert not tab.wrong
+
+
+# What of the page doesn't fit a screen that is touched; innerWidth is no measure, as phones zoom out to all of the page.
+TOO_SMALL = """
+((width) => {
+  const wrong = [], wide = document.documentElement.scrollWidth;
+  if (wide > width) wrong.push(`${wide} pixels of width`);
+  for (const box of document.querySelectorAll('body, body *')) {
+    if (getComputedStyle(box).overflowX !== 'visible' && box.scrollWidth > box.clientWidth) wrong.push(`${box.id} scrolls`);
+  }
+  for (const target of document.querySelectorAll('button, fieldset label')) {
+    const {height} = target.getBoundingClientRect();
+    if (height < 40) wrong.push(`${target.textContent} has ${height} pixels of height`);
+  }
+  const size = parseFloat(getComputedStyle($('prompt')).fontSize);
+  if (size < 16) wrong.push(`text of ${size} pixels, which makes a phone zoom in`);
+  return wrong;
+})
+"""
+
+
+def test_a_phone_shows_it_all_and_takes_taps(browser, running):
+    tab = browser(running.url, HEAR)
+    tab.phone(390, 844)
+    tab.until("!$('send').disabled")
+    tab.tap("$('send')")
+    tab.until("video.currentTime > 0.1")
+    box = tab.eval("video.getBoundingClientRect().toJSON()")
+    assert box["top"] >= 0, "it is seen whole, with the button that began it"
+    assert box["bottom"] <= 844
+    assert (box["left"] + box["right"], box["width"] > 300) == (390, True)
+    tab.tap("document.querySelector('[value=cut]').parentElement")
+    tab.tap("[...$('history').querySelectorAll('button')].at(-1)")
+    tab.tap("$('send')")
+    tab.until(f"heard.some((m) => m.type === 'switching' && m.prompt === '{STORM}' && m.how === 'cut')")
+    tab.tap("$('pause')")
+    tab.until("paused && video.paused")
+    tab.eval(
+        "$('model').textContent = 'Self_Forcing_'.repeat(4); state('the next block follows the new prompt', 'on'); "
+        "fail('nowhere/'.repeat(60)); remember('storm'.repeat(30), '1:00:00')"
+    )
+    for width, height in ((390, 844), (320, 568), (844, 390)):
+        tab.phone(width, height)
+        assert tab.eval(f"{TOO_SMALL}({width})") == [], f"{width} x {height}"
+    tab.tap("$('pause')")
+    tab.until("!paused && !video.paused")
+    tab.tap("$('stop')")
+    tab.until("heard.at(-1).type === 'ended'")
     assert not tab.wrong
