@@ -1,7 +1,7 @@
 """Videos written while they are made: an mp4 in fragments, which plays at every moment up to the last one that was written."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -28,21 +28,28 @@ CODECS = {
 }
 
 
-class FragmentWriter:
-    """Takes frames and writes them at once. Memory is constant in the length of the video. Made by `fragmented_mp4`.
+class Fragments:
+    """Takes frames and gives the bytes of an mp4, whole frames at a time: all that was taken, joined, is the file.
+
+    Memory is constant in the length of the video.
 
     Attributes:
       frames: handed to the encoder so far.
     """
 
-    def __init__(self, sink: Callable[[], Any], files: ExitStack, fps: Fraction, crf: int, codec: Codec):
-        self._sink, self._files, self._fps, self._crf, self._codec = sink, files, fps, crf, codec
+    def __init__(self, fps: float, codec: str = "avc1", crf: int = 18):
+        """Args: fps, crf: as of `save_video`. codec: a key of `CODECS`. Raises: as `fragmented_mp4`, of these."""
+        self._codec = CODECS[codec]
+        _check(fps, crf, self._codec)
+        self._fps, self._crf = Fraction(float(fps)).limit_denominator(1001), crf
+        self._written, self._files = _Memory(), ExitStack()
         self._output: Any = None
         self._stream: Any = None
         self.frames = 0
 
-    def push(self, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
-        """Encodes frames; they are written when this returns, but for the last, whose length its successor tells.
+    def push(self, frames: UInt8[np.ndarray, "F H W 3"]) -> bytes:
+        """What is new in the file with these frames: all of them but the last, whose length its successor tells, and the last of
+        those before.
 
         The first of them is a keyframe: a player can begin there, and what came before can be dropped.
         Raises: ValueError for frames of another size than the first.
@@ -61,13 +68,13 @@ class FragmentWriter:
             frame.pict_type = PictureType.NONE if i else PictureType.I
             self._output.mux(self._stream.encode(frame))
             self.frames += 1
+        return self._written.take()
 
     def _begin(self, height: int, width: int) -> Any:
         import av
 
         flags = {"movflags": "empty_moov+default_base_moof+frag_every_frame", "flush_packets": "1"}
-        sink = self._files.enter_context(self._sink())
-        self._output = self._files.enter_context(av.open(sink, "w", format="mp4", options=flags))
+        self._output = self._files.enter_context(av.open(self._written, "w", format="mp4", options=flags))
         options = self._codec.options | {"crf": str(self._crf)}
         stream = self._output.add_stream(self._codec.encoder, rate=self._fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
@@ -76,35 +83,11 @@ class FragmentWriter:
         context.color_primaries = context.color_trc = context.colorspace = BT709
         return stream
 
-    def close(self) -> None:
-        if self._stream is not None:
-            self._output.mux(self._stream.encode())
-
-
-class Fragments:
-    """The same in memory, for whoever passes the bytes on: all that was taken, joined, is a file of `fragmented_mp4`."""
-
-    def __init__(self, fps: float, codec: str = "avc1", crf: int = 18):
-        """Args and errors: as of `fragmented_mp4`. codec: a key of `CODECS`."""
-        _check(fps, crf, CODECS[codec])
-        self._written = _Memory()
-        self._files = ExitStack()
-        self._writer = FragmentWriter(lambda: self._written, self._files, _rate(fps), crf, CODECS[codec])
-
-    @property
-    def frames(self) -> int:
-        """Taken in so far."""
-        return self._writer.frames
-
-    def push(self, frames: UInt8[np.ndarray, "F H W 3"]) -> bytes:
-        """What is new in the file with these frames: all of them but the last, and the last of those before."""
-        self._writer.push(frames)
-        return self._written.take()
-
     def close(self) -> bytes:
         """The last frame, and the file's end."""
         with self._files:
-            self._writer.close()
+            if self._stream is not None:
+                self._output.mux(self._stream.encode())
         return self._written.take()
 
 
@@ -114,12 +97,6 @@ class _Memory:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
-    def __enter__(self) -> "_Memory":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
     def write(self, data: bytes) -> int:
         self._parts.append(bytes(data))
         return len(data)
@@ -127,6 +104,41 @@ class _Memory:
     def take(self) -> bytes:
         parts, self._parts = self._parts, []
         return b"".join(parts)
+
+
+class FragmentWriter:
+    """`Fragments` into a file, which has whole frames at every moment. Made by `fragmented_mp4`."""
+
+    def __init__(self, path: Path, packed: Fragments):
+        self._path, self._packed = path, packed
+        self._file: Any = None
+        self._torn = False  # a write was broken off: what came behind it wouldn't be found
+
+    @property
+    def frames(self) -> int:
+        """Handed to the encoder so far."""
+        return self._packed.frames
+
+    def push(self, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
+        """As `Fragments.push`: written when this returns, but for the last of them."""
+        self._write(self._packed.push(frames))
+
+    def close(self) -> None:
+        try:
+            self._write(self._packed.close())
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _write(self, content: bytes) -> None:
+        if not content or self._torn:
+            return
+        if self._file is None:
+            self._file = self._path.open("wb", buffering=0)
+        self._torn, rest = True, memoryview(content)
+        while rest:  # at once, but where the disk is about to be full
+            rest = rest[self._file.write(rest) :]
+        self._torn = False
 
 
 def split_head(content: bytes) -> tuple[bytes, bytes]:
@@ -158,24 +170,23 @@ def fragmented_mp4(path: str | os.PathLike, fps: float = 16, crf: int = 18) -> I
       fps, crf: as of `save_video`.
     Raises: ValueError for a wrong suffix, fps or crf; NotImplementedError where PyAV has no H.264; OSError naming the path.
     """
-    path, codec = Path(path), CODECS["avc1"]
+    path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"path={str(path)!r} must end in .mp4")
-    _check(fps, crf, codec)
+    packed = Fragments(fps, crf=crf)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"path={str(path)!r} is in a folder that doesn't exist; make it first")
-    with ExitStack() as files:
-        writer = FragmentWriter(lambda: path.open("wb", buffering=0), files, _rate(fps), crf, codec)
+    writer = FragmentWriter(path, packed)
+    try:
         try:
-            try:
-                yield writer
-            finally:
-                writer.close()
-        except OSError as error:
-            if error.filename is not None:
-                raise
-            # Of a write that PyAV asked for: it knows no names. What is there plays to its last whole frame.
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            yield writer
+        finally:
+            writer.close()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A write knows no names. What is there plays to its last whole frame.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check(fps: float, crf: int, codec: Codec) -> None:
@@ -188,7 +199,3 @@ def _check(fps: float, crf: int, codec: Codec) -> None:
         raise NotImplementedError(
             f"this build of PyAV has no {codec.encoder}; install PyAV's own wheel (pip install av)"
         )
-
-
-def _rate(fps: float) -> Fraction:
-    return Fraction(float(fps)).limit_denominator(1001)

@@ -1,5 +1,6 @@
 """fps-stream: a file that is written as blocks are made, prompts by a script, and what is refused before anything is loaded."""
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 from fps_jax.commands.stream import main, read_script, take_due
 from fps_jax.files import MAX_JSON
 from fps_jax.media.video import save_video
+from tests.as_written import watch_writes
 from tests.checkpoints import T2V
 
 
@@ -20,17 +22,26 @@ def run(capsys, *arguments) -> tuple[int, str]:
     return int(stop.value.code or 0), capsys.readouterr().err
 
 
-def test_a_video_is_written_block_after_block(tmp_path, capsys):
+def test_a_video_is_written_block_after_block(tmp_path, capsys, monkeypatch):
+    """And plays at every moment: what has been written are the first frames of what will be."""
     import av
 
     script, output = tmp_path / "prompts.json", tmp_path / "boat.mp4"
     script.write_text(json.dumps([{"at": 0.5, "prompt": "The storm clears.", "how": "recache"}]))
+    seen = watch_writes(monkeypatch, output)
     status, err = run(capsys, T2V, "--prompt", "A boat.", "--blocks", 2, "--script", script, "--output", output, *SMALL)
     assert status == 0, err
     assert "block 1: 9 frames" in err
     assert "block 2: 21 frames" in err
-    with av.open(str(output)) as container:
-        assert sum(1 for _ in container.decode(video=0)) == 21
+
+    def frames(content: bytes) -> list[np.ndarray]:
+        with av.open(io.BytesIO(content)) as container:
+            return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+    so_far, whole = [frames(content) for content in seen], frames(output.read_bytes())
+    assert [len(part) for part in so_far] == [8, 20, 21], "each block, but for the last frame, and then that"
+    assert len(whole) == 21
+    assert all(np.array_equal(a, b) for part in so_far for a, b in zip(part, whole, strict=False))
 
 
 def test_a_clip_is_gone_on_with(tmp_path, capsys):

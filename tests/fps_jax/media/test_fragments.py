@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fps_jax.media.fragments import CODECS, Fragments, fragmented_mp4, mime_type, split_head
+from tests.as_written import watch_writes
 
 
 def clip(frames: int) -> np.ndarray:
@@ -36,6 +38,43 @@ def test_a_file_plays_while_it_is_written(tmp_path):
     assert len(whole) == 21
     np.testing.assert_allclose(whole, frames.mean((1, 2, 3)), atol=2)  # 4:2:0, 8 bits, crf 18
     np.testing.assert_allclose(so_far, whole[: len(so_far)], atol=0)
+
+
+def test_each_write_adds_whole_frames(tmp_path, monkeypatch):
+    """Also of frames that are larger than FFmpeg's buffers: who reads beside the writer finds no torn one."""
+    path = tmp_path / "out.mp4"
+    seen = watch_writes(monkeypatch, path)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 192, 256, 3), np.uint8)
+    with fragmented_mp4(path) as writer:
+        for part in (noise[:4], noise[4:5], noise[5:]):
+            writer.push(part)
+    whole = brightness(seen[-1])
+    assert len(whole) == 9
+    assert [brightness(content) for content in seen[:-1]] == [whole[:3], whole[:4], whole[:8]]
+
+
+def test_what_a_killed_process_leaves_plays(tmp_path):
+    code = """if True:
+        import signal, sys
+        import numpy as np
+        from fps_jax.media.fragments import fragmented_mp4
+
+        with fragmented_mp4(sys.argv[1]) as writer:
+            for seed in range(3):
+                writer.push(np.random.default_rng(seed).integers(0, 256, (4, 64, 96, 3), np.uint8))
+            print("three blocks", flush=True)
+            signal.pause()
+    """
+    path, whole = tmp_path / "out.mp4", tmp_path / "whole.mp4"
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        told = process.stdout.readline()
+        process.kill()
+    assert (told, process.returncode) == (b"three blocks\n", -signal.SIGKILL)
+    with fragmented_mp4(whole) as writer:
+        for seed in range(3):
+            writer.push(np.random.default_rng(seed).integers(0, 256, (4, 64, 96, 3), np.uint8))
+    assert brightness(path.read_bytes()) == brightness(whole.read_bytes())[:-1]
 
 
 def test_what_was_written_stays_when_the_work_is_broken_off(tmp_path):
