@@ -124,14 +124,16 @@ def _given(options: Stream, height: int, width: int) -> Any:
 def _write(
     session: "Session", script: list[dict[str, Any]], writer: "FragmentWriter", fps: float, *, ahead: bool
 ) -> None:
-    """Blocks into the file, to the last; entries leave the script when a block begins with them.
+    """Blocks into the file, to the last; entries leave the script when a block that began with them, or after them, is written.
 
     ahead: a block begins before the one before it is written. In turn, the time of each stage is its own.
     """
     from fps_jax.profiling.stages import stage
 
+    coming = list(script)  # of blocks that are yet to begin
+
     def switch() -> None:
-        due = take_due(script, (writer.frames + session.begun_frames) / fps)
+        due = take_due(coming, (writer.frames + session.begun_frames) / fps)
         if due is not None:
             session.switch(due["prompt"], due["how"])
 
@@ -142,13 +144,14 @@ def _write(
 
     blocks = session.ahead(switch) if ahead else in_turn()
     for number in itertools.count(1):
-        begun = time.perf_counter()
+        begun, start = time.perf_counter(), writer.frames / fps
         with waiting(f"block {number}"):  # the first compiles; a large one takes long
             block = next(blocks, None)
             if block is None:
                 return
             with stage("write", block.index):
                 writer.push(block.frames)
+        take_due(script, start)
         took = time.perf_counter() - begun
         stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in block.seconds.items())
         name = f"block {block.index + 1}{' (given)' if block.given else ''}"

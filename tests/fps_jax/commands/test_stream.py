@@ -118,13 +118,16 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
     from fps_jax.sampling.session import Block
     from fps_jax.sampling.stream import CausalPipeline
 
-    output, made = tmp_path / "boat.mp4", iter(range(1, first))
+    output, made, switches = tmp_path / "boat.mp4", iter(range(1, first)), []
     output.write_bytes(b"an earlier video")
 
     class Session:
         """Of blocks that cost nothing; Ctrl-C comes while one is made."""
 
         begun_frames = 0
+
+        def switch(self, prompt, how):
+            switches.append(prompt)
 
         def ahead(self, before):
             before()
@@ -136,12 +139,18 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
     loaded = types.SimpleNamespace(session=lambda *args, **kwargs: Session())
     monkeypatch.setattr(CausalPipeline, "from_pretrained", lambda *args, **kwargs: loaded)
     script = tmp_path / "prompts.json"
-    script.write_text(json.dumps([{"at": 60, "prompt": "Night falls."}]))
+    entries = [
+        {"at": 0, "prompt": "A storm."},
+        {"at": 0.5, "prompt": "It clears."},
+        {"at": 60, "prompt": "Night falls."},
+    ]
+    script.write_text(json.dumps(entries))
     argv = (T2V, "--prompt", "A boat.", "--output", output, "--overwrite", "--script", script, *blocks, *SMALL)
     got, err = run(capsys, *argv)
     assert got == status
     assert ("9 frames in" in err) == (status == 0)
-    assert ("script: 1 entries were not reached, the first at 60 s" in err) == (status == 0)
+    assert ("script: 2 entries were not reached, the first at 0.5 s" in err) == (status == 0)
+    assert switches == ["A storm.", "It clears."][:first], "a block was begun with the second, and is in no file"
     if first == 1:
         assert output.read_bytes() == b"an earlier video"
     else:
