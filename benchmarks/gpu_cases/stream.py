@@ -67,7 +67,8 @@ def stream(toy: bool, *, window: int, scales_per_tile: int | None = None) -> Ite
     ahead = []
     for _ in range(1 if toy else _ROUNDS):
         start = time.perf_counter()
-        decoding = decoder.begin(np.asarray(latents))
+        decoding = {}
+        decoder.begin(np.asarray(latents), decoding)
         noise = block_noise(0, rollout.next_frame, steps, rollout.next_shape())
         latents = rollout.block(noise[0], noise[1:], check=False)
         frames = decoder.frames(decoding)

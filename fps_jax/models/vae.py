@@ -347,37 +347,37 @@ class DecodeStream:
     def __init__(self, config: VAEConfig, params: Params):
         self.config, self._params = config, _float32(params)
         self.cache: Cache | None = None
-        self._begun: list[Array] = []
-        self._fetched: list[Array] = []
+        self._pushed: dict[int, Array] = {}
 
-    def begin(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> list[Float[Array, "1 F H W 3"]]:
-        """Has the device decode the next latents, and doesn't wait for it: what `frames` are made of.
+    def begin(self, latents: Float[Array | np.ndarray, "1 Z f h w"], begun: dict[int, Array]) -> None:
+        """Has the device decode the next latents, and doesn't wait for it.
 
-        One that is broken off is gone on with by the next call, with the same latents.
+        begun: takes what `frames` are made of, latent frame by latent frame. One that is broken off is gone on with where it is
+          given again, with the same latents.
         Raises: ValueError for latents of another shape, or of several videos.
         """
         check_latents(self.config, latents.shape)
         if latents.shape[0] != 1:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; a stream decodes one video, [1, ...]")
         chunks = np.split(np.moveaxis(np.asarray(latents, np.float32), 1, -1), latents.shape[2], axis=1)
-        for z in chunks[len(self._begun) :]:
-            video, self.cache = _decode_chunk(self.config, self._params, np.ascontiguousarray(z), self.cache)
-            self._begun.append(video)
-        begun, self._begun = self._begun, []
-        return begun
+        for i in range(len(begun), len(chunks)):
+            z = np.ascontiguousarray(chunks[i])
+            begun[i], self.cache = _decode_chunk(
+                self.config, self._params, z, self.cache
+            )  # at once, whatever is broken off
 
     @staticmethod
-    def frames(begun: list[Array]) -> Float[np.ndarray, "F H W 3"]:
+    def frames(begun: dict[int, Array]) -> Float[np.ndarray, "F H W 3"]:
         """The frames, float32 in [-1, 1]: 1 of the first latent frame of a video, 4 of each later one."""
-        return np.concatenate([np.asarray(f)[0] for f in begun])
+        return np.concatenate([np.asarray(f)[0] for f in begun.values()])
 
     def push(self, latents: Float[Array | np.ndarray, "1 Z f h w"]) -> Float[np.ndarray, "F H W 3"]:
         """The frames of the next latents: `begin` and `frames`, with their errors, and gone on with in the same way."""
-        self._fetched = self._fetched or self.begin(latents)
-        frames = self.frames(self._fetched)
-        self._fetched = []
+        self.begin(latents, self._pushed)
+        frames = self.frames(self._pushed)
+        self._pushed = {}
         return frames
 
     def restart(self) -> None:
         """Begins another video."""
-        self.cache, self._begun, self._fetched = None, [], []
+        self.cache, self._pushed = None, {}

@@ -221,22 +221,23 @@ class Rollout:
         noise, step_noise = jnp.asarray(noise, jnp.float32), jnp.asarray(step_noise, jnp.float32)
         inputs = Inputs(noise, self.text, step_noise=step_noise)
         time = jnp.float32(self.causal.context_noise)
-        out = _denoise_block(self.params, inputs, self.cache, rope, context, self.table, time, **self._static)
-        self.cache = out.cache
+        # The cache at once: the one that was taken is no more.
+        latents, self.cache, bad = _denoise_block(
+            self.params, inputs, self.cache, rope, context, self.table, time, **self._static
+        )
         if check:
-            self._advance(out.first_bad, shape[2])
+            self._advance(bad, shape[2])
         else:
-            self._unchecked = out.first_bad, shape[2]
+            self._unchecked = bad, shape[2]
             self.next_frame += shape[2]
-        return out.latents
+        return latents
 
     def check(self) -> None:
         """Waits for the block that was begun without; nothing where none was. Raises FloatingPointError as `block`."""
         if self._unchecked is not None:
             bad, frames = self._unchecked
-            found = _first_bad(bad)
+            self._raise_for(_first_bad(bad), self.next_frame - frames, frames)
             self._unchecked = None
-            self._raise_for(found, self.next_frame - frames, frames)
 
     def give(self, latents: Float[Array | np.ndarray, "B 16 f H W"]) -> None:
         """Goes on from latents that are given, clean: of a clip that is continued, or of an image.
@@ -315,7 +316,7 @@ class Rollout:
         step, stage = bad
         if step < 0:
             return
-        self._finite, self.next_frame = False, start
+        self._finite, self.next_frame, self._unchecked = False, start, None
         n = len(self.table.sigma)
         where = "the pass over the finished block" if step == n else f"step {step + 1} of {n}"
         raise FloatingPointError(

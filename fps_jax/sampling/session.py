@@ -1,6 +1,5 @@
 """A stream of block diffusion while it runs: what it has made, whom it follows next, and what of it is still to be decoded."""
 
-import collections
 import dataclasses
 import logging
 import os
@@ -57,8 +56,8 @@ class _Begun:
     Attributes:
       frames: how many of the video.
       started, seconds: when its denoising began, and what that took; None while it isn't known to be done.
-      before: `made`, `index` and `finished` before it.
-      decoding: what the device decodes of it, once the VAE has gone on past it.
+      before: where the session was.
+      decoding: what the device decodes of it, by latent frame.
     """
 
     index: int
@@ -67,9 +66,19 @@ class _Begun:
     given: bool
     frames: int
     started: float
-    before: tuple[int, int, list[tuple[int, Array | np.ndarray]]]
-    seconds: float | None = None
-    decoding: list[Array] | None = None
+    before: "_Place"
+    seconds: float | None
+    decoding: dict[int, Array] = dataclasses.field(default_factory=dict)
+
+
+class _Place(NamedTuple):
+    """Where a session is: what a block that is begun changes of it, and of its rollout."""
+
+    next_frame: int
+    made: int
+    index: int
+    finished: list[tuple[int, Array | np.ndarray]]
+    given: np.ndarray | None
 
 
 class Session(Iterator[Block]):
@@ -148,9 +157,7 @@ class Session(Iterator[Block]):
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
         self.made = self.index = 0
         self.finished: list[tuple[int, Array | np.ndarray]] = []
-        self._begun: collections.deque[_Begun] = (
-            collections.deque()
-        )  # of the two that `ahead` has begun at most, the older first
+        self._begun: tuple[_Begun, ...] = ()  # of the two that `ahead` has begun at most, the older first
 
     def _kv(self, text: Array) -> Any:
         wan = self.pipeline.wan
@@ -228,7 +235,7 @@ class Session(Iterator[Block]):
         with self._working:
             if not self._begun and not self._begin(check=True):
                 raise StopIteration
-            return self._finish()
+            return self._hand_out(self._finish())
 
     def ahead(self, before: Callable[[], object] | None = None) -> Iterator[Block]:
         """The same blocks, each begun once the device was told to decode the one before it: it works while their frames are used.
@@ -253,7 +260,7 @@ class Session(Iterator[Block]):
                         self._begin(check=False, before=before)
                     except Exception as error:  # of the next block: this one is made
                         failed = error
-                block = self._finish()
+                block = self._hand_out(self._finish())
             yield block
             if failed is not None:
                 raise failed
@@ -272,9 +279,23 @@ class Session(Iterator[Block]):
         if self._pending is not None:
             with stage("switch prompt"):
                 self._apply(self._pending)
-        with stage("denoise" if self.given is None else "give", self.index):
-            self._begun.append(self._denoise(check) if self.given is None else self._give(self.given))
+        place, begun = self._place, self._begun
+        try:
+            with stage("denoise" if self.given is None else "give", self.index):
+                made = self._denoise(check) if self.given is None else self._give(self.given)
+            self._begun = (*begun, made)
+        except BaseException:  # Ctrl-C between any two lines of it: as if it had never begun
+            self._go_back(place, begun)
+            raise
         return True
+
+    @property
+    def _place(self) -> _Place:
+        return _Place(self.rollout.next_frame, self.made, self.index, self.finished, self.given)
+
+    def _go_back(self, place: _Place, begun: tuple[_Begun, ...]) -> None:
+        self.rollout.next_frame, self.made, self.index, self.finished, self.given = place
+        self._begun = begun
 
     def _decode(self, made: _Begun) -> None:
         """Has the device decode a block, once it is denoised."""
@@ -283,50 +304,49 @@ class Session(Iterator[Block]):
                 try:
                     self.rollout.check()
                 except FloatingPointError:  # as if it had never begun
-                    self._begun.remove(made)
-                    self.made, self.index, self.finished = made.before
+                    self._go_back(made.before, ())
                     raise
             made.seconds = time.perf_counter() - made.started
-        if made.decoding is None:
-            made.decoding = self.decoder.begin(np.asarray(made.latents))
+        if len(made.decoding) < made.latents.shape[2]:
+            self.decoder.begin(np.asarray(made.latents), made.decoding)
 
     def _finish(self) -> Block:
-        """Hands out the oldest block that is begun."""
+        """The oldest block that is begun, whole."""
         made, started = self._begun[0], time.perf_counter()
         with stage("decode", made.index):
             self._decode(made)
             assert made.seconds is not None
-            assert made.decoding is not None
             video = self.decoder.frames(made.decoding)
             frames = video_to_uint8(np.clip(0.5 * video + 0.5, 0, 1))
         seconds = {"denoise": made.seconds, "decode": time.perf_counter() - started}
-        self._begun.popleft()
         return Block(made.index, frames, np.asarray(made.latents)[0], made.prompt, seconds, made.given)
 
+    def _hand_out(self, block: Block) -> Block:
+        self._begun = self._begun[1:]
+        return block
+
     def _denoise(self, check: bool) -> _Begun:
-        """The next block. The rollout and what is counted here move together, or not at all."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._place
         shape, steps = self.rollout.next_shape(), len(self.pipeline.causal.steps)
         noise = block_noise(self.seed, self.made, steps, shape)
         latents = self.rollout.block(noise[0], noise[1:], check=check)
-        return self._counted(latents, started, done=check, given=False)
+        return self._counted(latents, before, started, done=check, given=False)
 
     def _give(self, given: np.ndarray) -> _Begun:
-        """The first block of what is given, as `_denoise`."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._place
         frames = self.rollout.next_shape()[2]
         self.rollout.give(given[:, :, :frames])
         rest = given[:, :, frames:]
         self.given = rest if rest.shape[2] else None
-        return self._counted(given[:, :, :frames], started, done=True, given=True)
+        return self._counted(given[:, :, :frames], before, started, done=True, given=True)
 
-    def _counted(self, latents: Array | np.ndarray, started: float, *, done: bool, given: bool) -> _Begun:
+    def _counted(
+        self, latents: Array | np.ndarray, before: _Place, started: float, *, done: bool, given: bool
+    ) -> _Begun:
         """A block that the rollout has begun, or is done with."""
-        count = latents.shape[2]
-        start = self.rollout.next_frame - count
+        count, start = latents.shape[2], before.next_frame
         frames = 4 * count - (3 if start == 0 else 0)  # of a video's first latent frame comes one
         seconds = time.perf_counter() - started if done else None
-        before = self.made, self.index, self.finished
         made = _Begun(self.index, latents, self._prompt, given, frames, started, before, seconds)
         self.finished = [
             part for part in (*self.finished, (start, latents)) if part[0] + part[1].shape[2] > self._since
@@ -347,8 +367,8 @@ class Session(Iterator[Block]):
         with self._changing:
             if self._pending is not None:
                 pending = self._pending
-            self._applying = pending
         try:
+            self._applying = pending
             self._change(*pending)
         except BaseException:
             self._applying = None
@@ -372,7 +392,7 @@ class Session(Iterator[Block]):
         """What is still to be given belongs to the video that ends."""
         if self.given is None:
             return
-        if self.blocks is not None:
-            begin = self.rollout.next_frame
-            self.blocks -= sum(start >= begin for start, _ in self.rollout.causal.blocks(begin + self.given.shape[2]))
-        self.given = None
+        begin, blocks = self.rollout.next_frame, self.blocks
+        if blocks is not None:
+            blocks -= sum(start >= begin for start, _ in self.rollout.causal.blocks(begin + self.given.shape[2]))
+        self.blocks, self.given = blocks, None

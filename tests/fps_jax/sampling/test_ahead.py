@@ -1,6 +1,7 @@
 """Blocks that begin while the one before is decoded: the same ones, in whatever way the loop is left."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from fps_jax.models import vae
 from fps_jax.sampling import rollout
 from fps_jax.sampling import session as session_module
+from fps_jax.sampling.rollout import Rollout
+from fps_jax.sampling.session import Session
 from tests.fps_jax.sampling.boat import BOAT, SIZE, STORM
-from tests.fps_jax.sampling.broken import break_off
+from tests.fps_jax.sampling.broken import break_off, break_off_at_line
 
 
 def assert_same(got, want):
@@ -86,6 +89,23 @@ def test_what_is_broken_off_leaves_no_gap(pipe, boat, monkeypatch, where, on):
         next(blocks)
     for got, want in zip(session if on == "next" else session.ahead(), boat[1:], strict=True):
         assert_same(got, want)
+
+
+# All that changes where a session is, but for the lines that hand a block over.
+CHANGES = [getattr(Session, name) for name in ("_begin", "_decode", "_denoise", "_counted", "_finish")]
+CHANGES += [Rollout.block, Rollout._advance, Rollout.check, vae.DecodeStream.begin]
+
+
+def test_ctrl_c_before_a_line_leaves_no_gap(pipe):
+    """In each block before a later one of the lines that make it, until there is none."""
+    broken, whole = (pipe.session(BOAT, seed=3, **SIZE) for _ in range(2))
+    for line in range(1, 500, 4):
+        blocks = broken if line % 8 == 1 else broken.ahead()
+        got = break_off_at_line(functools.partial(next, blocks), CHANGES, line)
+        assert_same(next(broken) if got is None else got, next(whole))
+        if got is not None:
+            break
+    assert line > 40
 
 
 @pytest.mark.parametrize("window", [4, 2])
