@@ -15,7 +15,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from fps_jax.live.serve import listen, server
 from fps_jax.live.server import Live
-from fps_jax.sampling.session import Block
+from fps_jax.sampling.block import Block
 
 WAIT = 60.0  # seconds that a test waits for what should take a moment
 

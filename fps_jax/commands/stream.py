@@ -18,7 +18,8 @@ from fps_jax.progress import Quiet, waiting
 
 if TYPE_CHECKING:
     from fps_jax.media.fragments import FragmentWriter
-    from fps_jax.sampling.session import Block, Session
+    from fps_jax.sampling.block import Block
+    from fps_jax.sampling.session import Session
 
 _LATEST = 1e9  # seconds of video, 30 years: what is later was meant otherwise
 

@@ -11,7 +11,8 @@ from fps_jax.errors import one_line
 from fps_jax.media.fragments import Fragments, mime_type, split_head
 
 if TYPE_CHECKING:
-    from fps_jax.sampling.session import Block, Session
+    from fps_jax.sampling.block import Block
+    from fps_jax.sampling.session import Session
 
 AHEAD = 4.0  # seconds of video that a viewer may have yet to see before the next block waits
 

@@ -1,20 +1,20 @@
 """A stream of block diffusion while it runs: what it has made, whom it follows next, and what of it is still to be decoded."""
 
-import dataclasses
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array
 
 from fps_jax.choices import KVCacheFormat, Switch, check_choice, strongest
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models.vae import DecodeStream
 from fps_jax.profiling.stages import stage
+from fps_jax.sampling.block import Begun, Block, Place
 from fps_jax.sampling.block_noise import block_noise
 from fps_jax.sampling.given import given_latent_frames, given_latents
 from fps_jax.sampling.rollout import Rollout, text_kv
@@ -26,59 +26,6 @@ if TYPE_CHECKING:
     from fps_jax.sampling.stream import CausalPipeline
 
 log = logging.getLogger("fps_jax")
-
-
-class Block(NamedTuple):
-    """What a stream yields.
-
-    Attributes:
-      index: of the block in the stream, from 0.
-      frames: the video's next frames: of the first latent frame of a video 1, of each other 4.
-      latents: normalised.
-      prompt: that the block was made by.
-      seconds: what each stage took, by its name: 'denoise' (all steps, and the pass that fills the cache) and 'decode'. With
-        `ahead` they run beside each other: 'denoise' from its beginning on, and of 'decode' what was waited for.
-      given: it was not made, but is of the frames that the stream was given.
-    """
-
-    index: int
-    frames: UInt8[np.ndarray, "T H W 3"]
-    latents: Float[np.ndarray, "16 m H/8 W/8"]
-    prompt: str
-    seconds: dict[str, float]
-    given: bool = False
-
-
-@dataclasses.dataclass
-class _Begun:
-    """A block that the device was told to make, and that is counted, until its frames are handed out.
-
-    Attributes:
-      frames: how many of the video.
-      started, seconds: when its denoising began, and what that took; None while it isn't known to be done.
-      before: where the session was.
-      decoding: what the device decodes of it, by latent frame.
-    """
-
-    index: int
-    latents: Array | np.ndarray
-    prompt: str
-    given: bool
-    frames: int
-    started: float
-    before: "_Place"
-    seconds: float | None
-    decoding: dict[int, Array] = dataclasses.field(default_factory=dict)
-
-
-class _Place(NamedTuple):
-    """Where a session is: what a block that is begun changes of it, and of its rollout."""
-
-    next_frame: int
-    made: int
-    index: int
-    finished: list[tuple[int, Array | np.ndarray]]
-    given: np.ndarray | None
 
 
 class Session(Iterator[Block]):
@@ -157,7 +104,7 @@ class Session(Iterator[Block]):
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
         self.made = self.index = 0
         self.finished: list[tuple[int, Array | np.ndarray]] = []
-        self._begun: tuple[_Begun, ...] = ()  # of the two that `ahead` has begun at most, the older first
+        self._begun: tuple[Begun, ...] = ()  # of the two that `ahead` has begun at most, the older first
 
     def _kv(self, text: Array) -> Any:
         wan = self.pipeline.wan
@@ -290,14 +237,14 @@ class Session(Iterator[Block]):
         return True
 
     @property
-    def _place(self) -> _Place:
-        return _Place(self.rollout.next_frame, self.made, self.index, self.finished, self.given)
+    def _place(self) -> Place:
+        return Place(self.rollout.next_frame, self.made, self.index, self.finished, self.given)
 
-    def _go_back(self, place: _Place, begun: tuple[_Begun, ...]) -> None:
+    def _go_back(self, place: Place, begun: tuple[Begun, ...]) -> None:
         self.rollout.next_frame, self.made, self.index, self.finished, self.given = place
         self._begun = begun
 
-    def _decode(self, made: _Begun) -> None:
+    def _decode(self, made: Begun) -> None:
         """Has the device decode a block, once it is denoised."""
         if made.seconds is None:
             with stage("denoise", made.index):
@@ -325,14 +272,14 @@ class Session(Iterator[Block]):
         self._begun = self._begun[1:]
         return block
 
-    def _denoise(self, check: bool) -> _Begun:
+    def _denoise(self, check: bool) -> Begun:
         started, before = time.perf_counter(), self._place
         shape, steps = self.rollout.next_shape(), len(self.pipeline.causal.steps)
         noise = block_noise(self.seed, self.made, steps, shape)
         latents = self.rollout.block(noise[0], noise[1:], check=check)
         return self._counted(latents, before, started, done=check, given=False)
 
-    def _give(self, given: np.ndarray) -> _Begun:
+    def _give(self, given: np.ndarray) -> Begun:
         started, before = time.perf_counter(), self._place
         frames = self.rollout.next_shape()[2]
         self.rollout.give(given[:, :, :frames])
@@ -340,14 +287,12 @@ class Session(Iterator[Block]):
         self.given = rest if rest.shape[2] else None
         return self._counted(given[:, :, :frames], before, started, done=True, given=True)
 
-    def _counted(
-        self, latents: Array | np.ndarray, before: _Place, started: float, *, done: bool, given: bool
-    ) -> _Begun:
+    def _counted(self, latents: Array | np.ndarray, before: Place, started: float, *, done: bool, given: bool) -> Begun:
         """A block that the rollout has begun, or is done with."""
         count, start = latents.shape[2], before.next_frame
         frames = 4 * count - (3 if start == 0 else 0)  # of a video's first latent frame comes one
         seconds = time.perf_counter() - started if done else None
-        made = _Begun(self.index, latents, self._prompt, given, frames, started, before, seconds)
+        made = Begun(self.index, latents, self._prompt, given, frames, started, before, seconds)
         self.finished = [
             part for part in (*self.finished, (start, latents)) if part[0] + part[1].shape[2] > self._since
         ]

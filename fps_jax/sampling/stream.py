@@ -11,8 +11,9 @@ from typing import Any
 from fps_jax.causal import CausalConfig
 from fps_jax.checkpoints.open import open_model
 from fps_jax.choices import CausalPreset, KVCacheFormat
+from fps_jax.sampling.block import Block
 from fps_jax.sampling.pipeline import WanPipeline
-from fps_jax.sampling.session import Block, Session
+from fps_jax.sampling.session import Session
 from fps_jax.sampling.snapshot import load_session
 from fps_jax.sampling.stream_plan import causal_of
 from fps_jax.sizes import Shape3

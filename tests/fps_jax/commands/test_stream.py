@@ -115,7 +115,7 @@ def test_ctrl_c_is_the_end_of_a_video_without_end(tmp_path, capsys, monkeypatch,
     """Before the first block nothing is touched; where an end was asked for it isn't reached."""
     import av
 
-    from fps_jax.sampling.session import Block
+    from fps_jax.sampling.block import Block
     from fps_jax.sampling.stream import CausalPipeline
 
     output, made, switches = tmp_path / "boat.mp4", iter(range(1, first)), []
