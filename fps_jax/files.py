@@ -64,6 +64,25 @@ def json_bytes(record: dict[str, Any]) -> bytes:
     return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def append_bytes(path: str | os.PathLike, content: bytes, fix: str = _ROOM) -> None:
+    """Append to a file, which is made where there is none, all or nothing.
+
+    fix: what the message tells to do where the disk is full.
+    Raises: OSError that names the file; what stood there before then still does, and nothing more.
+    """
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                while content:
+                    content = content[file.write(content) :]  # a disk that fills takes a part, and refuses the rest
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror or error}; {fix}", str(path)) from error
+
+
 def write_together(contents: dict[pathlib.Path, bytes]) -> None:
     """Write several files, all or none: all are whole beside their names before the first is renamed, in order.
 

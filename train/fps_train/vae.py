@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, UInt8
 
 from fps_jax.checkpoints.writes import orbax_writes, quiet_orbax
 from fps_jax.config import VAEConfig
-from fps_jax.files import write_bytes
+from fps_jax.files import append_bytes, write_bytes
 from fps_jax.models.params import Params, flatten, unflatten
 from fps_jax.models.vae import decode_video, encode_moments
 from fps_jax.progress import waiting
@@ -193,8 +193,7 @@ class _Metrics:
         write_bytes(file, "".join(f"{line}\n" for line in kept).encode())
 
     def add(self, record: dict[str, float]) -> None:
-        with self._file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_bytes(self._file, json.dumps(record).encode() + b"\n", "make room, then run again")
 
 
 class Measured(NamedTuple):
