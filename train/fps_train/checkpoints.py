@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +74,16 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
 
-    def _writes(self) -> contextlib.AbstractContextManager[None]:
-        return orbax_writes(self.directory, f"no space left for a checkpoint; {_FIX}")
+    @contextlib.contextmanager
+    def _writes(self) -> Iterator[None]:
+        try:
+            with orbax_writes(self.directory, f"no space left for a checkpoint; {_FIX}"):
+                yield
+        except OSError:
+            if jax.process_count() == 1:  # of several, others may still write
+                for half in self.directory.glob("*.orbax-checkpoint-tmp*"):  # it holds what little room there was
+                    shutil.rmtree(half, ignore_errors=True)
+            raise
 
     @property
     def latest(self) -> int | None:
