@@ -43,6 +43,7 @@ class Ran(NamedTuple):
 def run(*argv) -> Said:
     with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop:
         command.main([str(a) for a in argv])
+    assert isinstance(stop.value.code, int)
     return Said(stop.value.code, err.getvalue().splitlines())
 
 
@@ -102,12 +103,20 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_leaves_the_one_before(r
     assert [line["step"] for line in read_metrics(ran.folder / "metrics.jsonl")] == [1, 2]
 
 
-def other_model(mine, tmp_path, model, change):
+def with_config(tmp_path, model, change):
     other = shutil.copytree(model, tmp_path / "other")
     config = json.loads((other / "config.json").read_bytes())
     change(config)
     (other / "config.json").write_text(json.dumps(config))
     return [other]
+
+
+def other_model(mine, tmp_path, model):
+    return with_config(tmp_path, model, lambda config: config["config"]["dit"].update(num_layers=1))
+
+
+def model_of_another_version(mine, tmp_path, model):
+    return with_config(tmp_path, model, lambda config: config.update(version=99))
 
 
 def other_weights(mine, tmp_path, model):
@@ -139,8 +148,8 @@ def without_moments(mine, tmp_path, model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda *a: other_model(*a, lambda c: c["config"]["dit"].update(num_layers=1)), "was of another model than this call"),
-        (lambda *a: other_model(*a, lambda c: c.update(version=99)), "version 99"),
+        (other_model, "was of another model than this call"),
+        (model_of_another_version, "version 99"),
         (other_weights, "was of other weights than this call; resume it with its own (--config"),
         (other_schedule, "had another schedule than this call; resume it with its own (--config"),
         (other_data, "was of other data than this call; resume it with its own (--config"),
