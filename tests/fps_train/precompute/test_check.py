@@ -72,7 +72,7 @@ def sheet(made, tmp_path, monkeypatch):
 def boxes(sheet: np.ndarray, colour: tuple[int, ...]) -> tuple[int, int, int, int] | None:
     """Top, left, bottom and right of what has a colour; None for nothing."""
     rows, columns = np.nonzero((np.abs(sheet - colour) <= NEAR).all(-1))
-    return (rows.min(), columns.min(), rows.max(), columns.max()) if len(rows) else None
+    return (int(rows.min()), int(columns.min()), int(rows.max()), int(columns.max())) if len(rows) else None
 
 
 def test_a_contact_sheet_has_the_frames_of_each_clip_and_below_them_what_its_latents_decode_to(sheet):

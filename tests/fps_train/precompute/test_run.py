@@ -1,8 +1,12 @@
 """A run makes what is missing and no more, whoever stopped it and however many share it. The encoders are stand-ins here."""
 
+import dataclasses
 import fcntl
+import gc
 import re
+import weakref
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -298,3 +302,40 @@ def test_outputs_that_are_somebody_elses(tmp_path, clips, encoders, prepare, mes
     prepare(tmp_path)
     with pytest.raises(OSError, match=re.escape(message)):
         make(tmp_path, clips)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_each_encoder_is_resident_in_its_own_phase_alone(tmp_path, clips, encoders, monkeypatch, damaged):
+    """Counted in living arrays; also where a clip fails on the way, whose error might hold on to whoever was encoding it."""
+    leaves: dict[str, list[weakref.ref]] = {}
+    seen: dict[str, set[tuple[str, ...]]] = {"encode": set(), "text_states": set()}
+    model = checkpoints.open_model(small_checkpoint())
+
+    def resident() -> tuple[str, ...]:
+        gc.collect()
+        return tuple(sorted(name for name, refs in leaves.items() if any(ref() is not None for ref in refs)))
+
+    def noted(name, dtype, shardings=None):
+        params = model.load(name, dtype, shardings)
+        leaves.setdefault(name, []).extend(weakref.ref(leaf) for leaf in jax.tree.leaves(params))
+        return params
+
+    monkeypatch.setattr(run, "open_model", lambda _: dataclasses.replace(model, load=noted))
+    for phase in seen:
+        inner = getattr(encode, phase)
+        monkeypatch.setattr(
+            encode, phase, lambda *a, phase=phase, inner=inner, **k: seen[phase].add(resident()) or inner(*a, **k)
+        )
+    if damaged:
+        given = encode.LatentsMaker.clip
+
+        def clip(self, pixels):
+            if len(pixels) == 13:
+                raise run.ClipError("damaged")
+            return given(self, pixels)
+
+        monkeypatch.setattr(encode.LatentsMaker, "clip", clip)
+    said = make(tmp_path, clips)
+    assert ("dropped while encoding" in said[1]) == damaged
+    assert seen == {"encode": {("vae",)}, "text_states": {("text_encoder",)}}
+    assert resident() == ()

@@ -288,7 +288,7 @@ def _encode_clips(recipe: Recipe, encoders: Encoders, work: Sequence[_Work]) -> 
             try:
                 writer.add(one.key, one.encode(maker, decoded.result()), {"source": one.source, "size": one.size.name})
             except ClipError as error:
-                failed[one.key] = error
+                failed[one.key] = error.with_traceback(None)  # which holds this frame, and with it the VAE's weights
             except FloatingPointError as error:
                 raise FloatingPointError(f"{one.source}: {error}; check the checkpoint's VAE") from None
             advance(amounts[one.key], f"{done} of {len(todo)} clips")
