@@ -1,24 +1,24 @@
 """fps-calibrate: a schedule that the pipeline takes, and one line for what is wrong before the model is read."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fps_jax import FPSSchedule
-from fps_jax.commands import calibrate
+from fps_jax.commands import calibrate, sample
+from fps_jax.tuning import calibration
 from tests.checkpoints import T2V
 
-ARGUMENTS = [
-    str(T2V), "--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", "3", "--dtype", "float32",
-    "--tile", "2", "2", "3",
-]  # fmt: skip
+VIDEO = ["--height", "64", "--width", "96", "--num-frames", "9", "--num-inference-steps", "3", "--dtype", "float32"]
 
 
-def run(capsys, *arguments) -> tuple[int, str]:
+def run(capsys, *arguments, model=T2V) -> tuple[int, str]:
     densities = () if "--densities" in arguments else ("--densities", "0.3", "1.0")
     with pytest.raises(SystemExit) as stop:
-        calibrate.main([*ARGUMENTS, *densities, *map(str, arguments)])
+        calibrate.main([str(model), *VIDEO, "--tile", "2", "2", "3", *densities, *map(str, arguments)])
     captured = capsys.readouterr()
     return stop.value.code, captured.out + captured.err
 
@@ -56,6 +56,53 @@ def test_the_command_writes_a_schedule_that_the_pipeline_takes(tmp_path, capsys)
     )
     assert code == 2
     assert "measured other candidates" in said
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """The tiny checkpoint with large keys that have much in common: K's rounding is then most of the error, and centring takes
+    most of that off."""
+    folder = shutil.copytree(T2V, tmp_path_factory.mktemp("biased") / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    for layer in range(3):
+        tensors[f"blocks.{layer}.attn1.to_k.bias"] += 8
+        tensors[f"blocks.{layer}.attn1.norm_k.weight"] *= 8
+    save_file(tensors, file)
+    return folder
+
+
+def test_keys_are_centred_where_that_was_asked_and_helps_and_sampling_does_so(biased, tmp_path, monkeypatch, capsys):
+    (tmp_path / "one.txt").write_text("A cat walks in the snow.\n")
+    common = ("--prompts", tmp_path / "one.txt", "--densities", "1.0", "--error-budget", "0.5")
+    # As at real sizes: here what FP8 saves is less than rounding takes, and no candidate that rounds would be chosen.
+    monkeypatch.setattr(calibration, "attention_cost", lambda plan: 0.5 if plan.quantize else 1.0)
+    both = tmp_path / "both.json"
+    code, said = run(capsys, *common, "--output", both, "--center-k", "both", model=biased)
+    assert code == 0, said
+    record = json.loads((tmp_path / "both.errors.json").read_text())
+    errors = np.mean(record["errors"], axis=(0, 1))
+    kinds = {(c["scales_per_tile"], c["center_k"]): e for c, e in zip(record["candidates"], errors, strict=True)}
+    assert kinds.keys() == {(None, False), (1, False), (1, True)}
+    assert kinds[1, True] < 0.7 * kinds[1, False]
+    assert [(regime.scales_per_tile, regime.center_k) for regime in FPSSchedule.load(both).regimes] == [(1, True)]
+
+    code, said = run(capsys, *common, "--output", tmp_path / "no.json", "--reuse", tmp_path / "both.errors.json")
+    assert code == 2
+    assert "measured other candidates; give the size, --tile, --densities and --center-k of that run" in said
+
+    plain, latents = tmp_path / "plain.json", []
+    plain.write_text(both.read_text().replace('"center_k": true', '"center_k": false'))
+    for schedule in (both, plain):
+        with pytest.raises(SystemExit) as stop:
+            sample.main([
+                str(biased), *VIDEO, "--prompt", "A cat.", "--guidance-scale", "1", "--schedule", str(schedule),
+                "--output-type", "latent", "--output", str(schedule.with_suffix(".npy")),
+            ])  # fmt: skip
+        assert stop.value.code == 0, capsys.readouterr().err
+        latents.append(np.load(schedule.with_suffix(".npy")))
+    assert np.isfinite(latents[0]).all()
+    assert (latents[0] != latents[1]).any()
 
 
 @pytest.mark.parametrize(
