@@ -73,8 +73,8 @@ def test_the_table_counts_every_clip():
     dropped = [Dropped(source=f"d{i}.mp4", reason="no caption") for i in range(7)]
     dropped.append(Dropped(source="e.mp4", reason="can't be read", detail="why"))
     text = table(placed, dropped, rules, texts_cut=2, text_len=512)
-    rows = {m[1]: int(m[2]) for m in re.finditer(r"^(\d+x\d+x\d+) +(\d+)", text, re.M)}
-    assert rows == {"480x832x81": 2, "480x832x57": 1, "480x832x33": 1, "480x832x1": 1}
+    rows = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"^(\d+x\d+x\d+) +(\d+) +(\d+) ", text, re.M)}
+    assert rows == {"480x832x81": (2, 0), "480x832x57": (1, 1), "480x832x33": (1, 0), "480x832x1": (1, 0)}  # kept, cut
     assert "kept 5 of 13; 16 frames a second" in text
     assert re.search(r"^ +7  no caption: d0.mp4, d1.mp4, d2.mp4, and 4 more$", text, re.M)
     assert re.search(r"^ +1  can't be read: e.mp4 \(why\)$", text, re.M)

@@ -63,6 +63,28 @@ def test_a_table_in_the_folder_or_elsewhere(tmp_path, name):
     assert reasons(dropped) == dict.fromkeys(want, "a caption without a clip")
 
 
+@pytest.mark.parametrize("caption", ["caption", "text", "prompt"])
+@pytest.mark.parametrize("path", ["video_path", "file_name", "video"])
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_table_under_each_name_that_people_give_its_columns(tmp_path, kind, path, caption):
+    files(tmp_path, sub__x__a_dot_mp4="", sub__b_dot_png="")
+    rows = [{path: "x/a.mp4", caption: "A"}, {path: "b.png", caption: "B"}]
+    write = {
+        "csv": lambda: "".join(f"{a},{b}\n" for a, b in [(path, caption), *(row.values() for row in rows)]),
+        "json": lambda: json.dumps(rows),
+        "jsonl": lambda: "".join(json.dumps(row) + "\n" for row in rows),
+    }
+    table = tmp_path / "sub" / f"metadata.{kind}"
+    table.write_text(write[kind]())
+    for clips, dropped in (find_clips(tmp_path / "sub"), find_clips(None, table)):
+        assert found(clips) == {"x/a.mp4": "A", "b.png": "B"}
+        assert [clip.path for clip in clips] == [
+            tmp_path / "sub" / clip.source for clip in clips
+        ]  # relative to the table
+        assert [clip.is_image for clip in clips] == [True, False]
+        assert not dropped
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

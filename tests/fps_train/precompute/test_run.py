@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from fps_jax.checkpoints import open as checkpoints
 from fps_train.data import open_data
@@ -56,13 +57,13 @@ def clips(tmp_path):
     return folder_of_clips(tmp_path / "clips", LENGTHS)
 
 
-def make(tmp_path, clips, name="data", **changes) -> list[str]:
+def make(tmp_path, clips, name="data", tell=None, **changes) -> list[str]:
     said = []
     fields = {
         "model": str(small_checkpoint()), "videos": clips, "captions": None, "output": tmp_path / name,
         "sizes": (Size(32, 48, 13),), "exact": False, **changes,
     }  # fmt: skip
-    precompute(Recipe(**fields), said.append)
+    precompute(Recipe(**fields), tell or said.append)
     return said
 
 
@@ -79,6 +80,32 @@ def test_a_run_makes_data_and_a_second_one_nothing(tmp_path, clips, encoders, mo
     make(tmp_path, clips)
     assert (encoders.videos, encoders.texts) == (5, 6)
     assert {path: path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
+
+
+def test_the_table_comes_before_anything_is_encoded_and_has_the_images(tmp_path, clips, encoders):
+    for name, level in (("p.png", 40), ("q.jpg", 90)):
+        Image.fromarray(np.full((32, 48, 3), level, np.uint8)).save(clips / name)
+        (clips / name).with_suffix(".txt").write_text(f"A picture called {name}.")
+    (clips / "d.txt").unlink()
+    begun = []
+
+    def tell(line):
+        begun.append((line, encoders.videos, encoders.texts, len(list((tmp_path / "data").rglob("*.array_record")))))
+
+    make(tmp_path, clips, tell=tell)
+    (table, *before), *_ = begun
+    assert before == [0, 0, 0]
+    rows = {m[1]: (int(m[2]), int(m[3])) for m in re.finditer(r"^(\d+x\d+x\d+) +(\d+) +(\d+) ", table, re.M)}
+    assert rows == {"32x48x13": (2, 1), "32x48x9": (2, 0), "32x48x1": (2, 0)}  # kept, cut
+    assert "kept 6 of 8; 16 frames a second" in table
+    dropped = dict(re.findall(r"^ +1  (.*): (.*)$", table, re.M))
+    assert dropped == {"no caption": "d.mp4", "shorter than 5 frames at 16 fps": "f.mp4 (3)"}
+    data = open_data(tmp_path / "data")
+    ((name, samples),) = [
+        (b.name, s) for b, s in zip(data.buckets, data.samples, strict=True) if b.latent_shape[1] == 1
+    ]
+    assert name == "32x48x1"
+    assert {s.source for s in samples} == {"p.png", "q.jpg"}
 
 
 def test_latents_are_of_the_frames_and_texts_of_the_caption(tmp_path, clips, encoders):
