@@ -5,7 +5,8 @@ import pathlib
 
 import pytest
 
-from fps_jax.files import new_directory, read_json, write_together
+from fps_jax.files import append_bytes, new_directory, read_json, write_together
+from tests.full_disk import full_beyond
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path):
@@ -139,3 +140,17 @@ def test_a_mount_point_and_the_empty_working_directory_are_no_destination(tmp_pa
     with pytest.raises(ValueError, match="mount is a mount point, which can't be renamed"), new_directory("mount"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mount"]
+
+
+def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "lines"
+    append_bytes(path, b"one\n")
+    with full_beyond(6), pytest.raises(OSError, match="File too large; make room, then --resume") as told:
+        append_bytes(path, b"two\n", "make room, then --resume")
+    assert told.value.filename == str(path)
+    assert path.read_bytes() == b"one\n"  # the kernel took "tw"
+    append_bytes(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+    with pytest.raises(IsADirectoryError, match="Is a directory") as told:
+        append_bytes(tmp_path, b"x")
+    assert told.value.filename == str(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2 as messages
 
 from fps_train.metrics import Metrics, read_metrics
-from tests.fps_train.full_disk import full_beyond
+from tests.full_disk import full_beyond
 
 EVENTS: Any = messages  # protobuf makes its names when it is imported
 
