@@ -17,9 +17,9 @@ from fps_train.checkpoints import Checkpoints
 from fps_train.commands import train as command
 from fps_train.metrics import Metrics, read_metrics
 from fps_train.run import start_run
-from tests.full_disk import full_beyond
 from tests.fps_train.models import CONFIG
 from tests.fps_train.sample_data import write_data
+from tests.full_disk import full_beyond
 
 
 def write_schedule(path: pathlib.Path, window: Shape3) -> pathlib.Path:
