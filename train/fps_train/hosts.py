@@ -26,9 +26,10 @@ _LOST = "another process of this run ended or can't be reached, see its own outp
 # What XLA writes, with a stack trace, before it aborts because the coordination service said so.
 _FATAL = re.compile(rb"^F\d{4} .*distributed service detected fatal errors")
 # Waits for the last words, where stderr goes through a process of its own.
-_drain: Callable[[], None] | None = None
-# What a collective says that lost a peer.
+_drain: Callable[..., None] | None = None
+# What a collective says that lost a peer; and so as a ValueError, which jit makes of what XLA for CPUs finds at once.
 _BROKEN = re.compile(r"gloo|nccl|connection closed|connection reset|coordination service|UNAVAILABLE", re.IGNORECASE)
+_BROKEN_AT_ONCE = re.compile(r"[A-Z_]+: (Gloo|NCCL) ")
 
 
 def start(options: HostOptions) -> None:
@@ -105,7 +106,7 @@ def peers() -> Iterator[None]:
     """Raises ConnectionError, in one line, where a collective in the block lost a peer."""
     try:
         yield
-    except RuntimeError as error:  # JaxRuntimeError is one
+    except (RuntimeError, ValueError) as error:  # JaxRuntimeError is the first
         if not lost_peer(error):
             raise
         first = str(error).strip().splitlines()[0][:200]  # NCCL says here what else may be wrong
@@ -116,7 +117,11 @@ def lost_peer(error: Exception) -> bool:
     """Whether an error is a collective's that lost a peer."""
     import jax
 
-    return jax.process_count() > 1 and isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
+    if jax.process_count() == 1:
+        return False
+    if isinstance(error, ValueError):
+        return _BROKEN_AT_ONCE.match(str(error)) is not None
+    return isinstance(error, RuntimeError) and _BROKEN.search(str(error)) is not None
 
 
 def _exit(line: str | None, status: int = 2) -> None:
@@ -127,7 +132,8 @@ def _exit(line: str | None, status: int = 2) -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     if _drain is not None:
-        _drain()
+        # All is said: where XLA aborts in these moments, its report would go past the process that takes it out.
+        _drain(os.open(os.devnull, os.O_WRONLY))
     os._exit(status)
 
 
@@ -145,8 +151,8 @@ def _one_line_for_fatal() -> None:
         os.dup2(write, 2)
         os.close(write)
         # A container ends all that is in it with its first process, which may be this one.
-        _drain = functools.partial(_wait_for_words, child, direct)
-        atexit.register(_drain)
+        _drain = functools.partial(_wait_for_words, child)
+        atexit.register(_drain, direct)
         return
     with contextlib.suppress(BaseException):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -156,12 +162,15 @@ def _one_line_for_fatal() -> None:
     os._exit(0)
 
 
-def _wait_for_words(child: int, direct: int) -> None:
-    """Until the process that stderr goes through has written all and ended, or `_WORDS` have passed. direct: stderr itself."""
+def _wait_for_words(child: int, after: int) -> None:
+    """Until the process that stderr goes through has written all and ended, or `_WORDS` have passed.
+
+    after: where stderr goes from now on.
+    """
     with contextlib.suppress(Exception):
         sys.stderr.flush()
     with contextlib.suppress(OSError):
-        os.dup2(direct, 2)  # closes the pipe, which the child reads to its end
+        os.dup2(after, 2)  # closes the pipe, which the child reads to its end
         until = time.monotonic() + _WORDS
         while os.waitpid(child, os.WNOHANG)[0] == 0 and time.monotonic() < until:
             time.sleep(0.01)
@@ -173,8 +182,8 @@ def _filter(source: int, target: int) -> None:
     with os.fdopen(source, "rb") as lines:
         for line in lines:
             fatal = fatal or _FATAL.search(line) is not None
-            told = told or _LOST.encode() in line
             if not fatal:
+                told = told or _LOST.encode() in line
                 os.write(target, line)
     if fatal and not told:
         os.write(target, f"error: {_LOST}\n".encode())
