@@ -18,7 +18,7 @@ from pallas_kernels.pattern import TilePattern
 from pallas_kernels.platform import target_platform
 from pallas_kernels.portable import backward as portable_backward
 from pallas_kernels.portable import forward as portable_forward
-from pallas_kernels.reference import FP8, KeyValueCodes, key_value_codes
+from pallas_kernels.reference import FP8, KeyValueCodes, centered_keys, key_value_codes
 from pallas_kernels.sm90.call_shape import CallShape
 from pallas_kernels.sm90.config import BLOCK_Q
 
@@ -50,7 +50,8 @@ def block_sparse_attention(
         kernel), or 'auto': the fastest that runs here.
       over: a mesh axis, inside `jax.shard_map`, that a sample's tokens are shared out over: k and v are this device's part, q its
         queries, the pattern's rows theirs, and its key tokens those of all devices. In FP8 codes and scales are gathered, not k and
-        v; gradients of k and v are summed over the axis in their dtype. The same scales and codes as on one device.
+        v; gradients of k and v are summed over the axis in their dtype. The same scales and codes as on one device, as far as
+        the mean that `center_k` takes off is the same, which is summed in another order.
     Returns: q's dtype.
     Raises: ValueError for operands or a pattern that don't fit; NotImplementedError for an implementation that can't run here.
     Source: FPSAttention (arXiv 2506.04648) section 3.
@@ -58,8 +59,7 @@ def block_sparse_attention(
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_operands(q, k, v)
     chosen = choose(implementation, CallShape.of(pattern, head_dim=q.shape[3], dtype=q.dtype))
-    # A mean to take off is of all keys, and the specification rounds what it is given.
-    if over is not None and (pattern.tokens_per_scale is None or pattern.centers_keys or chosen == "reference"):
+    if over is not None and (pattern.tokens_per_scale is None or chosen == "reference"):  # that rounds what it is given
         k, v, over = gathered(k, over), gathered(v, over), None
     pattern.check_operands(q, k if over is None else _of_all(k, over))
     return _attention(q, k, v, pattern, implementation=chosen, over=over)
@@ -217,6 +217,8 @@ def _gathered_codes(k: Array, v: Array, pattern: TilePattern, over: str) -> KeyV
     """Codes of all devices' keys and values, each rounded where it is: a byte on the wire where bf16 has two."""
     assert pattern.tokens_per_scale is not None
     valid = lax.dynamic_slice_in_dim(pattern.k_valid, lax.axis_index(over) * k.shape[1], k.shape[1])
+    if pattern.centers_keys:
+        k = centered_keys(k, valid, over)
     codes = key_value_codes(
         k,
         v,

@@ -130,19 +130,28 @@ def _magnitude(x: Array, valid: Array) -> Array:
     return jnp.where(valid[None, :, None, None], magnitude, 0)
 
 
-def key_mean(k: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B 1 N H"]:
-    """The mean of the valid keys by channel, float32: what `center_k` takes off every key before rounding."""
+def key_mean(k: Float[Array, "B S N H"], valid: Bool[Array, "S"], over: str | None = None) -> Float[Array, "B 1 N H"]:
+    """The mean of the valid keys by channel, float32: what `center_k` takes off every key before rounding.
+
+    over: as of `value_scales`: the mean is of all devices' keys, and may differ in its last bits from one device's, which sums in
+      another order.
+    """
     total = jnp.where(valid[None, :, None, None], k, 0).astype(jnp.float32).sum(1, keepdims=True)
-    return total / valid.sum().astype(jnp.float32)
+    count = valid.sum().astype(jnp.float32)
+    if over is not None:
+        total, count = jax.lax.psum((total, count), over)
+    return total / count
 
 
-def centered_keys(k: Float[Array, "B S N H"], valid: Bool[Array, "S"]) -> Float[Array, "B S N H"]:
-    """K minus its mean over the valid keys, float32, 0 at padding.
+def centered_keys(
+    k: Float[Array, "B S N H"], valid: Bool[Array, "S"], over: str | None = None
+) -> Float[Array, "B S N H"]:
+    """K minus its mean over the valid keys (`key_mean`), float32, 0 at padding.
 
     Exact in attention: every score of a query moves alike, and with it the query's log-sum-exp, which is that of these keys
     wherever one is returned or saved. Differentiable; the mean is part of the function.
     """
-    return jnp.where(valid[None, :, None, None], k.astype(jnp.float32) - key_mean(k, valid), 0)
+    return jnp.where(valid[None, :, None, None], k.astype(jnp.float32) - key_mean(k, valid, over), 0)
 
 
 def quantize_tokens(
