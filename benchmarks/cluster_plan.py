@@ -114,10 +114,10 @@ def _measure(row: Row) -> dict[str, Any]:
     programs = {}
     for (name, program), (before, after) in zip(plan.programs.items(), itertools.pairwise(marks), strict=True):
         programs[name] = {
-            "arguments_bytes": program.arguments,
-            "beside_state_bytes": program.beside,
-            "temporaries_bytes": program.temporaries,
-            "results_bytes": program.results,
+            "arguments_bytes": program.size.arguments,
+            "beside_state_bytes": program.size.beside,
+            "temporaries_bytes": program.size.temporaries,
+            "results_bytes": program.size.results,
             "sent": [{"kind": t.kind, "axes": t.axes, "count": t.count, "bytes": round(t.sent)} for t in program.sent],
             "kernels": program.kernels,
             "arithmetic_s": round(program.arithmetic_seconds, 3),
@@ -133,7 +133,7 @@ def _measure(row: Row) -> dict[str, Any]:
         "gradient_bytes": plan.gradient,
         "whole_state_bytes": plan.whole_state,
         # The state, a gradient cut as the parameters are, and a float32 loss: nothing that a device holds is left out
-        "arguments_are_the_shards": plan.programs["update"].arguments == plan.state + plan.gradient + 4,
+        "arguments_are_the_shards": plan.programs["update"].size.arguments == plan.state + plan.gradient + 4,
         "programs": programs,
     }
 

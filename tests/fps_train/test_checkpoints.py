@@ -57,9 +57,16 @@ def test_a_damaged_checkpoint_is_told_with_what_to_do(tmp_path, state):
         checkpoints.restore(state, 2)
 
 
-def test_a_checkpoint_is_not_blamed_for_a_lost_peer(tmp_path, state, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        "UNKNOWN: Gloo all-reduce failed: Connection closed by peer",
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 80 bytes.",
+    ],
+)
+def test_a_checkpoint_is_not_blamed_for_a_lost_peer_or_a_full_device(tmp_path, state, monkeypatch, said):
     def fail(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+        raise jax.errors.JaxRuntimeError(said)
 
     with Checkpoints(tmp_path / "checkpoints", CheckpointOptions()) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "restore", fail)

@@ -109,7 +109,7 @@ def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):
     assert plan.state == held < sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 3
     assert plan.whole_state == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     # As XLA counts them: the state, a gradient that is cut as the parameters are, and the losses.
-    assert plan.programs["update"].arguments == plan.state + plan.gradient + 4 * meshed.accumulate
+    assert plan.programs["update"].size.arguments == plan.state + plan.gradient + 4 * meshed.accumulate
     assert plan.gradient == sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.params)
     )

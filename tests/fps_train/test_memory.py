@@ -3,13 +3,15 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from fps_jax.checkpoints.runs import read_run
 from fps_train import memory
 from fps_train.config import LoraOptions
 from fps_train.loop import train
-from fps_train.memory import check_memory, device_bytes, kept_bytes, shard_bytes
+from fps_train.memory import check_memory, device_bytes, enough_memory, kept_bytes, program_bytes, shard_bytes
+from fps_train.programs import Programs
 from fps_train.setup import abstract_start, prepare, start
 
 
@@ -27,14 +29,62 @@ def test_what_is_kept_is_what_a_start_makes_and_a_gradient(options, changes):
 
 def test_a_run_that_goes_on_on_too_few_devices_is_refused_and_left_as_it_is(options, monkeypatch):
     one = kept_bytes(abstract_start(prepare(options)))
-    monkeypatch.setattr(memory, "device_bytes", lambda mesh: one - 1)
     train(dataclasses.replace(options, mesh="fsdp=2"), show=False)
+    monkeypatch.setattr(memory, "device_bytes", lambda mesh: one - 1)
     before = read_run(options.output).steps()
     with pytest.raises(
         ValueError, match=r"mesh='': weights, moments and gradient take 0\.\d GB of each device, which has 0"
     ):
         train(options, resume=True, show=False)
     assert read_run(options.output).steps() == before
+
+
+def test_a_step_that_has_no_room_is_refused_before_it_and_the_run_goes_on_where_it_has(options, monkeypatch):
+    """At the start and at --resume, by what the compiled programs take beside weights, moments and gradient."""
+    options = dataclasses.replace(
+        options, attention="dense", schedule=None, accumulate=1, batch_size=4, steps=1,
+        validation=dataclasses.replace(options.validation, every=0),
+    )  # fmt: skip
+    setup = prepare(options)
+    begun = abstract_start(setup)
+    programs = Programs(setup, begun)
+    programs.compile(lambda line: None)
+    more = [program_bytes(begun, name, program).more for name, program in programs.compiled().items()]
+    kept = shard_bytes((begun.state, begun.frozen, begun.teacher))
+    for size, program in zip(more, programs.compiled().values(), strict=True):  # a gradient is given or made
+        assert size >= shard_bytes(begun.state.params) + program.memory_analysis().temp_size_in_bytes
+    most = kept + max(more)
+
+    def has(size):
+        monkeypatch.setattr(memory, "device_bytes", lambda mesh: size)
+
+    message = (
+        r"^mesh='': a step takes 0\.\d GB of each device, which has 0\.\d GB: .* \(2x4x4 tokens, dense\); use more devices along "
+        "fsdp or context or --remat full or a smaller --batch-size or --preset lora$"
+    )
+    has(most - 1)
+    with pytest.raises(ValueError, match=message):
+        train(options, show=False)
+    assert read_run(options.output).steps() == []
+    has(most)
+    train(options, resume=True, show=False)
+    assert read_run(options.output).steps() == [1]
+    has(most - 1)
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(options, steps=2), resume=True, show=False)
+    assert read_run(options.output).steps() == [1]
+
+
+def test_what_xla_finds_no_room_for_is_said_in_one_line(options):
+    setup = prepare(dataclasses.replace(options, remat="full", batch_size=1, lora=LoraOptions(rank=2)))
+    asked = r"\(Out of memory allocating 1125899906842624 bytes\.\)"
+    message = (
+        rf"^mesh='': no memory left on a device, which has \d+\.\d GB {asked}; use more devices along fsdp or context$"
+    )
+    with pytest.raises(MemoryError, match=message), enough_memory(setup):
+        jnp.zeros(2**50, jnp.uint8).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError), enough_memory(setup):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Received message larger than max (5 vs. 4)")
 
 
 def test_a_cpu_s_devices_share_the_machine_and_a_gpu_says_what_it_has(options):

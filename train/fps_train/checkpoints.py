@@ -15,6 +15,7 @@ from fps_jax.files import check_space
 from fps_train.agreement import AGREED
 from fps_train.config import CheckpointOptions
 from fps_train.hosts import lost_peer
+from fps_train.memory import no_room
 from fps_train.placement import put
 from fps_train.state import TrainState
 
@@ -145,7 +146,7 @@ class Checkpoints:
         try:
             got = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
-            if lost_peer(error):  # nothing is wrong with the checkpoint
+            if lost_peer(error) or no_room(error):  # nothing is wrong with the checkpoint
                 raise
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
             raise ValueError(

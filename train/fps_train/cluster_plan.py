@@ -10,7 +10,7 @@ import jax
 from fps_train.collectives import Traffic, traffic
 from fps_train.config import TrainConfig
 from fps_train.described import DeviceKind, described_devices
-from fps_train.memory import shard_bytes
+from fps_train.memory import ProgramBytes, program_bytes, shard_bytes
 from fps_train.plan import peak_flops
 from fps_train.programs import Programs
 from fps_train.setup import Setup, abstract_start, prepare
@@ -20,19 +20,13 @@ _WORKSPACE = 0.94  # of a GPU's memory: the rest is CUDA's, NCCL's and what an a
 
 @dataclass(frozen=True)
 class ProgramPlan:
-    """One compiled program. Sizes: bytes a device. seconds: at least, by arithmetic and by traffic.
+    """One compiled program. seconds: at least, by arithmetic and by traffic.
 
     Attributes:
-      arguments: all that it is given.
-      beside: what of that isn't state or frozen weights: a batch, a gradient.
-      results: what it makes that doesn't take an argument's place.
       kernels: the targets of its custom calls: cuDNN's, cuBLAS's, Pallas's.
     """
 
-    arguments: int
-    beside: int
-    temporaries: int
-    results: int
+    size: ProgramBytes
     sent: tuple[Traffic, ...]
     kernels: tuple[str, ...]
     arithmetic_seconds: float = 0.0
@@ -60,7 +54,7 @@ class ClusterPlan:
 
     @property
     def total(self) -> int:
-        return self.state + self.frozen + max(p.beside + p.temporaries + p.results for p in self.programs.values())
+        return self.state + self.frozen + max(p.size.more for p in self.programs.values())
 
     @property
     def fits(self) -> bool:
@@ -96,14 +90,10 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     state, params, frozen = map(shard_bytes, (begun.state, begun.state.params, (begun.frozen, begun.teacher)))
     found = {}
     for name, program in programs.compiled().items():
-        memory = program.memory_analysis()
         text = program.as_text()
         sent = tuple(traffic(text, axes))
         found[name] = ProgramPlan(
-            memory.argument_size_in_bytes,
-            memory.argument_size_in_bytes - (state if name == "update" else params + frozen),
-            memory.temp_size_in_bytes,
-            memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            program_bytes(begun, name, program),
             sent,
             tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))),
             flops.get(name, 0.0) / (count * peak) if peak else 0.0,
@@ -125,7 +115,7 @@ def report(plan: ClusterPlan) -> str:
         + (f", frozen weights {gb(plan.frozen)}" if plan.frozen else ""),
     ]
     for name, program in plan.programs.items():
-        lines.append(f"{name}: {gb(program.temporaries)} temporary, {gb(program.results)} results a device")
+        lines.append(f"{name}: {gb(program.size.temporaries)} temporary, {gb(program.size.results)} results a device")
         for row in program.sent:
             if row.sent >= 0.01 * sum(other.sent for other in program.sent):
                 along = "+".join(row.axes) or "some devices"

@@ -23,7 +23,7 @@ from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, to
 from fps_train.batch import Batch
 from fps_train.checkpoints import Checkpoints
 from fps_train.config import TrainConfig
-from fps_train.memory import check_memory
+from fps_train.memory import check_memory, check_programs, enough_memory
 from fps_train.metrics import Metrics
 from fps_train.placement import put_rows
 from fps_train.programs import Programs
@@ -52,7 +52,8 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
       resume: continue the run in `options.output`.
       show: False for silence; else a bar on stderr where that is a terminal, and lines where it isn't.
     Raises: ValueError, FileNotFoundError or FileExistsError before anything is written, for what can't be run; FloatingPointError
-      for a NaN or inf, with nothing saved of it; OSError for a disk that is full; `Stopped` on SIGTERM or SIGINT.
+      for a NaN or inf, with nothing saved of it; OSError for a disk that is full; ValueError before the first step, or MemoryError,
+      where a device has too little memory; `Stopped` on SIGTERM or SIGINT.
     """
     enable_compilation_cache()
 
@@ -75,6 +76,14 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
             "the validation prompts (a hash)": found[0].data.prompts_fingerprint,
         },
     )
+    with enough_memory(setup):
+        _go(setup, record, init_from, resume, show)
+    return setup.directory
+
+
+def _go(setup: Setup, record: tuple, init_from: str | None, resume: bool, show: bool | None) -> None:
+    """`train` from where all processes agree on what to do."""
+    options = setup.options
     begun = start(setup, init_from)
     if not resume:
         together(lambda: start_run(setup.directory, *record) if is_lead() else None)
@@ -90,13 +99,12 @@ def train(options: TrainConfig, *, resume: bool = False, show: bool | None = Non
             if is_lead():
                 told = f"{setup.directory} has all {options.steps} steps already; give more --steps to go on"
                 print(told, file=sys.stderr)
-            return setup.directory
+            return
         with (
             _metrics(setup.directory, first, options) as metrics,
             Status(first, options.steps, show if is_lead() else False) as status,
         ):
             _Loop(setup, begun, first, checkpoints, metrics, status).run()
-    return setup.directory
 
 
 def _metrics(
@@ -130,6 +138,7 @@ class _Loop:
         """All steps that are left."""
         options = self.options
         self.programs.compile(self.status.say)
+        together(self._check_room)
         self._dense_videos()
         if self.first == 0:
             self._validate(0)
@@ -156,6 +165,10 @@ class _Loop:
                     self.checkpoints.wait()
                     raise Stopped(stop, step)
         self.checkpoints.wait()
+
+    def _check_room(self) -> None:
+        begun = Start(self.state, self.frozen, self.teacher)
+        check_programs(self.setup, begun, self.programs.compiled())
 
     def _dense_videos(self) -> None:
         """The dense model's validation videos, where there are none yet. Its weights live no longer than this call."""

@@ -1,13 +1,50 @@
-"""What a run keeps on each device, held against what a device has, before weights are read."""
+"""What a run keeps on each device, before weights are read, and takes, before its first step, held against what a device has."""
 
+import contextlib
 import math
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from fps_jax.mesh import BATCH
 from fps_jax.sampling.room import memory_limit
 from fps_train.setup import Setup, Start, abstract_start
+
+# What XLA says where it finds no room, compiling or running. Other services' limits have the same name.
+_NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED: (.*(?:memory|allocat).*)", re.IGNORECASE)
+
+
+class ProgramBytes(NamedTuple):
+    """Of one compiled program, on a device.
+
+    arguments: all that it is given. beside: what of that isn't state or frozen weights: a batch, a gradient. results: what it makes
+    that doesn't take an argument's place.
+    """
+
+    arguments: int
+    beside: int
+    temporaries: int
+    results: int
+
+    @property
+    def more(self) -> int:
+        """Than state and frozen weights, which stay there."""
+        return self.beside + self.temporaries + self.results
+
+
+def program_bytes(begun: Start, name: str, program: Any) -> ProgramBytes:
+    """Sizes as XLA knows them. name, program: of `Programs.compiled`."""
+    memory = program.memory_analysis()
+    given = begun.state if name == "update" else (begun.state.params, begun.frozen, begun.teacher)
+    return ProgramBytes(
+        memory.argument_size_in_bytes,
+        memory.argument_size_in_bytes - shard_bytes(given),
+        memory.temp_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )
 
 
 def shard_bytes(tree: Any) -> int:
@@ -34,3 +71,53 @@ def check_memory(setup: Setup) -> None:
             f"mesh={setup.options.mesh!r}: weights, moments and gradient take {kept / 1e9:.1f} GB of each device, which has "
             f"{limit / 1e9:.1f} GB; use more devices along fsdp or context, or --preset lora"
         )
+
+
+def check_programs(setup: Setup, begun: Start, compiled: Mapping[str, Any]) -> None:
+    """Raises ValueError where a program of a step has no room beside what stays on a device. compiled: `Programs.compiled`."""
+    limit = device_bytes(setup.mesh)
+    if limit is None:
+        return
+    stays = shard_bytes((begun.state, begun.frozen, begun.teacher))
+    more, name = max((program_bytes(begun, name, program).more, name) for name, program in compiled.items())
+    if stays + more > limit:
+        raise ValueError(
+            f"mesh={setup.options.mesh!r}: a step takes {(stays + more) / 1e9:.1f} GB of each device, which has "
+            f"{limit / 1e9:.1f} GB: {stays / 1e9:.1f} GB of weights and moments, and {more / 1e9:.1f} GB of batch, gradient and "
+            f"temporaries ({name}); {_less(setup)}"
+        )
+
+
+def no_room(error: Exception) -> str | None:
+    """What XLA says of memory that it asked for in vain, None of any other error."""
+    found = _NO_ROOM.search(str(error)) if isinstance(error, RuntimeError) else None  # JaxRuntimeError is one
+    return None if found is None else found[1].strip()[:200]
+
+
+@contextlib.contextmanager
+def enough_memory(setup: Setup) -> Iterator[None]:
+    """Raises MemoryError, in one line, where XLA finds no room for what is done in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = no_room(error)
+        if found is None:
+            raise
+        limit = device_bytes(setup.mesh)
+        has = "" if limit is None else f", which has {limit / 1e9:.1f} GB"
+        raise MemoryError(
+            f"mesh={setup.options.mesh!r}: no memory left on a device{has} ({found}); {_less(setup)}"
+        ) from error
+
+
+def _less(setup: Setup) -> str:
+    """What would take less of a device than this run does."""
+    options = setup.options
+    ways = ["more devices along fsdp or context"]
+    if options.remat != "full":
+        ways.append("--remat full")
+    if options.batch_size > math.prod(options.mesh_sizes[axis] for axis in BATCH):
+        ways.append("a smaller --batch-size")
+    if setup.parts.lora is None:
+        ways.append("--preset lora")
+    return f"use {' or '.join(ways)}"
