@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from fps_jax.checkpoints.runs import read_run
-from fps_train import memory
+from fps_train import loop, memory
 from fps_train.config import LoraOptions
 from fps_train.loop import train
 from fps_train.memory import check_memory, device_bytes, enough_memory, kept_bytes, program_bytes, shard_bytes
@@ -75,7 +75,7 @@ def test_a_step_that_has_no_room_is_refused_before_it_and_the_run_goes_on_where_
     assert read_run(options.output).steps() == [1]
 
 
-def test_what_xla_finds_no_room_for_is_said_in_one_line(options):
+def test_what_xla_finds_no_room_for_is_said_in_one_line(options, monkeypatch):
     setup = prepare(dataclasses.replace(options, remat="full", batch_size=1, lora=LoraOptions(rank=2)))
     asked = r"\(Out of memory allocating 1125899906842624 bytes\.\)"
     message = (
@@ -83,6 +83,9 @@ def test_what_xla_finds_no_room_for_is_said_in_one_line(options):
     )
     with pytest.raises(MemoryError, match=message), enough_memory(setup):
         jnp.zeros(2**50, jnp.uint8).block_until_ready()
+    monkeypatch.setattr(loop, "start", lambda *_: jnp.zeros(2**50, jnp.uint8))
+    with pytest.raises(MemoryError, match="no memory left on a device"):
+        train(options, show=False)
     with pytest.raises(jax.errors.JaxRuntimeError), enough_memory(setup):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Received message larger than max (5 vs. 4)")
 
