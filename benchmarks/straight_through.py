@@ -8,6 +8,7 @@ that, or not, by what the backward takes for P and for the output in delta = row
   unrounded   P un-rounded in dS and dV, the returned output
   rounded     P as the forward rounded it in both, the returned output
   mixed       P rounded in dV and un-rounded in dS, the returned output
+  split       P rounded in dS and un-rounded in dV, the returned output
   attn-qat    as mixed, with the output of un-rounded P in delta (Attn-QAT, arXiv 2603.00040): a second output to compute and keep
 
 1. One layer: 256 tokens, 2 heads of 64, Gaussian q, k, v and dO, logits of deviation 2, a scale for 64 tokens, keys with a common
@@ -39,7 +40,7 @@ from fps_jax.models.dit import dit
 from fps_jax.models.init import init_dit_for_training
 from pallas_kernels.reference import FP8_MAX, fake_quant, fake_quant_values, nearest_fp8, row_top
 
-RULES = ("unrounded", "rounded", "mixed", "attn-qat")
+RULES = ("unrounded", "rounded", "mixed", "split", "attn-qat")
 TOKENS, HEADS, HEAD_DIM, SEEDS = 256, 2, 64, 8
 COMMON = (0.0, 1.0, 4.0, 16.0)
 
@@ -70,6 +71,8 @@ def score_gradients(rule: str, q, k, v, d_out):
         return by_total, by_total * (d_p - delta)
     if rule == "rounded":
         return p8, p8 * (d_p - delta)
+    if rule == "split":
+        return by_total, p8 * (d_p - delta)
     if rule == "mixed":
         return p8, by_total * (d_p - delta)
     return p8, exact * (d_p - (exact * d_p).sum(-1, keepdims=True))
@@ -204,8 +207,7 @@ def losses(attention_rule: Ruled, seed, common):
 def training() -> Iterator[dict[str, Any]]:
     cases = list(itertools.product(BIASES, range(TRAINING_SEEDS)))
     seeds, biases = jnp.array([seed for _, seed in cases]), jnp.array([bias for bias, _ in cases])
-    rules = ("unrounded", "rounded", "attn-qat")
-    kinds = [Ruled(None), *(Ruled(rule) for rule in rules), *(Ruled(rule, True) for rule in rules[:2])]
+    kinds = [Ruled(None), *(Ruled(rule) for rule in RULES), *(Ruled(rule, True) for rule in RULES[:2])]
     table = {}
     for kind in kinds:
         last = np.asarray(losses(kind, seeds, biases), np.float64)[:, -STEPS // 10 :].mean(1)
