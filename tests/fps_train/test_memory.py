@@ -1,6 +1,7 @@
 """What stays on a device is known before weights are read, and what doesn't fit is refused then."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 
 from fps_jax.checkpoints.runs import read_run
 from fps_train import loop, memory
+from fps_train.checkpoints import Checkpoints
 from fps_train.config import LoraOptions
 from fps_train.loop import train
 from fps_train.memory import check_memory, device_bytes, enough_memory, kept_bytes, program_bytes, shard_bytes
@@ -37,6 +39,24 @@ def test_a_run_that_goes_on_on_too_few_devices_is_refused_and_left_as_it_is(opti
     ):
         train(options, resume=True, show=False)
     assert read_run(options.output).steps() == before
+
+
+def test_a_state_that_is_restored_is_the_only_one(options, monkeypatch):
+    options = dataclasses.replace(
+        options, attention="dense", schedule=None, steps=1, validation=dataclasses.replace(options.validation, every=0)
+    )
+    train(options, show=False)
+    gc.collect()
+    kept, alive = shard_bytes(abstract_start(prepare(options)).state), []
+    restore, before = Checkpoints.restore, sum(a.nbytes for a in jax.live_arrays())
+
+    def watched(self, like, step):
+        alive.append(sum(a.nbytes for a in jax.live_arrays()) - before)
+        return restore(self, like, step)
+
+    monkeypatch.setattr(Checkpoints, "restore", watched)
+    train(dataclasses.replace(options, steps=2), resume=True, show=False)
+    assert alive[0] < 0.1 * kept  # of the state that was made to have its shapes
 
 
 def test_a_step_that_has_no_room_is_refused_before_it_and_the_run_goes_on_where_it_has(options, monkeypatch):

@@ -29,7 +29,7 @@ from fps_train.placement import put_rows
 from fps_train.programs import Programs
 from fps_train.regimes import TrainingRegime, regime_of
 from fps_train.run import check_new, check_resume, run_facts, see_run, start_run
-from fps_train.setup import Setup, Start, prepare, start
+from fps_train.setup import Setup, Start, prepare, shapes, start
 from fps_train.status import Status
 from fps_train.step import Micro, Seen
 from fps_train.validate import Videos, validation_loss
@@ -89,12 +89,14 @@ def _go(setup: Setup, record: tuple, init_from: str | None, resume: bool, show: 
         together(lambda: start_run(setup.directory, *record) if is_lead() else None)
         together(lambda: see_run(setup.directory))
     with Checkpoints(setup.directory / "checkpoints", options.checkpoint) as checkpoints:
-        state, first = begun.state, 0
+        first = 0
         latest = lead_decides(lambda: checkpoints.latest or 0)
         if resume and latest:
-            restored = checkpoints.restore(state, latest)
-            state, first = restored.state, int(restored.notes["step"])
-        begun = dataclasses.replace(begun, state=state)
+            # Its shapes alone: two states would need twice the memory that a step does.
+            begun = dataclasses.replace(begun, state=shapes(begun.state))
+            restored = checkpoints.restore(begun.state, latest)
+            begun, first = dataclasses.replace(begun, state=restored.state), int(restored.notes["step"])
+            del restored
         if first >= options.steps:
             if is_lead():
                 told = f"{setup.directory} has all {options.steps} steps already; give more --steps to go on"
