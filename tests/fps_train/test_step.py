@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from fps_jax.attention.attend import PlannedAttention
 from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.models.dit import DENSE, dit
 from fps_jax.models.params import flatten, unflatten
@@ -18,9 +19,11 @@ from fps_train.regimes import draw_sigma, training_regimes
 from fps_train.state import Parts, init_state
 from fps_train.step import Interval, StepOptions, gradient, update
 from tests.fps_train.models import CONFIG, LATENTS, batch, params
+from tests.pallas_kernels import straight_through
 
 PARTS = Parts(CONFIG, "float32")
 OPTIONS = StepOptions(PARTS, FlowOptions())
+KINDS = ("self_attn/q/kernel", "self_attn/k/kernel", "self_attn/v/", "cross_attn", "mlp", "modulation", "embedding")
 WHOLE = Interval(jnp.float32(0), jnp.float32(1))
 SEED = jnp.uint32(7)
 SCHEDULE = FPSSchedule(
@@ -49,52 +52,90 @@ def grads_of(setting, index=0, first=0):
     return run(params(), batch(first), attention=DENSE if setting == "dense" else regimes(setting)[index].attention)
 
 
-def test_the_loss_is_the_definition_s_on_the_model_s_own_velocity():
-    _, micro = grads_of("dense")
-    own = batch()
+def noisy(own):
+    """(sigma, x_t, noise - x0) of a batch by their definitions, float64."""
     uniform, noise = (np.asarray(a, np.float64) for a in draw(SEED, jnp.asarray(own.sample), LATENTS))
     sigma = np.asarray(draw_sigma(jnp.asarray(uniform, jnp.float32), 0.0, 1.0, OPTIONS.flow), np.float64)
     at = sigma[:, None, None, None, None]
     x0 = own.latents.astype(np.float64)
-    x_t = (1 - at) * x0 + at * noise
-    velocity = jax.jit(functools.partial(dit, CONFIG))(
-        params(),
-        jnp.asarray(x_t, jnp.float32),
-        jnp.asarray(1000 * sigma, jnp.float32),
-        jnp.asarray(own.text, jnp.float32),
-    ).velocity
-    expected = np.square(np.asarray(velocity, np.float64) - (noise - x0)).mean()
+    return sigma, (1 - at) * x0 + at * noise, noise - x0
+
+
+def forward(own, attention=DENSE):
+    """The model's own velocity for a batch, no step around it, and what its attention taps."""
+    sigma, x_t, _ = noisy(own)
+    inputs = (jnp.asarray(a, jnp.float32) for a in (x_t, 1000 * sigma, own.text))
+
+    @jax.jit
+    def of(*inputs):
+        taps = {}
+        return dit(CONFIG, params(), *inputs, attention=attention, attention_taps=taps).velocity, taps
+
+    return of(*inputs)
+
+
+def test_the_loss_is_the_definition_s_on_the_model_s_own_velocity():
+    _, micro = grads_of("dense")
+    velocity, _ = forward(batch())
+    expected = np.square(np.asarray(velocity, np.float64) - noisy(batch())[2]).mean()
     assert float(micro.loss) == pytest.approx(expected, rel=1e-5)
     assert int(micro.first_bad) == -1
 
 
-@pytest.mark.parametrize(("setting", "index"), [("dense", 0), ("sparse", 1)])
+@dataclasses.dataclass(frozen=True)
+class Tapped(PlannedAttention):
+    """That also shows what it is given."""
+
+    def __call__(self, q, k, v, /, *, layer, taps):
+        taps |= {"q": q, "k": k, "v": v}
+        return super().__call__(q, k, v, layer=layer, taps=taps)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity: it holds arrays
+class RoundingFrozen(PlannedAttention):
+    """FP8 attention with the rounding that it has once, layer by layer, whatever it is given."""
+
+    fixed: straight_through.Frozen | None = None
+
+    def __call__(self, q, k, v, /, *, layer, taps):
+        here = jax.tree.map(lambda a: a[layer], self.fixed)
+        return straight_through.attention(jnp, q, k, v, here, self.plan.pattern)
+
+    @classmethod
+    def of(cls, plan):
+        """The rounding of what the model computes for `batch()`."""
+        _, taps = forward(batch(), Tapped(plan))
+        layers = zip(*(taps[name] for name in "qkv"), strict=True)
+        fixed = [straight_through.frozen(*own, plan.pattern) for own in layers]
+        return cls(plan, fixed=jax.tree.map(lambda *a: jnp.asarray(np.stack(a), jnp.float32), *fixed))
+
+
+@pytest.mark.parametrize(("setting", "index"), [("dense", 0), ("sparse", 1), ("fps", 1)])
 def test_the_gradient_of_the_whole_model_is_that_of_finite_differences(setting, index):
-    """For each kind of parameter, along its gradient and a random direction. Sparse: rounding has no gradient to compare with."""
-    grads, _ = grads_of(setting, index)
+    """For each kind of parameter, along its gradient and a random direction. FP8: of the loss with its rounding held fixed."""
+    grads, micro = grads_of(setting, index)
     attention = DENSE if setting == "dense" else regimes(setting)[index].attention
+    if setting == "fps":
+        attention = RoundingFrozen.of(attention.plan)
     leaves, rng = dict(flatten(params())), np.random.default_rng(0)
-    for kind in (
-        "self_attn/q/kernel",
-        "self_attn/k/kernel",
-        "self_attn/v/",
-        "cross_attn",
-        "mlp",
-        "modulation",
-        "embedding",
-    ):
-        own = {p: np.asarray(g, np.float64) * (kind in p) for p, g in flatten(grads)}
+    plain, there = run(params(), batch(), attention=attention)
+    assert float(there.loss) == pytest.approx(float(micro.loss), rel=1e-6)
+    for kind in KINDS:
+        own, simple = ({p: np.asarray(g, np.float64) * (kind in p) for p, g in flatten(of)} for of in (grads, plain))
+        # Of finite differences few directions are seen, so what they are of is differentiated as it stands, too. Float32 twice:
+        # 4e-7; a P rounded in the gradient of V makes it 1e-3 or more.
+        assert norm({p: own[p] - simple[p] for p in own}) < 5e-6 * norm(own), kind
         random = {p: rng.normal(size=g.shape) * (kind in p) for p, g in own.items()}
         unit = {p: own[p] / norm(own) + random[p] / norm(random) for p in own}
         slope = sum(np.vdot(unit[p], own[p]) for p in own)
-        # The loss, about 1, is good to some 1e-7: over a difference of 2 step slope that is 2e-3 at the smallest slope here.
-        step = 4e-4 / max(slope, 1e-3)
+        # The loss, about 1, is good to some 1e-6, and this makes a difference of 8e-3: 1e-4 or a little more.
+        step = 4e-3 / max(slope, 1e-3)
         losses = [
             float(run(unflatten({p: v + np.float32(sign * step) * unit[p].astype(np.float32) for p, v in leaves.items()}),
                       batch(), attention=attention)[1].loss)
             for sign in (1, -1)
         ]  # fmt: skip
-        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=1e-2), kind
+        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(slope, rel=2e-3), kind
 
 
 def norm(tree):
