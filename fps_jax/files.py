@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import stat
@@ -124,6 +125,14 @@ def write_together(contents: dict[pathlib.Path, bytes]) -> None:
 
 def _beside(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")
+
+
+def is_unfinished(name: str, of: str) -> bool:
+    """Whether `name` is of a file that was to become `of` in the same folder, and that a killed process left behind."""
+    whole = pathlib.PurePath(of)
+    return (
+        re.fullmatch(rf"\.{re.escape(whole.stem)}\.[0-9a-f]{{8}}{_PARTIAL}{re.escape(whole.suffix)}", name) is not None
+    )
 
 
 def _flush(file: pathlib.Path) -> None:

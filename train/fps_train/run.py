@@ -11,13 +11,15 @@ from typing import Any
 from fps_jax.attention.schedule import FPSSchedule
 from fps_jax.checkpoints.format import SCHEDULE
 from fps_jax.checkpoints.open import Model, open_model
-from fps_jax.checkpoints.runs import FORMAT, VERSION, is_run
-from fps_jax.files import write_json
+from fps_jax.checkpoints.runs import FORMAT, VERSION, is_run, read_run
+from fps_jax.files import is_unfinished, write_json
 from fps_train.config import TrainConfig
 from fps_train.state import Parts
 
 _PAGE = 4096  # bytes
 _SHARED_SECONDS = 60  # network file systems show new files late
+_CONFIG, _RECORD = "config.toml", "run.json"
+_STARTING = ".fps_train_starting"  # a file that is there before the first of a new run's files and until the last
 # May differ between a run and its resumption: where things lie, how long it goes on, what is looked at, on what it runs.
 _FREE = {"model", "data", "output", "steps", "remat", "mesh", "schedule", "checkpoint"}
 
@@ -30,37 +32,54 @@ def start_run(
     schedule: FPSSchedule | None,
     data: str,
 ) -> None:
-    """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`."""
+    """Writes the folder of a new run. data: the fingerprint of its data. Raises as `check_new`.
+
+    run.json comes last: without it the folder is no run, and a start that was killed before leaves it free for the next.
+    """
     check_new(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    options.save(directory / "config.toml")
+    (directory / _STARTING).touch()
+    for left in directory.iterdir():
+        if left.name != _STARTING:
+            left.unlink()
+    options.save(directory / _CONFIG)
     if schedule is not None:
         schedule.save(directory / SCHEDULE)
     # Where all weights are trained, none are anybody's base any more.
     base = options.init_from if options.init_from is not None and parts.freezes else options.model
-    write_json(_record(options, model, parts, schedule, data, base), directory / "run.json")
+    write_json(_record(options, model, parts, schedule, data, base), directory / _RECORD)
+    (directory / _STARTING).unlink()
 
 
 def check_new(directory: pathlib.Path) -> None:
-    """Raises FileExistsError where there is a run already, or other files."""
+    """Raises FileExistsError where there is a run already, or other files than those of a start that was cut short."""
     if is_run(directory):
         raise FileExistsError(
             f"output={str(directory)!r} holds a run; --resume continues it, another --output starts anew"
         )
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not _was_starting(directory))):
         raise FileExistsError(f"output={str(directory)!r} exists and is not empty; give another --output")
+
+
+def _was_starting(directory: pathlib.Path) -> bool:
+    """Whether all that lies there is what `start_run` had written when it was killed."""
+    names = {path.name for path in directory.iterdir()}
+    ours = {_STARTING, _CONFIG, SCHEDULE}
+    return _STARTING in names and all(
+        name in ours or any(is_unfinished(name, of) for of in (_CONFIG, SCHEDULE, _RECORD)) for name in names
+    )
 
 
 def check_resume(
     directory: pathlib.Path, options: TrainConfig, model: Model, parts: Parts, schedule: FPSSchedule | None, data: str
 ) -> str | None:
-    """The checkpoint that the run's frozen weights are of, where that isn't the model.
+    """The checkpoint that the run's frozen weights are of, or all it starts from while it has none of its own; None for the model.
 
     Raises: ValueError, naming the first difference, where a run was of another model, data, schedule or setting.
     """
     if not is_run(directory):
         raise FileNotFoundError(f"output={str(directory)!r} holds no run to resume; leave --resume out to start one")
-    before = json.loads((directory / "run.json").read_bytes())
+    before = json.loads((directory / _RECORD).read_bytes())
     if before.get("version") != VERSION:
         raise ValueError(f"{directory} is a run of version {before.get('version')!r}, this release continues {VERSION}")
     # By what the run says of itself, which is the same for all processes; where the model lies may not be.
@@ -77,9 +96,9 @@ def check_resume(
         if before.get(name) != now[name]:
             raise ValueError(
                 f"the run in {str(directory)!r} {what} than this call; resume it with its own (--config "
-                f"{directory / 'config.toml'} --resume), or start anew with --init-from and another --output"
+                f"{directory / _CONFIG} --resume), or start anew with --init-from and another --output"
             )
-    was = TrainConfig.load(directory / "config.toml")
+    was = TrainConfig.load(directory / _CONFIG)
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(was, field.name), getattr(options, field.name)
         if field.name == "init_from" and new is None:  # its own weights are continued, whatever they began as
@@ -99,7 +118,7 @@ def check_resume(
             f"steps={options.steps}, but the run has {was.steps}, over which its learning rate falls "
             f"({was.optimizer.schedule}); resume it with that"
         )
-    return base
+    return base or (None if read_run(directory).steps() else was.init_from)
 
 
 def run_facts(
