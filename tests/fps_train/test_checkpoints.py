@@ -111,8 +111,8 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(tmp_path, state
 
 
 @pytest.mark.slow
-def test_a_run_in_bf16_of_two_sizes(options, tmp_path):
-    """Two sizes by two regimes: four gradients, each used; and what a resumed run has to agree with."""
+def test_a_run_in_bf16_of_two_sizes(options, tmp_path, capsys):
+    """Two sizes by the three regimes of the default schedule: six gradients; and what a resumed run has to agree with."""
     from tests.fps_train.models import CONFIG
 
     sizes = {"64x64x5": 6, "64x96x5": 6}
@@ -122,6 +122,7 @@ def test_a_run_in_bf16_of_two_sizes(options, tmp_path):
         validation=dataclasses.replace(options.validation, every=0),
     )  # fmt: skip
     run = train(own)
+    assert "compiling 7 programs: 6 gradients (regimes of 2 sizes of video) and the update\n" in capsys.readouterr().err
     errors = [
         json.loads(line)["error"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
     ]

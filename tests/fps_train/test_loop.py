@@ -1,14 +1,18 @@
 """Runs: exact resumption, whatever stopped them; what they write; the guard against NaN."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,13 +22,14 @@ from fps_jax.checkpoints.format import save_checkpoint
 from fps_jax.checkpoints.open import open_model, open_run
 from fps_jax.checkpoints.runs import read_run
 from fps_jax.models.dit import build_dit
-from fps_jax.models.params import flatten, init_params
+from fps_jax.models.params import flatten, init_params, unflatten
 from fps_train import loop
 from fps_train.agreement import Stopped
 from fps_train.batches import Batches
 from fps_train.config import LoraOptions, TrainConfig
 from fps_train.loop import train
 from fps_train.metrics import Metrics, read_metrics
+from fps_train.programs import Programs
 from fps_train.run import check_resume, start_run
 from fps_train.setup import prepare
 from tests.fps_train.conftest import WAN
@@ -60,8 +65,26 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def uninterrupted(whole, options):
     if "run" not in whole:
-        whole["run"] = train(dataclasses.replace(options, output=str(whole["folder"] / "run")))
+        began = time.monotonic()
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            whole["run"] = train(dataclasses.replace(options, output=str(whole["folder"] / "run")))
+        whole |= {"told": told.getvalue().splitlines(), "seconds": time.monotonic() - began}
     return whole["run"]
+
+
+def test_a_run_says_how_many_programs_it_compiles_and_how_long_each_took_before_its_first_step(uninterrupted, whole):
+    """One size of video in two regimes."""
+    told = whole["told"]
+    first = next(
+        i for i, line in enumerate(told) if line.startswith("step 0, validation") or "step 1 of 6: loss" in line
+    )
+    compiled = [line for line in told[:first] if "compil" in line or " of 3: " in line]
+    assert compiled[0] == (
+        "compiling 3 programs: 2 gradients (regimes of 1 size of video) and the update; validation's when it first runs"
+    )
+    took = [re.fullmatch(r"  (\d) of 3: (\d+) s", line) for line in compiled[1:]]
+    assert [match and match[1] for match in took] == ["1", "2", "3"]
+    assert sum(int(match[2]) for match in took if match) <= whole["seconds"] + 1.5  # each is rounded
 
 
 def test_a_run_writes_what_it_is_and_what_it_saw(uninterrupted, options):
@@ -178,6 +201,35 @@ def test_a_nan_stops_the_run_and_names_where_it_arose(options, monkeypatch):
         train(options)
     assert read_run(pathlib.Path(options.output)).steps() == [3]
     assert [line["step"] for line in lines(options.output) if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_a_nan_in_the_gradient_of_a_step_that_saves_leaves_the_checkpoint_before(uninterrupted, options, monkeypatch):
+    """Loss and forward are finite. With one checkpoint kept, a save would have removed the one that is good."""
+    own = dataclasses.replace(options, checkpoint=dataclasses.replace(options.checkpoint, keep=1))
+    gradient, calls = Programs.gradient, []
+
+    def poisoned(self, *args):
+        sums, micro = gradient(self, *args)
+        calls.append(micro)
+        if len(calls) == 12:  # the second microbatch of step 6
+            leaves = dict(flatten(sums))
+            leaves["blocks/mlp/up/kernel"] = leaves["blocks/mlp/up/kernel"].at[1, 2, 3].set(np.nan)
+            sums = unflatten(leaves)
+        return sums, micro
+
+    monkeypatch.setattr(Programs, "gradient", poisoned)
+    message = (
+        "NaN or inf at step 6 in the gradient of blocks/mlp/up/kernel, layer 1; step 3 is saved, the weights are as"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        train(own)
+    monkeypatch.undo()
+    run = pathlib.Path(own.output)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["3"]
+    assert max(line["step"] for line in lines(run)) == 5  # nor is anything seen or validated of it
+    train(own, resume=True)
+    assert lines(run, since=3) == lines(uninterrupted, since=3)
+    assert_same_weights(run, uninterrupted)
 
 
 def test_a_run_is_a_checkpoint_with_the_average_of_its_weights(uninterrupted, model):
