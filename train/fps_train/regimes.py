@@ -2,8 +2,9 @@
 
 One program a regime, one regime a microbatch. A regime is taken as often as the distribution of t says that its noise levels
 are, and t is then drawn from that distribution inside the regime's interval, so the loss has the distribution's own mean. The
-order of regimes is a low-discrepancy sequence: consecutive microbatches cover the regimes evenly, which takes most of the
-variance that drawing them at random would add to the gradient's moving averages.
+order of regimes is a low-discrepancy sequence: consecutive microbatches cover the regimes evenly. Drawn at random, regimes would
+add variance to the gradient's moving average; of that, with decay 0.9 and a microbatch a step, less than a quarter is left for what
+grows with progress and for regimes of a tenth of the microbatches or more, and of a rarer one less than four fifths.
 """
 
 import itertools
