@@ -123,9 +123,7 @@ def programs() -> dict[str, Callable[[], Any]]:
         rope = spec((2, math.prod(shape[2:]) // 4, dit.head_dim // 2), f32)
         context = jax.tree.map(lambda a: spec(a.shape, a.dtype), context)
         table = jax.tree.map(lambda a: spec(a.shape, f32), levels)
-        run = functools.partial(
-            denoise_block, config=dit, layout=layout, dtype=jnp.dtype(bf16), implementation="portable"
-        )
+        run = functools.partial(denoise_block, config=dit, layout=layout, dtype=jnp.dtype(bf16), implementation="auto")
         return compile_for_h200(run, params, inputs, cache, rope, context, table, spec((), f32), donate=2)
 
     return {
@@ -156,19 +154,19 @@ def programs() -> dict[str, Callable[[], Any]]:
 
 
 def block_roofline(
-    config: Any, height: int, width: int, window: int, frames: int = 3, passes: int = 5
+    config: Any, height: int, width: int, window: int, cache_bytes: int = 2, frames: int = 3, passes: int = 5
 ) -> dict[str, float]:
     """What a block of a full cache computes, and the seconds that takes at the GPU's dense bf16 peak: four steps and a clean pass.
 
     Two operations for each weight of a matrix and token, and 4 S K D for attention to K keys; text K and V are made once a prompt.
-    Weights and cache are read once a pass.
+    Weights and cache are read once a pass. cache_bytes: of a number in the cache.
     """
     tokens, keys = (n * (height // 16) * (width // 16) for n in (frames, window))
     dim, layers = config.dim, config.num_layers
     weights = layers * (6 * dim * dim + 2 * dim * config.mlp_dim)  # q k v o, cross q and o, MLP
     attended = 4 * tokens * (keys + config.text_len) * dim * layers
     flop = passes * (2 * weights * tokens + attended)
-    moved = passes * (2 * weights + 2 * 2 * keys * dim * layers)
+    moved = passes * (2 * weights + 2 * cache_bytes * keys * dim * layers)
     return {
         "tflop": round(flop / 1e12, 1),
         "read_gb": round(moved / 1e9, 1),
@@ -203,11 +201,12 @@ def main() -> None:
             "total_gb": round(total / 1e9, 3),
             "fits_h200": total < H200_BYTES,
             "cudnn_attention": "cudnn$fmha" in compiled.as_text(),
+            "hopper_kernel": "mosaic_gpu" in compiled.as_text(),
             "compile_s": round(time.time() - start, 1),
         }
         if name.startswith("block diffusion"):
             window = int(name.split("window ")[1].split(",")[0])
-            results[name] |= block_roofline(WAN_T2V_1_3B.dit, 480, 832, window)
+            results[name] |= block_roofline(WAN_T2V_1_3B.dit, 480, 832, window, 1 if "FP8" in name else 2)
         print(
             f"{name:68} {results[name]['total_gb']:8.2f} GB  ({results[name]['temporaries_gb']:.2f} temporary)",
             flush=True,

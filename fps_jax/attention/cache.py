@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from fps_jax.attention.attend import TokenAttention
@@ -206,6 +207,11 @@ class CacheLayout:
         return x
 
 
+def _row_major(tree: Any) -> Any:
+    """Arrays as they lie in memory. XLA for GPUs else has all layers' cache lie as a kernel wants one's: a second cache."""
+    return jax.tree.map(lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), tree)
+
+
 def _proposed_tile(grid: Shape3) -> Shape3:
     """The tile of least padding for one slot; of 64 tokens, half a block of the Hopper kernel, only where that saves much."""
 
@@ -236,11 +242,11 @@ class CachedAttention(TokenAttention):
         return self.where.block_layout(self.num_frames)
 
     def __call__(self, q: Array, k: Array, v: Array, /, *, layer: Array, taps: dict[str, Array] | None) -> Array:
-        where, own = self.where, self.where.kept(k, v)
+        where, own = self.where, _row_major(self.where.kept(k, v))
         if taps is not None:
             taps.update({name: x for name, x in own._asdict().items() if x is not None})
         # One operand for the kernel: the block's own lie where they will be kept, over frames that are no longer attended.
-        kept = jax.tree.map(lambda x: x[layer], self.cache)
+        kept = _row_major(jax.tree.map(lambda x: x[layer], self.cache))
         kept = where.write(kept, own, jnp.asarray(self.context.slots), axis=1)
         pattern = TilePattern.build(
             key_tiles=self.context.key_tiles,
