@@ -24,6 +24,7 @@ _RULES: tuple[tuple[re.Pattern[str], tuple[Any, ...]], ...] = tuple(
         (r"kernel$", (_SHARDS, None)),
     )
 )
+_BLOCK_MATRIX = re.compile(r"^blocks/.*/kernel$")
 
 
 def make_mesh(sizes: dict[str, int] | None = None, devices: list[Any] | None = None) -> Mesh:
@@ -56,6 +57,21 @@ def partition_spec(path: str, ndim: int) -> PartitionSpec:
         if pattern.search(path) and ndim >= len(axes):
             return PartitionSpec(*(None,) * (ndim - len(axes)), *axes)
     return PartitionSpec()
+
+
+def undivided(params: Params, mesh: Mesh) -> tuple[tuple[str, ...], int] | None:
+    """(axes, size): mesh axes that don't divide that dimension of one of the blocks' matrices; None where all are cut.
+
+    Such a matrix would be whole along them, and the blocks' matrices are nearly all of the weights.
+    """
+    for path, leaf in flatten(params):
+        if not _BLOCK_MATRIX.search(path):
+            continue
+        for axes, size in zip(partition_spec(path, len(leaf.shape)), leaf.shape, strict=True):
+            names = (axes,) if isinstance(axes, str) else axes or ()
+            if size % math.prod(mesh.shape[name] for name in names):
+                return tuple(name for name in names if mesh.shape[name] > 1), size
+    return None
 
 
 def param_shardings(params: Params, mesh: Mesh) -> Params:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.attention.sharded import ShardedAttention, on_mesh
-from fps_jax.config import DiTConfig
-from fps_jax.mesh import BATCH
+from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, DiTConfig
+from fps_jax.mesh import AXES, BATCH
 from fps_jax.models.dit import DENSE, build_dit, dit
 from fps_jax.models.params import abstract_params, flatten, init_params
-from fps_jax.models.sharding import make_mesh, param_shardings
+from fps_jax.models.sharding import make_mesh, param_shardings, undivided
 from fps_train import programs
 from fps_train.collectives import traffic
 from fps_train.config import FlowOptions, OptimizerOptions
@@ -213,11 +215,28 @@ def test_what_is_gathered_over_context_are_codes_in_fp8_and_what_is_summed_has_t
         ({"mesh": "fsdp=16", "batch_size": 16}, "takes 16 devices and there are 8; fsdp=8 takes all of them"),
         ({"mesh": "tensor=4"}, "tensor=4 does not divide the model's 2 heads"),
         ({"mesh": "context=3", "attention": "dense", "schedule": None}, "context=3 does not divide the 32 tokens"),
+        ({"mesh": "fsdp=6", "batch_size": 6}, "fsdp=6 does not divide the 32 rows or .* hold whole; use 4 or 8$"),
+        ({"mesh": "fsdp=2,context=3"}, "fsdp=2 x context=3 = 6 does not divide the 32 rows .*; use 4 or 8$"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(options, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(dataclasses.replace(options, **changes))
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes", "want"),
+    [
+        (WAN_T2V_14B, {"fsdp": 12}, (("fsdp",), 5120)),
+        (WAN_T2V_14B, {"fsdp": 8, "context": 8}, None),
+        (WAN_T2V_1_3B, {"fsdp": 20, "context": 2}, (("fsdp", "context"), 1536)),
+        (WAN_T2V_1_3B, {"fsdp": 48, "tensor": 2}, None),
+        (WAN_T2V_1_3B, {"tensor": 3}, (("tensor",), 8960)),
+    ],
+)
+def test_meshes_that_leave_a_real_model_s_matrices_whole_are_known(config, sizes, want):
+    mesh: Any = SimpleNamespace(shape=dict.fromkeys(AXES, 1) | sizes)  # more devices than there are here
+    assert undivided(abstract_params(build_dit(config.dit)), mesh) == want
 
 
 def test_the_peak_that_mfu_is_a_share_of_is_all_devices(options, monkeypatch):

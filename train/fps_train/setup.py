@@ -18,7 +18,7 @@ from fps_jax.config import DiTConfig, WanConfig
 from fps_jax.models.dit import build_dit, cast_params
 from fps_jax.models.init import init_dit_for_training
 from fps_jax.models.params import Params, abstract_params
-from fps_jax.models.sharding import make_mesh, param_shardings
+from fps_jax.models.sharding import make_mesh, param_shardings, undivided
 from fps_jax.sampling.request import default_flow_shift
 from fps_jax.sizes import Shape3, video_size
 from fps_train.batches import Batches
@@ -205,6 +205,17 @@ def _mesh(options: TrainConfig, dit: DiTConfig, grids: list[Shape3], devices: li
                 f"mesh={options.mesh!r}: context={sizes['context']} does not divide the {math.prod(grid)} tokens of "
                 f"grid {grid}, as dense attention needs; use a divisor, or a schedule, whose tiles are padded"
             )
+    found = undivided(abstract_params(build_dit(dit)), mesh)
+    if found is not None:
+        axes, size = found
+        devices_along = math.prod(sizes[axis] for axis in axes)
+        named = " x ".join(f"{axis}={sizes[axis]}" for axis in axes) + (f" = {devices_along}" if len(axes) > 1 else "")
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        nearest = [n for n in divisors if n < devices_along][-1:] + [n for n in divisors if n > devices_along][:1]
+        raise ValueError(
+            f"mesh={options.mesh!r}: {named} does not divide the {size} rows or columns of the blocks' matrices, which every "
+            f"device would then hold whole; use {' or '.join(map(str, nearest))}"
+        )
     return mesh
 
 
