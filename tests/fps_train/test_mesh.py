@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,8 @@ MESHES = [
 CONFIG = DiTConfig(
     task="t2v", dim=192, mlp_dim=96, num_heads=12, num_layers=2, text_dim=12, text_len=5, in_channels=4, out_channels=4, freq_dim=32
 )  # fmt: skip
-OPTIMIZER = OptimizerOptions(learning_rate=1e-3, warmup=0, clip=0.1, ema=0.5, eps=1e-3)  # eps: no division by noise
+# eps: no division by noise. learning_rate: what a step changes is large beside the last bits of what it changes.
+OPTIMIZER = OptimizerOptions(learning_rate=1.0, warmup=1, clip=0.1, ema=0.5, eps=1e-3)
 # Three tiles of (2, 4, 2): not a multiple of the context axis. In the last both axes' edges are cut.
 SCHEDULE = FPSSchedule(tile=(2, 3, 4), regimes=(Regime(until=1.0, scales_per_tile=1, window=(1, 1, 1)),))
 
@@ -63,11 +64,12 @@ def params():
     return jax.device_get(jax.jit(functools.partial(init_params, build_dit(CONFIG)))(jax.random.key(0)))
 
 
-def step(sizes, setting):
-    """The state after a step of two microbatches, the losses, and the gradient's norm."""
+def step(sizes, setting, **changes):
+    """What a step of two microbatches changes and keeps, by name, with the losses and the gradient's norm."""
     mesh = make_mesh(sizes)
     several = mesh if mesh.size > 1 else None
-    options = StepOptions(Parts(CONFIG, "float32"), FlowOptions(), mesh=several)
+    options = StepOptions(Parts(CONFIG, changes.get("dtype", "float32")), FlowOptions(), mesh=several)
+    options = dataclasses.replace(options, remat=changes.get("remat", "none"))
     make = functools.partial(init_state, options=OPTIMIZER, num_steps=10)
     shardings = state_shardings(jax.eval_shape(make, params()), mesh)
     state = jax.device_put(jax.jit(make)(params()), shardings)
@@ -87,40 +89,70 @@ def step(sizes, setting):
     state, seen = update(state, sums, jnp.stack(losses), options=OPTIMIZER, num_steps=10, mesh=several)
     for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert got.sharding.is_equivalent_to(want, got.ndim)
-    return jax.device_get((state, losses, seen.grad_norm))
+    assert state.step == 1
+    (adam,) = (part for part in state.optimizer if hasattr(part, "mu"))
+    found = {
+        "parameters": jax.tree.map(jnp.subtract, state.params, params()),
+        "average": jax.tree.map(jnp.subtract, state.ema, params()),
+        "first moments": adam.mu,
+        "second moments": adam.nu,
+        "gradient": sums,
+    }
+    return jax.device_get(({name: dict(flatten(tree)) for name, tree in found.items()}, losses, seen.grad_norm))
 
 
 on_one_device = functools.cache(functools.partial(step, None))
 
 
-@pytest.mark.parametrize(
-    ("setting", "sizes"),
-    # Data and fsdp alone leave samples whole, and attention as it is: "sparse" is "fps" without rounding there.
-    [("dense", sizes) for sizes in MESHES]
-    + [("sparse", sizes) for sizes in MESHES[2:]]
-    + [("fps", sizes) for sizes in MESHES]
-    + [("centered", MESHES[3])],
-    ids=lambda value: value if isinstance(value, str) else ",".join(f"{a}={n}" for a, n in value.items()),
-)
-def test_a_step_on_a_mesh_is_the_step_on_one_device(setting, sizes, capfd):
-    """Loss, norm, parameters, moments and average; AdamW, clipping and accumulation included.
+class Bar(NamedTuple):
+    """Relative L2 errors: of each leaf, and of all leaves of a kind (moments say) together. scalars: of losses and norm."""
 
-    In FP8 a value at the middle of two numbers may fall to either side where sums are taken in another order; a few did, and the
-    step as a whole is held to 1e-4 (measured: 8e-5 and 2e-5). So does the mean of the keys, which `center_k` takes off.
+    leaf: float
+    whole: float
+    scalars: float = 1e-5
+
+
+BARS = {
+    "exact": Bar(1e-5, 1e-5),
+    # A value at the middle of two numbers may fall to either side where sums are taken in another order; a few did, and so with the
+    # mean of the keys, which `center_k` takes off. Measured: 7e-5 of the whole step, 1.4e-3 of the smallest leaf behind the codes.
+    "FP8": Bar(5e-3, 1e-4),
+    # Held against float32. On one device bf16, half a unit of which is 2e-3, moves the whole by 5.3e-3, losses and norm by 5e-4 and
+    # the keys' bias, of which attention takes differences alone, by 2e-2.
+    "bf16": Bar(4e-2, 8e-3, 2e-3),
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "sizes", "changes", "bar"),
+    # Data and fsdp alone leave samples whole, and attention as it is: "sparse" is "fps" without rounding there.
+    [("dense", sizes, {}, "exact") for sizes in MESHES]
+    + [
+        ("sparse", MESHES[2], {}, "exact"),
+        ("sparse", MESHES[3], {"dtype": "bfloat16", "remat": "full"}, "bf16"),
+        ("sparse", MESHES[4], {"remat": "full"}, "exact"),
+    ]
+    + [("fps", sizes, {}, "FP8") for sizes in MESHES]
+    + [("centered", MESHES[3], {}, "FP8")],
+    ids=lambda value: ",".join(f"{a}={n}" for a, n in value.items()) if isinstance(value, dict) else None,
+)
+def test_a_step_on_a_mesh_is_the_step_on_one_device(setting, sizes, changes, bar, capfd):
+    """In float32 and without remat: what it changes of parameters and average, moments, summed gradient, losses and norm.
+
+    AdamW with weight decay, clipping and accumulation included.
     """
-    (state, losses, norm), (want, want_losses, want_norm) = step(sizes, setting), on_one_device(setting)
+    bar = BARS[bar]
+    (found, losses, norm), (want, want_losses, want_norm) = step(sizes, setting, **changes), on_one_device(setting)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err, "XLA gathered what it should share out"
-    np.testing.assert_allclose(losses, want_losses, rtol=1e-5)
-    np.testing.assert_allclose(norm, want_norm, rtol=1e-5)
-    if setting in ("fps", "centered"):
-        moved, wanted = (
-            np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, (of, params())), strict=True)])
-            for of in (state.params, want.params)
-        )
-        assert rel_l2(moved, wanted) <= 1e-4
-        return
-    for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(want), strict=True):
-        assert np.abs(got - wanted).max() <= 1e-5 * max(1e-3, np.abs(wanted).max())
+    assert want_norm > 10 * OPTIMIZER.clip, "clipped"
+    np.testing.assert_allclose(losses, want_losses, rtol=bar.scalars)
+    np.testing.assert_allclose(norm, want_norm, rtol=bar.scalars)
+    for kind, leaves in want.items():
+        for path, leaf in leaves.items():
+            # No leaf's gradient is 0 but for rounding: the keys' biases, which all keys share, go through norms and rotations
+            assert rel_l2(found[kind][path], leaf) <= bar.leaf, (kind, path)
+        got, wanted = (np.concatenate([leaf.ravel() for leaf in of[kind].values()]) for of in (found, want))
+        assert rel_l2(got, wanted) <= bar.whole, kind
 
 
 def test_with_one_sample_a_device_weights_stay_cut_and_so_do_their_gradients(capfd):
