@@ -2,6 +2,7 @@
 
     python -m benchmarks.cluster_plan [ROW ...]
     python -m benchmarks.cluster_plan --check       # the small row alone, against the committed one: part of make offline-gpu
+    python -m benchmarks.cluster_plan --traffic     # only the time of what is sent, of the committed rows, compiling nothing
 
 Each row is what `fps-train MODEL --plan h200:N` compiles: the real step of full fine-tuning with FPSAttention, a sample a device
 along data and fsdp, every regime of the default schedule. A row runs in a process of its own, and
@@ -23,7 +24,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fps_jax.errors import run_cli
+from fps_jax.files import write_json
 from fps_jax.mesh import AXES, BATCH, parse_mesh
+from fps_train.collectives import Traffic, seconds
 from fps_train.config import PRESETS
 from fps_train.described import parse_devices, prepare_process
 
@@ -165,6 +168,17 @@ def _in_a_process(row: Row) -> dict[str, Any]:
     return {**found, "involuntary_rematerializations": gathered, "wall_s": round(time.monotonic() - began)}
 
 
+def with_traffic_times(found: dict[str, Any], row: Row) -> dict[str, Any]:
+    """A row with the least time of what its programs send computed anew."""
+    kind, _ = parse_devices("h200")
+
+    def timed(program: dict[str, Any]) -> dict[str, Any]:
+        sent = [Traffic(t["kind"], tuple(t["axes"]), t["count"], t["bytes"]) for t in program["sent"]]
+        return {**program, "traffic_s": round(seconds(sent, row.sizes, kind), 3)}
+
+    return {**found, "programs": {name: timed(program) for name, program in found["programs"].items()}}
+
+
 def missed(row: Row, found: dict[str, Any]) -> list[str]:
     """Aims that a row misses: memory as the prototype's, a minute for a program."""
     wrong = [
@@ -232,6 +246,12 @@ def main(arguments: list[str]) -> int:
     done = json.loads(file.read_text())["rows"] if file.is_file() else {}
     if arguments == ["--check"]:
         return _check(done[_SMALL.name])
+    if arguments == ["--traffic"]:
+        committed = json.loads(file.read_text())
+        rows = {name: with_traffic_times(found, by_name[name]) for name, found in done.items()}
+        write_json({**committed, "rows": rows}, file)
+        print(table(rows))
+        return 0
     unknown = set(arguments) - set(by_name)
     if unknown:
         raise ValueError(f"{min(unknown)!r} is no row; there are {', '.join(map(repr, by_name))}")

@@ -11,11 +11,13 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fps_jax.mesh import AXES
 from fps_jax.models.sharding import make_mesh
 from fps_train import described
-from fps_train.cluster_plan import plan_setup, report
-from fps_train.collectives import Traffic, traffic
+from fps_train.cluster_plan import ClusterPlan, ProgramPlan, plan_setup, report
+from fps_train.collectives import Traffic, seconds, traffic
 from fps_train.described import KINDS, parse_devices, prepare_process
+from fps_train.memory import ProgramBytes
 from fps_train.programs import Programs
 from fps_train.setup import abstract_start, prepare, start
 
@@ -60,6 +62,46 @@ def test_a_collective_counts_once_for_each_round_of_its_loops():
 def test_bytes_are_those_of_a_ring(function, want):
     (only,) = traffic(compiled(function, PartitionSpec(), 16, 8), SIZES)
     assert only == want
+
+
+@pytest.mark.parametrize(
+    ("mesh", "kind", "axes", "speed"),
+    [
+        ({"fsdp": 8}, "all-gather", ("fsdp",), 450e9),
+        ({"fsdp": 8}, "collective-permute", (), 450e9),
+        # Axes in this order: the last ones are inside a node
+        ({"data": 2, "fsdp": 2, "context": 4, "tensor": 2}, "all-gather", ("context", "tensor"), 450e9),
+        ({"data": 2, "fsdp": 2, "context": 4, "tensor": 2}, "reduce-scatter", ("fsdp",), 50e9),
+        ({"data": 2, "fsdp": 2, "context": 4, "tensor": 2}, "all-reduce", ("data", "fsdp"), 50e9),
+        # Two of eight along fsdp share a node, and so two network cards
+        ({"fsdp": 8, "context": 4}, "all-gather", ("fsdp",), 100e9),
+        ({"fsdp": 8, "context": 4}, "all-to-all", ("fsdp",), 50e9),
+        ({"fsdp": 8, "context": 4}, "all-gather", ("fsdp", "context"), 400e9),
+        ({"fsdp": 8, "context": 4}, "all-gather", ("context",), 450e9),
+        ({"fsdp": 8, "context": 4}, "collective-permute", (), 50e9),
+        ({"context": 16}, "all-gather", ("context",), 400e9),
+        # Groups of three: some are inside a node, some not
+        ({"fsdp": 8, "context": 3}, "all-gather", ("context",), 50e9),
+    ],
+)
+def test_what_leaves_a_node_goes_over_the_network(mesh, kind, axes, speed):
+    rows = [Traffic(kind, axes, 3, 9e9), Traffic(kind, axes, 1, 1e9)]
+    whole = dict.fromkeys(AXES, 1) | mesh
+    assert seconds(rows, whole, KINDS["h200"]) == pytest.approx(10e9 / speed)
+    assert seconds([], whole, KINDS["h200"]) == 0
+
+
+def test_a_step_takes_its_regimes_by_their_shares_and_an_update():
+    def program(arithmetic, traffic, share):
+        return ProgramPlan(ProgramBytes(0, 0, 0, 0), (), (), arithmetic, traffic, share)
+
+    programs = {"a": program(1.0, 0.25, 0.75), "b": program(2.0, 0.5, 0.25), "update": program(0.0, 0.125, 0.0)}
+    plan = ClusterPlan(KINDS["h200"], 8, 10**12, 0, 0, 4 * 10**11, 2, programs)
+    want = 2 * (0.75 * 1.25 + 0.25 * 2.5) + 0.125 + (2 * 10**12 + 4 * 10**11) / 4.8e12
+    assert plan.step_seconds == pytest.approx(want)
+    line = next(line for line in report(plan).splitlines() if line.startswith("a step of 2 microbatches"))
+    assert ": 3.75 s, 0.267 steps/s, " in line
+    assert line.endswith("450 GB/s a GPU in a node of 8 and 50 GB/s a GPU out of it")
 
 
 def test_a_loop_of_unknown_length_around_a_collective_is_no_number():
@@ -114,6 +156,7 @@ def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4 for leaf in jax.tree.leaves(state.params)
     )
     assert [name.rpartition(" ")[2] for name in plan.programs] == ["regime0", "regime1", "update"]
+    assert sum(program.share for program in plan.programs.values()) == pytest.approx(1)
     sent = {(row.kind, row.axes) for row in plan.programs["2x4x4 tokens, regime0"].sent}
     assert ("all-gather", ("context",)) in sent, "keys and values come together"
     assert plan.total > plan.state

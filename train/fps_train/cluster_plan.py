@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import jax
 
-from fps_train.collectives import Traffic, traffic
+from fps_train.collectives import Traffic, seconds, traffic
 from fps_train.config import TrainConfig
-from fps_train.described import DeviceKind, described_devices
+from fps_train.described import NODE, DeviceKind, described_devices
 from fps_train.memory import ProgramBytes, program_bytes, shard_bytes
 from fps_train.plan import peak_flops
 from fps_train.programs import Programs
@@ -23,6 +23,7 @@ class ProgramPlan:
     """One compiled program. seconds: at least, by arithmetic and by traffic.
 
     Attributes:
+      share: of a run's microbatches; 0 for the update.
       kernels: the targets of its custom calls: cuDNN's, cuBLAS's, Pallas's.
     """
 
@@ -31,6 +32,7 @@ class ProgramPlan:
     kernels: tuple[str, ...]
     arithmetic_seconds: float = 0.0
     traffic_seconds: float = 0.0
+    share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class ClusterPlan:
       state, frozen: bytes a device that stay there.
       whole_state: bytes of one copy of the state.
       gradient: bytes a device of a step's gradient.
+      accumulate: microbatches of a step.
       total: bytes a device at the worst moment.
     """
 
@@ -50,11 +53,19 @@ class ClusterPlan:
     frozen: int
     whole_state: int
     gradient: int
+    accumulate: int
     programs: dict[str, ProgramPlan] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return self.state + self.frozen + max(p.size.more for p in self.programs.values())
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a mean step, if arithmetic ran at peak and traffic at full speed, one after the other; the update moves its state."""
+        micro = sum(p.share * (p.arithmetic_seconds + p.traffic_seconds) for p in self.programs.values())
+        moved = 2 * self.state + self.gradient
+        return self.accumulate * micro + self.programs["update"].traffic_seconds + moved / self.kind.bandwidth
 
     @property
     def fits(self) -> bool:
@@ -86,7 +97,7 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
     programs.compile(say)
     count, axes = setup.mesh.size, dict(setup.mesh.shape)
     peak = peak_flops(setup.mesh.devices.flat[0])
-    flops = programs.flops()
+    flops, shares = programs.flops(), programs.shares()
     state, params, frozen = map(shard_bytes, (begun.state, begun.state.params, (begun.frozen, begun.teacher)))
     found = {}
     for name, program in programs.compiled().items():
@@ -97,10 +108,11 @@ def plan_setup(setup: Setup, kind: DeviceKind, say: Callable[[str], None]) -> Cl
             sent,
             tuple(sorted(set(re.findall(r'custom_call_target="([^"]+)"', text)))),
             flops.get(name, 0.0) / (count * peak) if peak else 0.0,
-            sum(row.sent for row in sent) / kind.link,
+            seconds(sent, axes, kind),
+            shares.get(name, 0.0),
         )
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(begun.state))
-    return ClusterPlan(kind, count, state, frozen, whole, params, found)
+    return ClusterPlan(kind, count, state, frozen, whole, params, setup.options.accumulate, found)
 
 
 def report(plan: ClusterPlan) -> str:
@@ -123,8 +135,15 @@ def report(plan: ClusterPlan) -> str:
         if program.arithmetic_seconds:
             lines.append(
                 f"  at least {program.arithmetic_seconds:.2f} s of arithmetic at bf16 peak, "
-                f"{program.traffic_seconds:.2f} s of traffic at {plan.kind.link / 1e9:.0f} GB/s"
+                f"{program.traffic_seconds:.2f} s of traffic"
             )
+    if any(program.arithmetic_seconds for program in plan.programs.values()):
+        times = f"{plan.accumulate} microbatch{'es' * (plan.accumulate > 1)}"
+        lines.append(
+            f"a step of {times}, regimes by their shares, and the update: {plan.step_seconds:.2f} s, "
+            f"{1 / plan.step_seconds:.3g} steps/s, with arithmetic at peak and traffic one after the other; traffic at "
+            f"{plan.kind.link / 1e9:.0f} GB/s a GPU in a node of {NODE} and {plan.kind.network / 1e9:.0f} GB/s a GPU out of it"
+        )
     room = f"of {gb(plan.kind.memory)}"
     verdict = (
         "fits" if plan.fits else "does not fit: a larger fsdp or context, --remat full, or --preset lora needs less"

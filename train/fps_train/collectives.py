@@ -1,11 +1,13 @@
-"""What a compiled program sends between devices: every collective, as often as the loops around it go round."""
+"""What a compiled program sends between devices, and how long that takes: every collective, as often as its loops go round."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
+from fps_train.described import NODE, DeviceKind
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "f4e2m1fn": 4}  # of a type's name the first number is its bits, but for these
@@ -48,6 +50,34 @@ def traffic(text: str, mesh: Mapping[str, int]) -> list[Traffic]:
         counted[1] += times * _sent(kind, line, len(group))
     rows = [Traffic(kind, axes, int(count), sent) for (kind, axes), (count, sent) in found.items()]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def seconds(rows: Iterable[Traffic], mesh: Mapping[str, int], kind: DeviceKind) -> float:
+    """Least time of these one after the other, on nodes of eight in which devices are numbered one after the other.
+
+    A ring through several nodes leaves each as often as it has a network card there: with all eight GPUs of a node in it, what one
+    sends goes out by all eight cards, and with one by its own. Pairs, and an all-to-all, have their own alone.
+    """
+
+    def speed(row: Traffic) -> float:
+        near = _in_a_node(row.axes, mesh)
+        if near is None:
+            return kind.link
+        return min(kind.link, kind.network * (1 if row.kind in ("collective-permute", "all-to-all") else near))
+
+    return sum((row.sent / speed(row) for row in rows), 0.0)
+
+
+def _in_a_node(axes: tuple[str, ...], mesh: Mapping[str, int]) -> int | None:
+    """Devices of a group along these axes that share a node, the fewest; None where no group leaves one."""
+    ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
+    if not axes:  # no whole axes: which devices isn't known
+        return None if ids.size <= NODE else 1
+    along = [list(mesh).index(axis) for axis in axes]
+    nodes = np.moveaxis(ids // NODE, along, range(len(along))).reshape(math.prod(mesh[axis] for axis in axes), -1)
+    if (nodes == nodes[0]).all():
+        return None
+    return min(int(np.unique(group, return_counts=True)[1].min()) for group in nodes.T)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

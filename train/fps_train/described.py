@@ -24,17 +24,26 @@ _CONFIG = """gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}" """
-_NODE = 8  # GPUs that NVLink joins
+NODE = 8  # GPUs that NVLink joins
 
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """A GPU by its datasheet. memory: bytes. bandwidth: bytes/s of it. link: bytes/s that a GPU sends within a node of eight."""
+    """A GPU by its datasheet.
+
+    Attributes:
+      memory: bytes.
+      bandwidth: bytes/s of it.
+      link: bytes/s that a GPU sends within a node of eight.
+      network: bytes/s that a GPU sends to other nodes: a network card of 400 Gbit/s for each, as NVIDIA's DGX H100 and H200 have
+        them. Rented nodes may have less.
+    """
 
     name: str
     memory: int
     bandwidth: int
     link: float = 450e9
+    network: float = 50e9
 
     @property
     def target_config(self) -> str:
@@ -53,8 +62,8 @@ def parse_devices(text: str) -> tuple[DeviceKind, int]:
     count = count or "1"
     if name not in KINDS or not (count.isascii() and count.isdigit()) or int(count) < 1:
         raise ValueError(f"devices={text!r} is no kind and number; give one of {', '.join(KINDS)}, as in h200:8")
-    if int(count) > _NODE and int(count) % _NODE:
-        raise ValueError(f"devices={text!r}: {count} is no whole number of nodes of {_NODE}; give a multiple")
+    if int(count) > NODE and int(count) % NODE:
+        raise ValueError(f"devices={text!r}: {count} is no whole number of nodes of {NODE}; give a multiple")
     return KINDS[name], int(count)
 
 
@@ -85,6 +94,6 @@ def described_devices(kind: DeviceKind, count: int = 1) -> list[Any]:
     """`count` devices of a kind, node by node; for meshes and shardings of programs that are compiled only."""
     from jax.experimental import topologies
 
-    topology = f"1x{count}x1" if count <= _NODE else f"{count // _NODE}x{_NODE}x1"
+    topology = f"1x{count}x1" if count <= NODE else f"{count // NODE}x{NODE}x1"
     found = topologies.get_topology_desc(platform="cuda", target_config=kind.target_config, topology=topology)
     return list(found.devices)

@@ -86,6 +86,17 @@ class Programs:
             for name, ((bucket, _), regime) in self._first_regimes().items()
         }
 
+    def shares(self) -> dict[str, float]:
+        """Of a run's microbatches, by the names of `compiled`; the update has none."""
+        sizes = dict(zip(self._setup.buckets, self._setup.data.buckets, strict=True))
+        samples = sum(bucket.num_samples for bucket in sizes.values())
+        return {
+            name: sizes[bucket].num_samples
+            / samples
+            * sum(r.probability for r in bucket.regimes if r.attention == attention)
+            for name, ((bucket, attention), _) in self._first_regimes().items()
+        }
+
     def _first_regimes(self) -> dict[str, tuple[tuple[BucketPlan, TokenAttention], TrainingRegime]]:
         found = {}
         for bucket, attention in self._gradients:
