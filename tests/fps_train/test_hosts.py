@@ -4,15 +4,12 @@ A run of two processes is asked to stop, and one process goes on from there. Ano
 of them is killed.
 """
 
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,91 +32,9 @@ from fps_train.metrics import read_metrics
 from tests.fps_train.models import CONFIG
 from tests.fps_train.one_of_several import JOINED, state_hash, tell
 from tests.fps_train.sample_data import write_data
+from tests.fps_train.several import PATIENCE, ROOT, Several, own_lines, steps
 
-ROOT = pathlib.Path(__file__).parents[2]
-# Seconds. A busy machine takes minutes to compile what takes seconds alone.
-PATIENCE = 600
 LOST = "error: another process of this run ended or can't be reached"
-
-
-class Several:
-    """Processes of one run: fps-train with these arguments each, and those that tell them of each other."""
-
-    def __init__(self, folder: pathlib.Path, *arguments: list[str], count: int = 0, timeout: int = PATIENCE):
-        folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        paths = os.pathsep.join(str(ROOT / part) for part in ("", "train", "convert"))
-        environment = os.environ | {
-            "PYTHONPATH": paths,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        self.processes, self.folder = [], folder
-        for number, own in enumerate(arguments):
-            number = number if len(arguments) > 1 else count - 1  # alone, the last of `count`
-            with (folder / f"out{number}").open("wb") as out, (folder / f"err{number}").open("wb") as err:
-                command = [
-                    sys.executable, "-m", "tests.fps_train.one_of_several", *own, f"--hosts.process-id={number}",
-                    f"--hosts.coordinator-address=127.0.0.1:{port}", f"--hosts.num-processes={count or len(arguments)}",
-                    f"--hosts.timeout={timeout}",
-                ]  # fmt: skip
-                self.processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
-                )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-    def wait(self, seconds: float = PATIENCE) -> list[int]:
-        """Exit statuses."""
-        until = time.monotonic() + seconds
-        return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
-
-    def until_step(self, run: pathlib.Path, step: int) -> None:
-        """Waits until the run has done that step."""
-        until = time.monotonic() + PATIENCE
-        while max(steps(run), default=0) < step:
-            assert all(p.poll() is None for p in self.processes), self.said()
-            assert time.monotonic() < until, self.said()
-            time.sleep(0.1)
-
-    def said(self) -> list[str]:
-        """What each wrote to stderr."""
-        time.sleep(0.3)  # the last words come through a process of their own
-        return [file.read_text() for file in sorted(self.folder.glob("err*"))]
-
-    def told(self) -> dict[tuple[str, int], set[str]]:
-        """What `one_of_several` says, of all processes."""
-        found: dict[tuple[str, int], set[str]] = {}
-        for file in self.folder.glob("out*"):
-            for what, step, value in re.findall(
-                r"^(saved|average|restored|read) (\d+) (\w+)$", file.read_text(), re.MULTILINE
-            ):
-                found.setdefault((what, int(step)), set()).add(value)
-        return found
-
-
-def own_lines(said: str) -> list[str]:
-    """Of stderr, without that it starts, which a busy machine hears, and that it has joined."""
-    return re.sub(rf"^(starting \.\.\. \d+ s\n|{JOINED})", "", said, flags=re.MULTILINE).splitlines()
-
-
-def steps(run: pathlib.Path) -> dict[int, dict]:
-    """The lines of a run's steps, as far as they are written."""
-    file = pathlib.Path(run) / "metrics.jsonl"
-    content = file.read_text() if file.exists() else ""
-    lines = map(json.loads, content[: content.rfind("\n") + 1].splitlines())
-    return {line["step"]: line for line in lines if "loss" in line}
 
 
 def validation(run: pathlib.Path) -> dict[int, float]:
@@ -160,15 +75,15 @@ def adapters(options: TrainConfig, folder: pathlib.Path) -> TrainConfig:
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
-    ("change", "rows", "bar", "killed"),
+    ("change", "rows", "bar", "asked", "killed"),
     # Rounded to FP8, what differs in a last bit may differ by a step of e4m3
-    [(weights, "2", 1e-6, 1), (adapters, "4", 1e-4, 0)],
+    [(weights, "2", 1e-6, (1,), 1), (adapters, "4", 1e-4, (0, 1), 0)],
     ids=["all weights, fsdp, tensor, accumulation", "adapters, FPSAttention, context"],
 )
-def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypatch, change, rows, bar, killed):
+def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypatch, change, rows, bar, asked, killed):
     """Losses, norms and validation are one process's (gloo sums in another order), states are restored bit for bit.
 
-    killed: which of two; process 0 holds what tells the others of a death.
+    asked: which of two get a SIGTERM; under Slurm it is all. killed: which one; process 0 holds what tells the others of a death.
     """
     shared = change(shared, tmp_path)
     told: list[tuple[str, int, str]] = []
@@ -179,11 +94,12 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
     train(alone, show=False)
     ((_, saved, saved_hash),) = [words for words in told if words[0] == "saved"]
 
-    # Two processes from the start; one of them is asked to stop.
+    # Two processes from the start; asked to stop.
     mine = words(shared, tmp_path)
     with Several(tmp_path / "first", mine, mine) as two:
         two.until_step(tmp_path / "run", 4)
-        two.processes[1].send_signal(signal.SIGTERM)
+        for number in asked:
+            two.processes[number].send_signal(signal.SIGTERM)
         assert two.wait() == [0, 0], two.said()
         lead, other = two.said()
         first = two.told()
@@ -225,6 +141,39 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
     for step in range(4, stopped + 2):
         got, want = steps(tmp_path / "alone")[step]["loss"], steps(tmp_path / "run")[step]["loss"]
         np.testing.assert_allclose(got, want, rtol=1e-3)
+
+
+@pytest.mark.multiprocess
+def test_processes_that_slurm_started_find_each_other_and_process_0_may_be_asked_to_stop(shared, tmp_path):
+    """It both holds the runtime's service and is told by it."""
+    shared = dataclasses.replace(shared, validation=dataclasses.replace(shared.validation, every=0))
+    mine = words(shared, tmp_path, "--hosts.detect")
+    with Several(tmp_path / "asked", mine, mine, slurm=True) as two:
+        two.until_step(tmp_path / "run", 1)
+        two.processes[0].send_signal(signal.SIGTERM)
+        assert two.wait() == [0, 0], two.said()
+        (stopped,) = read_run(tmp_path / "run").steps()
+        assert f"stopped by signal 15 after step {stopped}, which is saved" in two.said()[0]
+        assert len(two.told()["saved", stopped]) == 1, "the same state"
+        assert two.told()["read", 0] == {"2"}  # of a microbatch of four
+
+
+def test_outside_of_a_slurm_step_nothing_is_found(tmp_path):
+    """In a batch script, which srun did not start, the job is known and the step isn't."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "JAX_PLATFORMS": "cpu"}
+    program = "from fps_train.commands.train import main; main()"
+    command = [sys.executable, "-c", program, "model", "--data", "data", "--output", "run"]
+    paths = os.pathsep.join(str(ROOT / part) for part in ("", "train", "convert"))
+    found = subprocess.run(
+        [*command, "--hosts.detect"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths} | job, capture_output=True,
+        text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert found.returncode == 2
+    (line,) = own_lines(found.stderr)
+    assert line.startswith("error: hosts.detect found no Slurm step, Open MPI or Kubernetes job (")
+    assert line.endswith(
+        "); start with srun or mpirun, or give --hosts.coordinator-address, --hosts.num-processes and --hosts.process-id"
+    )
 
 
 @pytest.mark.multiprocess
