@@ -24,8 +24,8 @@ _ROUNDS = 3
 def step(toy: bool, *, regime: int | None) -> Iterator[dict[str, Any] | None]:
     """One step of T2V-1.3B on one sample of 480 x 832 x 81, by `fps-train`'s preset 'paper': the gradient and the update.
 
-    regime: of the default schedule; None for dense attention (cuDNN, forward and backward). FPSAttention's backward is plain XLA
-    until it has a kernel.
+    regime: of the default schedule; None for dense attention (cuDNN, forward and backward). FPSAttention is slow in the backward,
+    plain XLA until its kernel exists.
     """
     from fps_train.batch import Batch
     from fps_train.config import PRESETS

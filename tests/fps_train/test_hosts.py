@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +21,6 @@ import pytest
 from fps_jax.attention.schedule import FPSSchedule, Regime
 from fps_jax.checkpoints.runs import read_run
 from fps_jax.errors import parse
-from fps_jax.models.sharding import make_mesh
 from fps_train import hosts, loop
 from fps_train.commands.train import Train
 from fps_train.config import CheckpointOptions, LoraOptions, TrainConfig
@@ -320,16 +318,3 @@ def test_the_page_s_scripts_give_options_that_there_are():
     assert (kubernetes.num_processes, kubernetes.process_id) == (2, 1)
     assert {options.mesh for options in found} == {"fsdp=4,context=4"}
     assert all(options.resume for options in found)
-
-
-def test_devices_that_stay_idle_in_another_process_are_no_mesh(monkeypatch):
-    class Device(NamedTuple):
-        process_index: int
-        id: int
-
-    there = [Device(p, 2048 * p + i) for p in (1, 0) for i in range(2)]
-    monkeypatch.setattr(jax, "devices", lambda: there)
-    with pytest.raises(
-        ValueError, match="mesh='fsdp=2' takes 2 devices and there are 4 in 2 processes; fsdp=4 takes all of"
-    ):
-        make_mesh({"fsdp": 2})
