@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fps_jax.mesh import AXES
 from fps_jax.models.sharding import make_mesh
-from fps_train import described
+from fps_train import cluster_plan, described
 from fps_train.cluster_plan import ClusterPlan, ProgramPlan, plan_setup, report
 from fps_train.collectives import Traffic, seconds, traffic
 from fps_train.described import KINDS, parse_devices, prepare_process
@@ -137,7 +137,8 @@ def test_sizes_of_videos_stand_for_data_that_nobody_has(meshed):
         assert a is None or (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
-def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):
+def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed, monkeypatch):
+    monkeypatch.setattr(cluster_plan, "peak_flops", lambda _: 1e12)
     setup = prepare(meshed)
     plan = plan_setup(setup, KINDS["h200"], lambda _: None)
     state = start(setup).state
@@ -163,6 +164,7 @@ def test_a_plan_counts_every_byte_of_the_state_and_says_whether_it_fits(meshed):
     assert plan.fits
     said = report(plan)
     assert "all-gather along context: " in said
+    assert f"\na step of {meshed.accumulate} microbatches, regimes by their shares, and the update: " in said
     assert said.endswith("of 151.4 GB: fits")
     small = dataclasses.replace(plan, kind=dataclasses.replace(plan.kind, memory=plan.total))
     assert "does not fit: a larger fsdp or context" in report(small)
