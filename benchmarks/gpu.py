@@ -203,8 +203,8 @@ def run_call(chosen: Sequence[Family], gpu: str | None, command: str, *, budget:
         write_tuned_table(best, path=path)
         print(f"written: {path} (copy it to pallas_kernels/ to ship it)")
     results.save()
-    print(table(results))
     print(f"written: {results.path}")
+    print(table(results))
 
 
 if __name__ == "__main__":

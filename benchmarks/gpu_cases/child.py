@@ -89,6 +89,12 @@ def main() -> None:
             parts = error
         waiting.append((case["name"], parts, time.monotonic() - start))
         say({"prepared": case["name"]})
+    if not toy and "jax" in sys.modules and "torch" not in sys.modules:  # whose memory jax would take
+        import jax
+
+        if jax.default_backend() != "gpu":
+            # CUDA's plugin failed, which jax warns of and goes on: a CPU must not be timed in the GPU's place.
+            sys.exit(f"jax runs on {jax.default_backend()}, not on a GPU: its CUDA plugin is missing or broken")
     say({"ready": True})
     turn = sys.stdin.readline()
     if not turn:

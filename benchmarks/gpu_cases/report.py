@@ -5,7 +5,11 @@ from typing import Any
 
 from benchmarks.gpu_cases.results import NOT_MEASURED, Results
 
-_ROWS = 40  # lines of the table, so that the end of a log holds it
+_LINES = 40  # of the table, its head and what is left out of it: `tail -40` of a log shows all
+_SHARES = {
+    **{"tensor_any": "tensor cores", "special": "special functions", "issue": "issue slots"},
+    **{"shared": "shared memory", "l2": "L2"},
+}
 
 
 def seconds_of(record: dict[str, Any]) -> float | None:
@@ -80,7 +84,7 @@ def _rows(results: Results) -> Iterator[str]:
 
 
 def table(results: Results) -> str:
-    """Bandwidths, correctness and everything that failed; last, where the end of a log shows them, at most 40 lines of speed."""
+    """Bandwidths, correctness and everything that failed; last, where the end of a log shows them, 40 lines of speed at most."""
     latest = results.latest()
     lines = ["", f"On a GPU: {NOT_MEASURED} (toy sizes, interpret mode)" if results.toy else "On a GPU"]
     for name, r in latest.items():
@@ -89,6 +93,8 @@ def table(results: Results) -> str:
                 rate = p.get("GB_s", p["TB_s"] * 1e3 if isinstance(p.get("TB_s"), float) else p.get("TB_s"))
                 share = f", {_number(p['share_of_copy'], '.0%')} of copy" if "share_of_copy" in p else ""
                 lines.append(f"{name}, {p['part']}: {_number(rate, '.0f')} GB/s{share}")
+            if shares := [f"{what} {p[key]:.0f}%" for key, what in _SHARES.items() if isinstance(p.get(key), float)]:
+                lines.append(f"{name}, busy: {', '.join(shares)}")
             if "not available" in p:
                 lines.append(f"{name}: not available: {' '.join(str(p['not available']).split())[:70]}")
     right = sum(p.get("ok") is True for r in latest.values() for p in r["parts"])
@@ -109,7 +115,8 @@ def table(results: Results) -> str:
     if rows:
         lines += ["", f"{'case':52} {'ok':5} {'ms':>12} {'TFLOP/s':>12} {'ratio':>6} {'expected':>10}"]
         # Most valuable first, as the plan has them.
-        lines += rows[:_ROWS]
-        if len(rows) > _ROWS:
-            lines.append(f"({len(rows) - _ROWS} more in {results.path.name})")
+        shown = len(rows) if len(rows) < _LINES else _LINES - 2
+        lines += rows[:shown]
+        if shown < len(rows):
+            lines.append(f"({len(rows) - shown} more in {results.path.name})")
     return "\n".join(lines)

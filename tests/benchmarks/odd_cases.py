@@ -12,6 +12,13 @@ def good(toy: bool, *, seconds: float = 1.5):
     yield {"part": "good", "ok": True, "seconds": seconds}
 
 
+def on_jax(toy: bool):
+    import jax
+
+    yield None
+    yield {"part": "good", "ok": True, "on": jax.default_backend()}
+
+
 def wrong(toy: bool):
     yield None
     yield {"part": "bad", "ok": False, "rel_l2": float("nan")}

@@ -86,12 +86,36 @@ def test_ratios_are_to_the_fastest_dense_attention_of_the_same_call_and_size(tmp
     assert row(results, "case") == ["ok", "ms", "TFLOP/s", "ratio", "expected"]
 
 
-def test_the_table_has_forty_rows_at_most_the_most_valuable_first(tmp_path):
+def test_the_last_forty_lines_are_the_table_the_most_valuable_first(tmp_path):
     results = results_of(tmp_path, *(record(f"timed {i}", timed(1.0)) for i in range(50)))
-    lines = report.table(results).splitlines()
-    shown = [line.split()[1] for line in lines if line.startswith("timed ")]
-    assert shown == [str(i) for i in range(40)]
-    assert lines[-1] == "(10 more in gpu.json)"
+    lines = report.table(results).splitlines()[-40:]
+    assert lines[0].split() == ["case", "ok", "ms", "TFLOP/s", "ratio", "expected"]
+    assert [line.split()[1] for line in lines[1:-1]] == [str(i) for i in range(38)]
+    assert lines[-1] == "(12 more in gpu.json)"
+
+
+def test_a_table_that_has_forty_lines_leaves_nothing_out(tmp_path):
+    results = results_of(tmp_path, *(record(f"timed {i}", timed(1.0)) for i in range(39)))
+    lines = report.table(results).splitlines()[-40:]
+    assert [line.split()[:2] for line in (lines[0], lines[1], lines[-1])] == [
+        ["case", "ok"],
+        ["timed", "0"],
+        ["timed", "38"],
+    ]
+
+
+def test_what_the_counters_say_is_printed(tmp_path):
+    part = {
+        "part": "launch",
+        "seconds": 0.1,
+        "tensor_any": 53.03,
+        "special": 51.57,
+        "tensor": 1.6,
+        "issue": "not counted",
+    }
+    assert "counters 1.00, busy: tensor cores 53%, special functions 52%\n" in report.table(
+        results_of(tmp_path, record("counters 1.00", part))
+    )
 
 
 def test_of_a_sweep_the_fastest_right_config_is_shown_and_every_wrong_one(tmp_path):

@@ -135,12 +135,21 @@ def test_children_get_their_platform_their_family_s_environment_and_a_place_for_
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     toy = call(results, odd("toy", "environment"), environment={"OF_THE_FAMILY": "yes"})["toy"]
     assert toy["parts"][0] == {"part": "environment", "platforms": "cpu", "own": "yes", "cache": None}
-    # A plugin that is broken must not have a CPU timed in the GPU's place: cuda first, which then has to be there.
+    # CUDA where there is a plugin; host callbacks need the CPU as well.
     gpu = call(results, odd("gpu", "environment"), toy=False)["gpu"]
     cache = str(pathlib.Path(tempfile.gettempdir()) / "fps_benchmarks_xla")
     assert gpu["parts"][0] == {"part": "environment", "platforms": "cuda,cpu", "own": None, "cache": cache}
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "comes/back")
     assert call(results, odd("again", "environment"), toy=False)["again"]["parts"][0]["cache"] == "comes/back"
+
+
+def test_a_cpu_is_not_timed_in_the_gpu_s_place(results):
+    """Without a plugin, or with a broken one, jax falls back on the CPU."""
+    assert call(results, odd("toy", "on_jax"))["toy"]["parts"][0]["on"] == "cpu"
+    failed = call(results, odd("gpu", "on_jax"), toy=False)["gpu"]
+    assert failed["failed"] == "in preparation: exit status 1"
+    assert "jax runs on cpu, not on a GPU" in failed["error_tail"]
+    assert failed["parts"] == []
 
 
 def test_the_file_is_whole_after_each_case_and_says_in_words_what_is_not_finite(results):
