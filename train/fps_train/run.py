@@ -39,16 +39,26 @@ def start_run(
     check_new(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _STARTING).touch()
+    _clear(directory)
+    # Where all weights are trained, none are anybody's base any more.
+    base = options.init_from if options.init_from is not None and parts.freezes else options.model
+    try:
+        options.save(directory / _CONFIG)
+        if schedule is not None:
+            schedule.save(directory / SCHEDULE)
+        write_json(_record(options, model, parts, schedule, data, base), directory / _RECORD)
+    except BaseException:  # a full disk, say: nothing stays of it
+        _clear(directory)
+        (directory / _STARTING).unlink()
+        raise
+    (directory / _STARTING).unlink()
+
+
+def _clear(directory: pathlib.Path) -> None:
+    """Removes what a start that came to no end has written, but for its mark."""
     for left in directory.iterdir():
         if left.name != _STARTING:
             left.unlink()
-    options.save(directory / _CONFIG)
-    if schedule is not None:
-        schedule.save(directory / SCHEDULE)
-    # Where all weights are trained, none are anybody's base any more.
-    base = options.init_from if options.init_from is not None and parts.freezes else options.model
-    write_json(_record(options, model, parts, schedule, data, base), directory / _RECORD)
-    (directory / _STARTING).unlink()
 
 
 def check_new(directory: pathlib.Path) -> None:
