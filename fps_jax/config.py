@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from fps_jax.causal import CausalConfig
-from fps_jax.choices import Preset, check_choice
+from fps_jax.choices import CausalPreset, Preset, check_choice
 from fps_jax.sizes import PATCH
 
 Task = Literal["t2v", "i2v", "flf2v"]
@@ -296,6 +296,7 @@ def _dit_14b(task: Task, **changes) -> DiTConfig:
     return DiTConfig(task=task, dim=5120, mlp_dim=13824, num_heads=40, num_layers=40, **changes)
 
 
+PRESET_MODEL = "Wan2.1-T2V-1.3B"  # of all causal presets
 WAN_T2V_1_3B = WanConfig(dit=DiTConfig(task="t2v", dim=1536, mlp_dim=8960, num_heads=12, num_layers=30))
 WAN_T2V_14B = WanConfig(dit=_dit_14b("t2v"))
 # One architecture for the 480P and the 720P model; the shift goes by the frame size (wan/image2video.py).
@@ -307,3 +308,13 @@ WAN_FLF2V_14B = WanConfig(
     image_encoder=ImageEncoderConfig(),
     flow_shift=16.0,
 )
+
+
+def check_preset_size(preset: CausalPreset, dit: DiTConfig) -> None:
+    """Raises ValueError for a DiT that is larger than the one that the models of all causal presets were made from."""
+    most = WAN_T2V_1_3B.dit
+    if dit.dim > most.dim or dit.num_layers > most.num_layers:
+        raise ValueError(
+            f"preset={preset!r} is of {PRESET_MODEL}, and this DiT has {dit.num_layers} layers of width {dit.dim}; leave it out, "
+            "and give CausalPipeline.from_pretrained a CausalConfig"
+        )

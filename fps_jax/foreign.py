@@ -67,6 +67,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "end_image": ("last_image", ""),
 }
 
+# Names that stand for nothing where a causal model makes blocks, ours among them.
+_DISTILLED = ("", "guidance is distilled into the model, and each step is one pass")
+_OF_STREAMS = {"guidance_scale": _DISTILLED, "negative_prompt": _DISTILLED}
+
 
 def answer(name: str, near: Iterable[str] = ()) -> str | None:
     """What to use in Python in place of a name, or the one of `near` that is nearest; None where none is."""
@@ -77,21 +81,43 @@ def answer(name: str, near: Iterable[str] = ()) -> str | None:
     return f"did you mean {close[0]}?" if close else None
 
 
+def stream_answer(name: str, ours: Collection[str]) -> str | None:
+    """As `answer`, for a stream, whose arguments are `ours`: what stands for a name is among them, or isn't said."""
+    here, remark = _here(name, stream=True)
+    if here is None:
+        return answer(name, ours)
+    if not here:
+        return f"leave it out: {remark}"
+    return f"use {here}" if here in ours else None
+
+
 def option_answer(option: str, ours: Collection[str]) -> str | None:
     """What to use in place of an option; None where it is unknown, or what stands for it is none of a command's, `ours`."""
-    here, remark = FOREIGN.get(option.lstrip("-").replace("-", "_"), (None, ""))
     if "model" not in ours:  # a command that doesn't sample
         return None
+    here, remark = _here(option.lstrip("-").replace("-", "_"), stream="kv_cache" in ours)
     if here is None or (here and here not in ours):
         return None
     # What is said of a name of ours is about Python, as is a way to say a value.
     return f"use --{here.replace('_', '-')}" if here else f"leave it out: {remark}"
 
 
+def _here(name: str, *, stream: bool) -> tuple[str | None, str]:
+    """What stands for a name, and what is to be said of it: None where it is unknown, '' where there is nothing to give."""
+    here, remark = FOREIGN.get(name, (None, ""))
+    return _OF_STREAMS.get(here or name, (here, remark)) if stream else (here, remark)
+
+
 def check_no_foreign(foreign: Iterable[str], where: str, near: Iterable[str] = ()) -> None:
     """Raises TypeError for keywords that `where` doesn't have, answered with ours."""
     for name in foreign:
         raise TypeError(f"{name} is no argument of {where}{_said(answer(name, near))}")
+
+
+def check_no_foreign_of_stream(foreign: Iterable[str], ours: Collection[str]) -> None:
+    """Raises TypeError for keywords that a stream doesn't have, answered with `ours`, or why there is none."""
+    for name in foreign:
+        raise TypeError(f"{name} is no argument of a stream{_said(stream_answer(name, ours))}")
 
 
 def no_attribute(owner: Any, name: str) -> AttributeError:

@@ -6,9 +6,7 @@ from fps_convert.single_files import Given
 from fps_convert.source import Source
 from fps_jax.checkpoints.format import is_checkpoint
 from fps_jax.choices import CausalPreset
-from fps_jax.config import WAN_T2V_1_3B
-
-_NAME = "Wan2.1-T2V-1.3B"
+from fps_jax.config import PRESET_MODEL, check_preset_size
 
 
 def check_preset(preset: CausalPreset, source: Source, given: Given) -> None:
@@ -16,14 +14,12 @@ def check_preset(preset: CausalPreset, source: Source, given: Given) -> None:
 
     A DiT that was given is held against the directory's own, as far as that has a config.json: they should be of one model.
     """
-    dit, most = source.config.dit, WAN_T2V_1_3B.dit
+    dit = source.config.dit
     if dit.task != "t2v":
-        raise ValueError(f"preset={preset!r} is of {_NAME}, and {source.path} is a {dit.task} model; leave it out")
-    if dit.dim > most.dim or dit.num_layers > most.num_layers:
         raise ValueError(
-            f"preset={preset!r} is of {_NAME}, and this DiT has {dit.num_layers} layers of width {dit.dim}; leave it out, and give "
-            "CausalPipeline.from_pretrained a CausalConfig"
+            f"preset={preset!r} is of {PRESET_MODEL}, and {source.path} is a {dit.task} model; leave it out"
         )
+    check_preset_size(preset, dit)
     if given.dit is None or not source.path.is_dir():
         return
     sizes = {"dim": dit.dim, "num_layers": dit.num_layers, "in_channels": dit.in_channels}
@@ -32,5 +28,5 @@ def check_preset(preset: CausalPreset, source: Source, given: Given) -> None:
         if base.get(name, size) != size:
             raise ValueError(
                 f"{source.path} is of a DiT with {name}={base[name]}, and {given.dit} has {size}; give the directory of the model "
-                f"that it was made from, {_NAME} for preset={preset!r}"
+                f"that it was made from, {PRESET_MODEL} for preset={preset!r}"
             )

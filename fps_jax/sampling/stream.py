@@ -4,6 +4,7 @@ Memory is constant in the length of the video: the cache is a ring, the VAE's is
 """
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from fps_jax.causal import CausalConfig
 from fps_jax.checkpoints.open import open_model
 from fps_jax.choices import CausalPreset, KVCacheFormat
+from fps_jax.foreign import check_no_foreign_of_stream
 from fps_jax.sampling.block import Block
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.session import Session
@@ -45,7 +47,8 @@ class CausalPipeline:
         Args:
           path, dtype, show_progress: as of `WanPipeline.from_pretrained`.
           causal: how it makes its blocks, or the name of a preset; None for what the checkpoint says. No torch file says it.
-        Raises: as `WanPipeline.from_pretrained`; ValueError where nothing says how blocks are made, or the model isn't t2v.
+        Raises: as `WanPipeline.from_pretrained`; ValueError where nothing says how blocks are made, the model isn't t2v, or the
+          preset is of a smaller one.
         """
         model = open_model(path)
         causal = causal_of(model.config, causal)  # told before the weights are read, which can take minutes
@@ -85,6 +88,7 @@ class CausalPipeline:
         window: tuple[int, int] | None = None,
         kv_cache: KVCacheFormat = "same",
         given: Any = None,
+        **foreign: Any,
     ) -> Session:
         """A stream whose prompt may change while it runs.
 
@@ -102,8 +106,10 @@ class CausalPipeline:
             resized to cover the video's and cropped around its centre), a picture (array, PIL image or path), or latents
             `[16, f, H/8, W/8]` as `Block.latents`. They have to be whole blocks, and come out of the stream first, as the VAE
             shows them.
-        Raises: ValueError for an argument that breaks a rule; OSError for a picture that can't be read.
+          foreign: names that a stream doesn't have, guidance's among them, which is distilled into the model.
+        Raises: ValueError for an argument that breaks a rule; OSError for a picture that can't be read; TypeError for `foreign`.
         """
+        check_no_foreign_of_stream(foreign, inspect.signature(self.session).parameters.keys() - {"foreign"})
         return Session(
             self,
             prompt,

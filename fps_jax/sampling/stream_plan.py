@@ -7,7 +7,7 @@ from typing import Any
 from fps_jax.attention.cache import CacheLayout
 from fps_jax.causal import CAUSAL_PRESETS, CausalConfig
 from fps_jax.choices import CausalPreset, KVCacheFormat, check_choice, check_text
-from fps_jax.config import WanConfig
+from fps_jax.config import WanConfig, check_preset_size
 from fps_jax.sampling.request import Request
 from fps_jax.sizes import Shape3, check_integer, latent_grid, token_grid
 
@@ -77,15 +77,18 @@ class StreamPlan:
 def causal_of(config: WanConfig, causal: CausalConfig | CausalPreset | None) -> CausalConfig:
     """How a checkpoint of this config makes its blocks: as `causal` says, or as the checkpoint itself does.
 
-    Raises: ValueError where neither says it, and for a model that isn't t2v.
+    Raises: ValueError where neither says it, for a model that isn't t2v, and for the name of a preset that is of a smaller model.
     """
-    if isinstance(causal, str):
-        check_choice("causal", causal, CausalPreset)
-        causal = CAUSAL_PRESETS[causal]
+    preset = causal if isinstance(causal, str) else None
+    if preset is not None:
+        check_choice("causal", preset, CausalPreset)
+        causal = CAUSAL_PRESETS[preset]
     if causal is not None and not isinstance(causal, CausalConfig):
         raise ValueError(f"causal={causal!r} is not a CausalConfig or the name of a preset")
     if config.task != "t2v":
         raise ValueError(f"this is a {config.task} model; block diffusion is for t2v models")
+    if preset is not None:
+        check_preset_size(preset, config.dit)
     causal = causal or config.causal
     if causal is None:
         names = " or ".join(f"causal={name!r}" for name in CAUSAL_PRESETS)

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 
 from fps_jax import CausalPipeline
-from fps_jax.config import WanConfig
+from fps_jax.causal import CAUSAL_PRESETS
+from fps_jax.checkpoints.open import open_model
+from fps_jax.config import WAN_T2V_1_3B, WAN_T2V_14B, WanConfig
 from fps_jax.media.video import video_to_uint8
 from fps_jax.models import vae
 from fps_jax.models.vae import DecodeStream
 from fps_jax.sampling import rollout
 from fps_jax.sampling import session as session_module
+from fps_jax.sampling import stream as stream_module
 from fps_jax.sampling.block_noise import block_noise
 from fps_jax.sampling.pipeline import WanPipeline
 from fps_jax.sampling.rollout import Rollout
@@ -254,6 +258,40 @@ def test_a_checkpoint_says_how_it_makes_blocks_or_somebody_has_to(pipe, monkeypa
     assert WanConfig.from_dict(record) == config
     with pytest.raises(ValueError, match="causal is set for a i2v model"):
         WanConfig(dit=TINY_I2V, causal=CAUSAL)
+
+
+def test_a_preset_of_a_smaller_model_is_refused_before_weights_are_read(monkeypatch):
+    """All presets are of models that were made from the 1.3B; a CausalConfig is for any."""
+    monkeypatch.setattr(WanPipeline, "from_pretrained", lambda *args, **kwargs: None)
+    model = dataclasses.replace(open_model(T2V), config=WAN_T2V_14B)
+    monkeypatch.setattr(stream_module, "open_model", lambda path: model)
+    message = (
+        "^preset='self-forcing' is of Wan2.1-T2V-1.3B, and this DiT has 40 layers of width 5120; leave it out, and give "
+        "CausalPipeline.from_pretrained a CausalConfig$"
+    )
+    with pytest.raises(ValueError, match=message):
+        CausalPipeline.from_pretrained("14B", causal="self-forcing")
+    assert CausalPipeline.from_pretrained("14B", causal=CAUSAL).causal == CAUSAL
+    assert causal_of(WAN_T2V_1_3B, "self-forcing") == CAUSAL_PRESETS["self-forcing"]
+    deeper = WanConfig(dit=dataclasses.replace(WAN_T2V_1_3B.dit, num_layers=31))
+    with pytest.raises(ValueError, match="this DiT has 31 layers of width 1536"):
+        causal_of(deeper, "self-forcing")
+
+
+def test_guidance_is_answered_with_the_distilled_models_way(pipe):
+    for name, value in (("guidance_scale", 5), ("negative_prompt", "blurred"), ("cfg", 5)):
+        with pytest.raises(
+            TypeError, match=f"^{name} is no argument of a stream; leave it out: guidance is distilled in"
+        ):
+            pipe.stream(BOAT, **{name: value})
+    for name, answer in (
+        ("frame_num", ""),
+        ("widht", "; did you mean width?"),
+        ("cpu", ""),
+        ("generator", "; use seed"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} is no argument of a stream{re.escape(answer)}"):
+            pipe.session(BOAT, **{name: 5})
 
 
 def test_a_saved_checkpoint_says_how_it_makes_blocks(pipe, boat, tmp_path):
