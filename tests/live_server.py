@@ -54,6 +54,9 @@ class Painted:
         self.pending = (prompt, how)
         self.switches.append(self.pending)
 
+    def note(self, prompt: str) -> str | None:
+        return None
+
 
 class Client:
     """A page without a browser. said: all records so far. video: all bytes so far."""

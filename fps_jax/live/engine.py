@@ -131,6 +131,7 @@ class Stream:
                 with self._changed:
                     self._session = session
                     self._changed.notify_all()
+                self._note(session, self._first)
                 while self._wanted():
                     block = next(session, None)
                     if block is None:
@@ -193,7 +194,13 @@ class Stream:
                 self._tell_before_end({"type": "error", "text": _told(error)})
             else:
                 self._tell_before_end({"type": "switching", "prompt": prompt, "how": how})
+                self._note(session, prompt)
             del session
+
+    def _note(self, session: "Session", prompt: str) -> None:
+        note = session.note(prompt)
+        if note is not None:
+            self._tell_before_end({"type": "note", "text": note})
 
 
 def _told(error: Exception) -> str:

@@ -360,17 +360,20 @@ class WanPipeline:
         """Text states of a prompt, zero beyond its own tokens."""
         return self._encode_prompts([prompt])
 
+    def prompt_note(self, prompt: str) -> str | None:
+        """What whoever wrote a prompt should know of it: that it is too long; None for nothing."""
+        read = self.config.dit.text_len
+        cut = self.tokenizer.count(prompt) - read
+        if cut <= 0:
+            return None
+        return f"prompt {prompt[:40]!r}... has {cut} tokens more than the {read} that the model reads: its end is cut, and has no effect"
+
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""
         distinct = list(dict.fromkeys(prompts))
         ids, mask = self.tokenizer(distinct, max_length=self.config.dit.text_len)
-        for text in distinct:
-            cut = self.tokenizer.count(text) - self.config.dit.text_len
-            if cut > 0:
-                log.warning(
-                    "prompt %r... has %d tokens more than the %d that the model reads: its end is cut, and has no effect",
-                    text[:40], cut, self.config.dit.text_len,
-                )  # fmt: skip
+        for note in filter(None, map(self.prompt_note, distinct)):
+            log.warning("%s", note)
         with stage("encode text"), visiting(self.params["text_encoder"]) as params:
             states = text_states(self.config, params, ids, mask, dtype=self.dtype)
             return states[jnp.asarray([distinct.index(p) for p in prompts])].block_until_ready()

@@ -165,6 +165,10 @@ class Session(Iterator[Block]):
                 pending = (prompt, strongest((earlier[1], how)), pending[2])
             self._pending = pending
 
+    def note(self, prompt: str) -> str | None:
+        """What whoever wrote a prompt should know of it, as `WanPipeline.prompt_note`; it is followed all the same."""
+        return self.pipeline.wan.prompt_note(prompt)
+
     def pause(self) -> None:
         """Has the next block wait until `resume`, in the thread that asks for it; another one calls both.
 

@@ -298,6 +298,10 @@ const on = {
     state("making video", "on");
   },
 
+  note(message) {
+    fail(message.text);
+  },
+
   error(message) {
     fail(message.text);
     if (!ready) state("not for this browser", "off");

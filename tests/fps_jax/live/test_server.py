@@ -116,6 +116,25 @@ def test_a_block_says_what_it_took_and_holds(real):
     assert len(decoded(b"".join(client.video))) == client.kind("ended")[0]["frames"]
 
 
+def test_a_prompt_that_is_too_long_is_told_and_followed(real):
+    """The first one and one mid-stream; of others nothing is said."""
+    first, long = ("a boat sails " * 250 + end for end in ("home", "away"))
+    with real.client() as client:
+        for prompt in (first, BOAT, long):
+            client.say(type="prompt", prompt=prompt)
+            while client.until("block", seen=True)["prompt"] != prompt:
+                pass
+        client.say(type="stop")
+        client.until("ended", seen=True)
+    notes = [note["text"] for note in client.kind("note")]
+    assert len(notes) == 2
+    assert all(
+        re.fullmatch(r"prompt 'a boat .*'... has \d+ tokens more than the 512 that the .* its end is cut.*", n)
+        for n in notes
+    )
+    assert not client.kind("error")
+
+
 def test_a_viewer_that_lags_is_waited_for(painted):
     running, made = painted
     with running.client() as client:
