@@ -108,9 +108,11 @@ class CacheLayout:
                 "give num_frames, or a window such as 21 frames"
             )
         if min(sizes) > MAX_FRAMES:
+            n, alone = causal.frames_per_block, int(causal.first_frame_alone)
+            fit = (MAX_FRAMES - alone) // n + alone
             raise ValueError(
-                f"a block would attend {min(sizes)} latent frames, more than {MAX_FRAMES}, which no device has memory for; give a "
-                "window, such as 21 frames"
+                f"a block would attend {min(sizes)} latent frames, more than {MAX_FRAMES}, which {fit} blocks of {n} fit into; "
+                "make fewer, or give a window, such as 21 frames"
             )
         size = causal.slot_frames
         grid = (size, *space)

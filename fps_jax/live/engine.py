@@ -138,7 +138,7 @@ class Stream:
                         break
                     self._send(session, block, packed)
         except Exception as error:  # whatever it was, the viewer is told, and the next stream can begin
-            self._tell({"type": "error", "text": _told(error)})
+            self._tell({"type": "error", "text": one_line(error)})
         finally:
             with self._changed:
                 self._session, self._ended = None, True
@@ -191,7 +191,7 @@ class Stream:
             try:
                 session.switch(prompt, how)
             except Exception as error:  # the stream goes on with the prompt that it has
-                self._tell_before_end({"type": "error", "text": _told(error)})
+                self._tell_before_end({"type": "error", "text": one_line(error)})
             else:
                 self._tell_before_end({"type": "switching", "prompt": prompt, "how": how})
                 self._note(session, prompt)
@@ -201,13 +201,6 @@ class Stream:
         note = session.note(prompt)
         if note is not None:
             self._tell_before_end({"type": "note", "text": note})
-
-
-def _told(error: Exception) -> str:
-    text = one_line(error)
-    if "RESOURCE_EXHAUSTED" in text:
-        return f"no memory left on the device; use a smaller window, height or width ({text[:200]})"
-    return text
 
 
 def memory() -> dict[str, int]:

@@ -366,7 +366,8 @@ class WanPipeline:
         cut = self.tokenizer.count(prompt) - read
         if cut <= 0:
             return None
-        return f"prompt {prompt[:40]!r}... has {cut} tokens more than the {read} that the model reads: its end is cut, and has no effect"
+        more = f"{cut} tokens more than the {read} that the model reads"
+        return f"prompt {prompt[:40]!r}... has {more}: its end is cut, and has no effect"
 
     def _encode_prompts(self, prompts: list[str]) -> Float[Array, "B T E"]:
         """Text states of each distinct prompt, zero beyond its own tokens."""

@@ -131,6 +131,12 @@ _denoise_block = jax.jit(denoise_block, static_argnames=_STATIC, donate_argnames
 _keep_block = jax.jit(keep_block, static_argnames=_STATIC, donate_argnames="cache")
 
 
+def device_of(params: Params) -> Any:
+    """Where a model's weights are."""
+    leaf = jax.tree.leaves(params)[0]
+    return next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.local_devices()[0]
+
+
 class Rollout:
     """A video as it is made: its cache, and the latent frame where the next block begins.
 
@@ -170,8 +176,7 @@ class Rollout:
 
     def _check_room(self) -> None:
         """Raises ValueError where the device can't hold the cache beside the weights."""
-        leaf = jax.tree.leaves(self.params)[0]
-        device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else jax.local_devices()[0]
+        device = device_of(self.params)
         limit = memory_limit(device)
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self._zeros)))
         if limit is None or need <= (left := limit - memory_used(device)):

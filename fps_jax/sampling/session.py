@@ -1,5 +1,6 @@
 """A stream of block diffusion while it runs: what it has made, whom it follows next, and what of it is still to be decoded."""
 
+import functools
 import logging
 import os
 import threading
@@ -17,12 +18,14 @@ from fps_jax.profiling.stages import stage
 from fps_jax.sampling.block import Begun, Block, Place
 from fps_jax.sampling.block_noise import block_noise
 from fps_jax.sampling.given import given_latent_frames, given_latents
-from fps_jax.sampling.rollout import Rollout, text_kv
+from fps_jax.sampling.rollout import Rollout, device_of, text_kv
+from fps_jax.sampling.room import enough_memory, memory_limit
 from fps_jax.sampling.snapshot import save_session
 from fps_jax.sampling.stream_plan import StreamPlan, check_prompt
 from fps_jax.sizes import Shape3
 
 if TYPE_CHECKING:
+    from fps_jax.sampling.pipeline import WanPipeline
     from fps_jax.sampling.stream import CausalPipeline
 
 log = logging.getLogger("fps_jax")
@@ -32,7 +35,8 @@ class Session(Iterator[Block]):
     """A stream: an iterator of `Block`. Between blocks its prompt may be changed, and it may be written down.
 
     What is broken off (Ctrl-C, no memory) leaves no gap: the next call goes on with that block. `ahead` gives the same blocks, and
-    has the device begin the next one while the frames of this one are used.
+    has the device begin the next one while the frames of this one are used. Where the device has no memory left for what is to be
+    done, MemoryError says in one line what would take less.
 
     Attributes:
       rollout, decoder: where the latents and the frames come from.
@@ -98,9 +102,11 @@ class Session(Iterator[Block]):
         self._going = threading.Event()
         self._going.set()
         self.given_frames = count
-        self.given = None if given is None else given_latents(given, wan, plan.latent_shape)
-        text = self._kv(wan.encode_prompt(prompt))
-        self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, plan.layout, dtype=wan.dtype)
+        self._enough_memory = functools.partial(_enough_memory, wan, plan, kv_cache)
+        with self._enough_memory():
+            self.given = None if given is None else given_latents(given, wan, plan.latent_shape)
+            text = self._kv(wan.encode_prompt(prompt))
+            self.rollout = Rollout(wan.config.dit, wan.params["dit"], text, plan.layout, dtype=wan.dtype)
         self.decoder = DecodeStream(wan.config.vae, wan.params["vae"])
         self.made = self.index = 0
         self.finished: list[tuple[int, Array | np.ndarray]] = []
@@ -154,11 +160,12 @@ class Session(Iterator[Block]):
           how: 'continue' leaves the cache as it is, made under the old prompt. 'recache' computes what the next block attends again
             under the new one (LongLive, arXiv 2509.22622), apart from a sink that has left the window behind. 'cut' begins another
             video.
-        Raises: ValueError for a prompt that is none; the stream is then as it was.
+        Raises: ValueError for a prompt that is none; the stream is then as it was. MemoryError as next().
         """
         check_choice("how", how, Switch)
         check_prompt(prompt)
-        pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
+        with self._enough_memory():
+            pending = (prompt, how, self.pipeline.wan.encode_prompt(prompt))
         with self._changing:
             earlier = self._pending
             if earlier is not None and earlier is not self._applying:
@@ -183,7 +190,7 @@ class Session(Iterator[Block]):
 
     def __next__(self) -> Block:
         self._going.wait()
-        with self._working:
+        with self._working, self._enough_memory():
             if not self._begun and not self._begin(check=True):
                 raise StopIteration
             return self._hand_out(self._finish())
@@ -201,14 +208,15 @@ class Session(Iterator[Block]):
         while True:
             self._going.wait()
             failed = None
-            with self._working:
+            with self._working, self._enough_memory():
                 if not self._begun and not self._begin(check=False, before=before):
                     return
                 with stage("decode", self._begun[0].index):
                     self._decode(self._begun[0])
                 if len(self._begun) == 1:
                     try:
-                        self._begin(check=False, before=before)
+                        with self._enough_memory():
+                            self._begin(check=False, before=before)
                     except Exception as error:  # of the next block: this one is made
                         failed = error
                 block = self._hand_out(self._finish())
@@ -345,3 +353,17 @@ class Session(Iterator[Block]):
         if blocks is not None:
             blocks -= sum(start >= begin for start, _ in self.rollout.causal.blocks(begin + self.given.shape[2]))
         self.blocks, self.given = blocks, None
+
+
+def _enough_memory(wan: "WanPipeline", plan: StreamPlan, kv_cache: KVCacheFormat) -> Any:
+    """Raises MemoryError, in one line, where XLA finds no room for what of a stream is done in the block."""
+
+    def fix() -> str:
+        n = plan.layout.causal.frames_per_block
+        ways = [f"a window below {plan.layout.frames} latent frames"] if plan.layout.frames > n else []
+        ways += ["kv_cache='fp8'"] if kv_cache == "same" else []
+        return f"use {' or '.join([*ways, 'a smaller height and width'])}"
+
+    _, _, _, rows, columns = plan.latent_shape
+    what = f"a stream of {8 * rows} x {8 * columns} pixels"
+    return enough_memory(what, lambda: memory_limit(device_of(wan.params["dit"])), fix)

@@ -12,10 +12,10 @@ import numpy as np
 
 from fps_jax.checkpoints.writes import orbax_writes, quiet_orbax
 from fps_jax.files import check_space
+from fps_jax.sampling.room import no_room
 from fps_train.agreement import AGREED
 from fps_train.config import CheckpointOptions
 from fps_train.hosts import lost_peer
-from fps_train.memory import no_room
 from fps_train.placement import put
 from fps_train.state import TrainState
 

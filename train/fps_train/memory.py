@@ -2,19 +2,16 @@
 
 import contextlib
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from fps_jax.mesh import BATCH
+from fps_jax.sampling import room
 from fps_jax.sampling.room import memory_limit
 from fps_train.setup import Setup, Start, abstract_start
-
-# What XLA says where it finds no room, compiling or running. Other services' limits have the same name.
-_NO_ROOM = re.compile(r"RESOURCE_EXHAUSTED: (.*(?:memory|allocat).*)", re.IGNORECASE)
 
 
 class ProgramBytes(NamedTuple):
@@ -88,26 +85,9 @@ def check_programs(setup: Setup, begun: Start, compiled: Mapping[str, Any]) -> N
         )
 
 
-def no_room(error: Exception) -> str | None:
-    """What XLA says of memory that it asked for in vain, None of any other error."""
-    found = _NO_ROOM.search(str(error)) if isinstance(error, RuntimeError) else None  # JaxRuntimeError is one
-    return None if found is None else found[1].strip()[:200]
-
-
-@contextlib.contextmanager
-def enough_memory(setup: Setup) -> Iterator[None]:
+def enough_memory(setup: Setup) -> contextlib.AbstractContextManager[None]:
     """Raises MemoryError, in one line, where XLA finds no room for what is done in the block."""
-    try:
-        yield
-    except RuntimeError as error:
-        found = no_room(error)
-        if found is None:
-            raise
-        limit = device_bytes(setup.mesh)
-        has = "" if limit is None else f", which has {limit / 1e9:.1f} GB"
-        raise MemoryError(
-            f"mesh={setup.options.mesh!r}: no memory left on a device{has} ({found}); {_less(setup)}"
-        ) from error
+    return room.enough_memory(f"mesh={setup.options.mesh!r}", lambda: device_bytes(setup.mesh), lambda: _less(setup))
 
 
 def _less(setup: Setup) -> str:

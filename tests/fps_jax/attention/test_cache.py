@@ -104,9 +104,17 @@ def test_a_sink_that_is_left_out_would_be_seen():
 def test_what_a_cache_can_not_hold_is_refused():
     with pytest.raises(ValueError, match=r"attends all frames, so its cache grows.*give num_frames, or a window"):
         CacheLayout.build(CausalConfig(), (2, 3))
-    for causal, frames in ((CausalConfig(window=3 * 10**9), None), (CausalConfig(), 3 * 10**9)):
-        with pytest.raises(ValueError, match="would attend 3000000000 latent frames, more than 4096"):
+    most = CausalConfig(first_frame_alone=True)
+    for causal, frames, blocks in (
+        (CausalConfig(window=3 * 10**9), None, 1365),
+        (CausalConfig(), 3 * 10**9, 1365),
+        (CausalConfig(frames_per_block=2), 3 * 10**9, 2048),
+        (most, 3 * 10**9 + 1, 1366),
+    ):
+        message = f"would attend 300000000. latent frames, more than 4096, which {blocks} blocks of . fit into; make fewer, or"
+        with pytest.raises(ValueError, match=message):
             CacheLayout.build(causal, (2, 2), num_frames=frames)
+    assert CacheLayout.build(most, (2, 2), num_frames=most.blocks(4096)[1365][1]).frames == 4096
     with pytest.raises(ValueError, match=r"num_frames=7 are no whole blocks: .*; use 6 or 9"):
         CacheLayout.build(CausalConfig(), (2, 3), num_frames=7)
     with pytest.raises(ValueError, match=r"tile=\(2, 1, 1\) .* use 1 frame, or a divisor of 3"):

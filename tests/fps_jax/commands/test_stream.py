@@ -84,6 +84,21 @@ def test_a_picture_begins_the_video(tmp_path, capsys):
     assert "block 2: 13 frames" in err
 
 
+def test_no_memory_left_is_no_defect(tmp_path, capsys, monkeypatch):
+    import jax.numpy as jnp
+
+    from fps_jax.sampling import rollout
+
+    monkeypatch.setattr(rollout, "_denoise_block", lambda *args, **kwargs: jnp.zeros(2**50, jnp.uint8))
+    output = tmp_path / "boat.mp4"
+    status, err = run(capsys, T2V, "--prompt", "A boat.", "--blocks", 2, "--output", output, *SMALL)
+    assert status == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("error: a stream of 32 x 48 pixels: no memory left on a device, which has ")
+    assert last.endswith("bytes.); use a window below 6 latent frames or kv_cache='fp8' or a smaller height and width")
+    assert not output.exists()
+
+
 def test_a_profile_says_where_the_time_goes_and_changes_nothing(tmp_path, capsys):
     from fps_jax.sampling import rollout
 

@@ -50,8 +50,8 @@ def wait_for(true) -> None:
     ("error", "text"),
     [
         (
-            RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),
-            "no memory left on the device; use a",
+            MemoryError("a stream of 32 x 48 pixels: no memory left on a device"),
+            "a stream of 32 x 48 pixels: no memory le",
         ),
         (
             FloatingPointError("NaN or inf in the block of latent frames 3 to 5"),

@@ -348,15 +348,3 @@ def test_a_recache_that_is_broken_off_is_made_whole(pipe, monkeypatch):
     got = next(session)
     assert got.prompt == STORM
     assert np.array_equal(got.latents, next(want).latents)
-
-
-def test_a_cache_that_the_device_has_no_room_for_is_refused_with_what_fits(pipe, monkeypatch):
-    longer = dataclasses.replace(pipe, causal=dataclasses.replace(CAUSAL, window=40))
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(longer.session(BOAT, **SIZE).rollout.cache))
-    monkeypatch.setattr(rollout, "memory_limit", lambda device: whole + 1000 - 1)
-    monkeypatch.setattr(rollout, "memory_used", lambda device: 1000)
-    message = r"cache of 40 latent frames takes .* GB left, which 19 blocks of 2 fit into; give a window, of 38 frames or less"
-    with pytest.raises(ValueError, match=message):
-        longer.session(BOAT, **SIZE)
-    shorter = dataclasses.replace(pipe, causal=dataclasses.replace(CAUSAL, window=38))
-    assert shorter.session(BOAT, **SIZE).rollout.layout.frames == 38
