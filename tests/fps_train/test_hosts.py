@@ -35,15 +35,17 @@ from tests.fps_train.several import PATIENCE, ROOT, Several, own_lines, steps
 LOST = "error: another process of this run ended or can't be reached"
 
 
-def validation(run: pathlib.Path) -> dict[int, float]:
+def validation(run: pathlib.Path, what: str = "raw") -> dict[int, dict[str, float]]:
     lines = [line for line in read_metrics(pathlib.Path(run) / "metrics.jsonl") if "validation" in line]
-    return {line["step"]: line["validation"]["raw"]["mean"] for line in lines}
+    return {line["step"]: line["validation"][what] for line in lines}
 
 
 @pytest.fixture
 def shared(options, tmp_path):
     """A long run on four devices."""
-    data = write_data(tmp_path / "samples", {"64x64x5": 12}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim)
+    data = write_data(
+        tmp_path / "samples", {"64x64x5": 12}, text_len=CONFIG.text_len, text_dim=CONFIG.text_dim, prompts=True
+    )
     return dataclasses.replace(
         options, data=str(data), mesh="fsdp=4", batch_size=4, accumulate=1, attention="dense", schedule=None, steps=100_000,
         validation=dataclasses.replace(options.validation, every=2, samples=4),
@@ -111,12 +113,12 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(together[step][name], one[step][name], rtol=bar, err_msg=name)
     for step in (0, 2):
-        got, want = validation(tmp_path / "run")[step], validation(tmp_path / "alone")[step]
+        got, want = validation(tmp_path / "run")[step]["mean"], validation(tmp_path / "alone")[step]["mean"]
         np.testing.assert_allclose(got, want, rtol=bar)
 
-    # One process goes on from what two saved.
+    # One process goes on from what two saved, on another mesh.
     told.clear()
-    train(dataclasses.replace(shared, steps=stopped + 1), resume=True, show=False)
+    train(dataclasses.replace(shared, steps=stopped + 1, mesh="data=2,fsdp=2"), resume=True, show=False)
     assert [words for words in told if words[0] == "restored"] == [("restored", stopped, *first["saved", stopped])]
     # As do sampling and conversion, which read a run in their own way.
     assert {state_hash(read_run(tmp_path / "run").trained("ema", stopped))} == first["average", stopped]
@@ -143,17 +145,25 @@ def test_two_processes_are_one_run_whatever_ends_them(shared, tmp_path, monkeypa
 
 @pytest.mark.multiprocess
 def test_processes_that_slurm_started_find_each_other_and_process_0_may_be_asked_to_stop(shared, tmp_path):
-    """It both holds the runtime's service and is told by it."""
-    shared = dataclasses.replace(shared, validation=dataclasses.replace(shared.validation, every=0))
+    """It both holds the runtime's service and is told by it. Before that, both make the validation videos of one process."""
+    videos = dataclasses.replace(shared.validation, every=1, samples=0, videos=1, steps=1)
+    shared = dataclasses.replace(shared, validation=videos)
+    train(dataclasses.replace(shared, output=str(tmp_path / "alone"), steps=1), show=False)
     mine = words(shared, tmp_path, "--hosts.detect")
     with Several(tmp_path / "asked", mine, mine, slurm=True) as two:
-        two.until_step(tmp_path / "run", 1)
+        two.until_step(tmp_path / "run", 2)
         two.processes[0].send_signal(signal.SIGTERM)
         assert two.wait() == [0, 0], two.said()
         (stopped,) = read_run(tmp_path / "run").steps()
         assert f"stopped by signal 15 after step {stopped}, which is saved" in two.said()[0]
         assert len(two.told()["saved", stopped]) == 1, "the same state"
         assert two.told()["read", 0] == {"2"}  # of a microbatch of four
+    ours, theirs = (np.load(tmp_path / name / "validation" / "dense" / "0.npy") for name in ("run", "alone"))
+    assert np.ptp(ours) > 50, "a picture"
+    assert np.abs(ours.astype(int) - theirs).max() <= 1  # sums over devices, in another order
+    ours, theirs = (validation(tmp_path / name, "videos")[1]["psnr"] for name in ("run", "alone"))
+    np.testing.assert_allclose(ours, theirs, atol=0.1)  # dB
+    assert (tmp_path / "run" / "validation" / "step_00000001" / "0.mp4").stat().st_size > 0
 
 
 def test_outside_of_a_slurm_step_nothing_is_found(tmp_path):
