@@ -4,7 +4,9 @@
 
 4 layers of width 128 (4 heads of 32, mlp 256), 512 text tokens, a batch of one, the same weights and inputs. float32 weights; bf16
 is the matmuls' and attention's (autocast in torch). 'fps' are the default schedule's regimes, and their mean weighted by how much
-of the denoising each holds. Both sides stay alive and take turns at every case.
+of the denoising each holds. 'attention' is dense attention alone, forward, and with its gradient. All sides stay alive and take
+turns at every case; 'huge pages' are the same with glibc's malloc asking for them (GLIBC_TUNABLES=glibc.malloc.hugetlb=1): new
+memory is then 2 MB a page fault in place of 4 KB.
 """
 
 import argparse
@@ -24,6 +26,8 @@ THREADS = 2
 DIM, MLP, HEADS, LAYERS, TEXT = 128, 256, 4, 4, (512, 64)
 GRIDS = {"320": (5, 8, 8), "1280": (5, 16, 16)}  # tokens
 DTYPES, REGIMES = ("float32", "bfloat16"), ("early", "middle", "late")
+ALONE = ("attention", "attention and gradient")
+HUGE = ", huge pages"
 CONFIG = {
     "num_attention_heads": HEADS, "attention_head_dim": DIM // HEADS, "in_channels": 16, "out_channels": 16,
     "text_dim": TEXT[1], "freq_dim": 256, "ffn_dim": MLP, "num_layers": LAYERS, "cross_attn_norm": True,
@@ -56,7 +60,7 @@ def _ours() -> Callable[[str, str, str], Step]:
     import jax.numpy as jnp
 
     from fps_convert import mapping
-    from fps_jax.attention.attend import DenseAttention, PlannedAttention
+    from fps_jax.attention.attend import DenseAttention, PlannedAttention, dense_attention
     from fps_jax.attention.schedule import FPSSchedule
     from fps_jax.config import DiTConfig, WanConfig
     from fps_jax.models.dit import cast_params, dit
@@ -70,7 +74,24 @@ def _ours() -> Callable[[str, str, str], Step]:
         leaf[...] = mapping.to_ours(_weight(row.keys["diffusers"], row.shapes["diffusers"]), row)
     params = unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
 
+    def alone(tokens: str, dtype: str, *, gradient: bool) -> Step:
+        shape = (1, int(tokens), HEADS, DIM // HEADS)
+        q, k, v, d_out = (jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 4))
+
+        @jax.jit
+        def call(q, k, v, d_out):
+            return jax.vjp(dense_attention, q, k, v)[1](d_out) if gradient else dense_attention(q, k, v)
+
+        def run():
+            norms = [jnp.linalg.norm(x.astype(jnp.float32)) for x in jax.tree.leaves(call(q, k, v, d_out))]
+            return 0.0, float(jnp.stack(norms).max())
+
+        run.timed = lambda: jax.block_until_ready(call(q, k, v, d_out))
+        return run
+
     def step(tokens: str, dtype: str, attention: str) -> Step:
+        if attention in ALONE:
+            return alone(tokens, dtype, gradient=attention != ALONE[0])
         latents, text, target = map(jnp.asarray, _inputs(tokens))
         plan = DenseAttention()
         if attention != "dense":
@@ -133,10 +154,10 @@ def _torch() -> Callable[[str, str, str], Step]:
 
 
 def serve(side: str) -> None:
-    """Answers each line 'tokens dtype attention runs' with a line of JSON: at first loss and gradient norm, always seconds."""
+    """Answers each line, a list of tokens, dtype, attention and runs: at first loss and gradient norm, always seconds."""
     make, made = {"ours": _ours, "torch": _torch}[side](), {}
     for line in sys.stdin:
-        *case, runs = line.split()
+        *case, runs = json.loads(line)
         start = time.perf_counter()
         answer = {}
         if tuple(case) not in made:
@@ -168,15 +189,20 @@ def main() -> None:
 
     pythons = {"ours": sys.executable} | ({"torch": options.torch_python} if options.torch_python else {})
     processes = {
-        side: subprocess.Popen(
-            [python, __file__, f"--side={side}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        side + pages: subprocess.Popen(
+            [python, __file__, f"--side={side}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if pages else {})},
         )
         for side, python in pythons.items()
+        for pages in ("", HUGE)
     }
 
     def ask(side: str, *words: object) -> dict:
         process = processes[side]
-        process.stdin.write(" ".join(map(str, words)) + "\n")
+        process.stdin.write(json.dumps(words) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
@@ -184,7 +210,7 @@ def main() -> None:
         (side, tokens, dtype, attention)
         for tokens in GRIDS
         for dtype in DTYPES
-        for side, attention in (*((side, "dense") for side in pythons), *(("ours", regime) for regime in REGIMES))
+        for side, attention in (*((s, "dense") for s in processes), *(("ours", a) for a in (*REGIMES, *ALONE)))
     ]
     found = {case: {**ask(*case, 1), "seconds": []} for case in cases}
     for turn in range(options.rounds):
@@ -196,14 +222,18 @@ def main() -> None:
         process.wait()
     results = {}
     for (side, tokens, dtype, attention), answer in found.items():
-        name = "torch" if side == "torch" else attention
+        name = attention if side == "ours" else side.replace("ours", "dense")
         answer["median_s"] = statistics.median(answer["seconds"])
         results.setdefault(f"{tokens} tokens, {dtype}", {})[name] = answer
     for name, case in results.items():
         halves = [case[regime]["median_s"] for regime in REGIMES]
         case["fps_mean_s"] = round(0.25 * halves[0] + 0.5 * halves[1] + 0.25 * halves[2], 5)  # the default's intervals
+        forward, both = (case[name]["median_s"] for name in ALONE)
+        case["attention_gradient_by_forward"] = round((both - forward) / forward, 2)
         if "torch" in case:
-            case["dense_speed_against_torch"] = round(case["torch"]["median_s"] / case["dense"]["median_s"], 2)
+            for pages in ("", HUGE):
+                ratio = case["torch" + pages]["median_s"] / case["dense" + pages]["median_s"]
+                case["dense_speed_against_torch" + pages] = round(ratio, 2)
             case["relative_loss_difference"] = abs(case["dense"]["loss"] / case["torch"]["loss"] - 1)
             case["relative_gradient_norm_difference"] = abs(
                 case["dense"]["gradient_norm"] / case["torch"]["gradient_norm"] - 1
