@@ -130,7 +130,7 @@ class Checkpoints:
         ocp = self._ocp
 
         def tree(of):
-            of = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), of)
+            of = shapes(of)
             args = jax.tree.map(
                 lambda a: ocp.ArrayRestoreArgs(sharding=a.sharding, global_shape=a.shape, dtype=a.dtype), of
             )
@@ -157,6 +157,11 @@ class Checkpoints:
         count = put(np.int32(step), like.step.sharding)
         state = TrainState(count, got["params"], optimizer, got["ema"] if like.ema is not None else None)
         return Restored(state, got["meta"])
+
+
+def shapes(tree: Any) -> Any:
+    """Shapes with shardings of arrays."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 
 def _numbered(tree: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fps_jax.compilation import enable_compilation_cache
 from fps_jax.models.dit import stage_name
 from fps_train.agreement import Stopped, is_lead, lead_decides, option_facts, together
 from fps_train.batch import Batch
-from fps_train.checkpoints import Checkpoints
+from fps_train.checkpoints import Checkpoints, shapes
 from fps_train.config import TrainConfig
 from fps_train.memory import check_memory, check_programs, enough_memory
 from fps_train.metrics import Metrics
@@ -29,7 +29,7 @@ from fps_train.placement import put_rows
 from fps_train.programs import Programs
 from fps_train.regimes import TrainingRegime, regime_of
 from fps_train.run import check_new, check_resume, run_facts, see_run, start_run
-from fps_train.setup import Setup, Start, prepare, shapes, start
+from fps_train.setup import Setup, Start, prepare, start
 from fps_train.status import Status
 from fps_train.step import Micro, Seen
 from fps_train.validate import Videos, validation_loss

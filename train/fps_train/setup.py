@@ -167,11 +167,6 @@ def start(setup: Setup, init_from: str | None = None) -> Start:
     return Start(state, frozen, teacher)
 
 
-def shapes(tree: Any) -> Any:
-    """Shapes with shardings of arrays."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
-
-
 def abstract_start(setup: Setup) -> Start:
     """Shapes and shardings of what `start` gives: nothing is read, and no device has to be there."""
     options, mesh = setup.options, setup.mesh
